@@ -1,0 +1,26 @@
+# Each target needs only Python 3.11 and make: the environment is built on demand,
+# and again only when pyproject.toml changes.
+PYTHON ?= python3
+READY := .venv/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	.venv/bin/ddpm demo --out runs/demo
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --editable '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

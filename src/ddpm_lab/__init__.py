@@ -1,0 +1,50 @@
+"""ddpm-lab: train, sample, see and score denoising diffusion models (Ho et al. 2020) on small images.
+
+The names below are the public ones. Each is imported from its module when first asked for, so that `import ddpm_lab`
+and `ddpm --help` cost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddpm_lab.config import Config as Config
+    from ddpm_lab.config import InputError as InputError
+    from ddpm_lab.config import load_recipe as load_recipe
+    from ddpm_lab.data import load_images as load_images
+    from ddpm_lab.diffusion import diffusion_loss as diffusion_loss
+    from ddpm_lab.diffusion import q_sample as q_sample
+    from ddpm_lab.samplers import ddim_sample as ddim_sample
+    from ddpm_lab.samplers import ddim_steps as ddim_steps
+    from ddpm_lab.samplers import ddpm_sample as ddpm_sample
+    from ddpm_lab.samplers import ddpm_steps as ddpm_steps
+    from ddpm_lab.schedule import NoiseSchedule as NoiseSchedule
+    from ddpm_lab.schedule import cosine_schedule as cosine_schedule
+    from ddpm_lab.schedule import linear_schedule as linear_schedule
+    from ddpm_lab.trained import load as load
+    from ddpm_lab.unet import UNet as UNet
+
+_MODULES = {
+    "config": ("Config", "InputError", "load_recipe"),
+    "data": ("load_images",),
+    "diffusion": ("diffusion_loss", "q_sample"),
+    "trained": ("load",),
+    "samplers": ("ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
+    "schedule": ("NoiseSchedule", "cosine_schedule", "linear_schedule"),
+    "unet": ("UNet",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ddpm_lab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"ddpm_lab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m ddpm_lab` is `ddpm`."""
+
+from ddpm_lab.cli import main
+
+main()

@@ -1,0 +1,223 @@
+"""Checkpoints: one folder a step, in safetensors, that appears whole or not at all.
+
+A checkpoint is written to a temporary folder, flushed to the disk, and renamed into place; a kill or a full disk at any
+moment leaves the ones before it untouched. Its bytes are a function of the training state alone: no clock, no host.
+`meta.json` holds the SHA-256 of each file, so damage is found on loading, by name.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor, nn
+
+from ddpm_lab.config import InputError
+
+TEMPORARY_PREFIX = ".partial-"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """`checkpoints/step_00010000` of a run folder."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps a run folder has checkpoints of, ascending."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir()]
+    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write the training state after `step` steps; an existing checkpoint of that step is kept as it is.
+
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        OSError: the disk is full or refuses; nothing but the temporary folder was touched, and that is removed.
+    """
+    final = checkpoint_path(run_dir, step)
+    if final.exists():
+        return final
+    contents = {
+        "model.safetensors": tensor_bytes(_state(model)),
+        "ema.safetensors": tensor_bytes(_state(ema)),
+        "optimizer.safetensors": tensor_bytes(_optimizer_state(model, optimizer)),
+    }
+    meta = {"step": step, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
+    contents["meta.json"] = (json.dumps(meta, indent=2) + "\n").encode()
+
+    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in contents.items():
+            write_durably(temporary / name, content)
+        _flush_folder(temporary)
+        temporary.rename(final)
+        _flush_folder(final.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0 keeps all), and what killed writers left half done."""
+    folder = run_dir / "checkpoints"
+    if keep > 0:
+        for step in checkpoint_steps(run_dir)[:-keep]:
+            path = checkpoint_path(run_dir, step)
+            path.rename(folder / (TEMPORARY_PREFIX + path.name))  # a kill while deleting leaves no half checkpoint
+    for leftover in folder.glob(TEMPORARY_PREFIX + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta.json` of a checkpoint folder.
+
+    Raises:
+        InputError: it is absent, or not what a checkpoint has.
+    """
+    path = folder / "meta.json"
+    meta = read_json(path)
+    hashes = meta.get("sha256") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int) or not isinstance(hashes, dict):
+        raise InputError(f"{path} is not a checkpoint's: it must hold step and sha256")
+    return meta
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one safetensors file of a checkpoint folder, proved by the hash in its `meta.json`.
+
+    Raises:
+        InputError: absent, damaged, or not safetensors.
+    """
+    path = folder / name
+    expected = read_meta(folder)["sha256"].get(name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise InputError(
+            f"{path} is damaged: its {len(content)} bytes do not have the SHA-256 in meta.json; "
+            "move this checkpoint's folder away to use the one before it"
+        )
+    try:
+        return parse_tensors(content)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file: {error}") from error
+
+
+def load_parameters(module: nn.Module, folder: Path, name: str) -> None:
+    """Copy a checkpoint's tensors into a network, cast to its dtype.
+
+    Raises:
+        InputError: as `load_tensors`, or tensors of another network.
+    """
+    tensors, parameters = load_tensors(folder, name), dict(module.named_parameters())
+    _same_names(folder / name, tensors, {key: p.shape for key, p in parameters.items()})
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, step: int) -> None:
+    """Restore Adam's moments, and its count of steps, which is the checkpoint's.
+
+    Raises:
+        InputError: as `load_tensors`, or moments of another network.
+    """
+    name = "optimizer.safetensors"
+    tensors, parameters = load_tensors(folder, name), dict(model.named_parameters())
+    moments = ("exp_avg", "exp_avg_sq")
+    _same_names(folder / name, tensors, {f"{m}.{key}": p.shape for m in moments for key, p in parameters.items()})
+    state = {
+        index: {
+            "step": torch.tensor(float(step)),
+            **{m: torch.empty_like(parameter).copy_(tensors[f"{m}.{key}"]) for m in moments},
+        }
+        for index, (key, parameter) in enumerate(parameters.items())
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in module.named_parameters()}
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's moments under the names of the parameters they belong to."""
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        for moment in ("exp_avg", "exp_avg_sq")
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _same_names(path: Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    for name in sorted(tensors.keys() | shapes.keys()):
+        found, expected = tensors.get(name), shapes.get(name)
+        if found is None or expected is None or found.shape != expected:
+            described = [
+                None if s is None else tuple(s) for s in (found.shape if found is not None else None, expected)
+            ]
+            raise InputError(
+                f"{path} belongs to another network: {name} is {described[0] or 'absent'} there, "
+                f"{described[1] or 'absent'} in this one"
+            )
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        InputError: absent, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and have the disk confirm it."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Put a file in place whole: a reader, or a kill at any moment, sees the old one or the new one.
+
+    Raises:
+        OSError: the disk is full or refuses; the old file stays.
+    """
+    temporary = path.with_name(f".partial-{path.name}")
+    try:
+        write_durably(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,182 @@
+"""The command `ddpm`: arguments in, one line a fault out. It holds no maths, and imports what is heavy inside commands.
+
+Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run failed; 130 interrupted.
+"""
+
+import errno
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts.config import Dict
+
+from ddpm_lab.config import Config, InputError, SamplingConfig, read_recipe
+
+DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where to compute; auto: a GPU where there is one")
+]
+Source = Annotated[str, Parameter(help="run folder, checkpoint folder in one, or name of packaged weights (mnist)")]
+FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+
+
+def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """After parsing: put the recipe's values under the flags, and refuse fractions for whole numbers."""
+    if commands == ("train",):
+        recipe = next((token.value for a in arguments if a.name == "RECIPE" for token in a.tokens), None)
+        if recipe is not None:
+            values = read_recipe(recipe)
+            try:
+                Config.from_dict(values)  # a recipe stands on its own, so that its faults are told as its own
+            except InputError as error:
+                raise InputError(f"recipe {recipe}: {error}") from error
+            Dict(values, use_commands_as_keys=False, source=f"recipe {recipe}")(app, commands, arguments)
+    for argument in arguments:
+        hints = {argument.hint, *typing.get_args(argument.hint)}
+        if int in hints and float not in hints:
+            for token in argument.tokens:
+                if token.value and not re.fullmatch(r"[+-]?\d+", token.value):
+                    raise InputError(f"{argument.name} must be a whole number, not {token.value!r}")
+
+
+app = App(
+    name="ddpm",
+    help="Train, sample, see and score denoising diffusion models on small images.",
+    help_format="plaintext",
+    config=_settings,
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
+)
+app["--help"].group = app["--version"].group = "About"
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
+    """Train on the embedded 8x8 digits, sample, and show: minutes on two CPU cores, no network.
+
+    Args:
+        out: folder for everything it makes; running it again continues.
+    """
+    from ddpm_lab.demo import run_demo
+
+    run_demo(out, device, say=print)
+
+
+@app.command
+def data(dataset: Literal["mnist", "cifar10", "digits"], /, *, data_dir: DataDir = None) -> None:
+    """Fetch a data set once, verify it, and print what it holds.
+
+    Args:
+        dataset: which.
+    """
+    from ddpm_lab.data import describe
+
+    for line in describe(dataset, data_dir):
+        print(line)
+
+
+@app.command
+def train(
+    recipe: str,
+    /,
+    *,
+    run: Path,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    config: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
+) -> None:
+    """Train a network; a run that exists continues, to the same weights as if it had never stopped.
+
+    Args:
+        recipe: a packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
+        run: folder of the run, new or to be continued.
+    """
+    from ddpm_lab.run import train as train_run
+
+    checkpoint = train_run(config, run, device=device, data_dir=data_dir, say=print)
+    print(f"trained: {checkpoint}")
+
+
+@app.command
+def sample(
+    source: Source,
+    /,
+    *,
+    out: Path,
+    num_images: int = 64,
+    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    device: Device = "auto",
+) -> None:
+    """Draw images from a trained network.
+
+    Args:
+        out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C).
+        num_images: how many; image i of a seed is the same in any number.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.generation import sample_to_file
+
+    print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
+
+
+@app.command
+def info(source: Source, /, *, checkpoint: int | None = None) -> None:
+    """Say what a model is: settings, parameters, steps trained, losses so far.
+
+    Args:
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.trained import describe
+
+    for line in describe(source, checkpoint):
+        print(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `ddpm` and `python -m ddpm_lab`."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and turn what went wrong into a line on stderr and an exit code."""
+    warnings.formatwarning = lambda message, *rest, **kwargs: f"warning: {message}\n"
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError) as error:
+        return _fail(2, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(1 if error.errno in FAILED_DISK else 2, f"{place}{error.strerror or error}")
+    except MemoryError:
+        return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
+    except RuntimeError as error:
+        return _run_failure(error)
+    return 0
+
+
+def _run_failure(error: RuntimeError) -> int:
+    from ddpm_lab.run import Interrupted, RunError
+
+    if isinstance(error, Interrupted):
+        return _fail(130, str(error))
+    if isinstance(error, RunError):
+        return _fail(1, str(error))
+    if "allocate memory" in str(error) or "out of memory" in str(error):
+        return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
+    raise error
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

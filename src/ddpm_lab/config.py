@@ -1,0 +1,379 @@
+"""What a run is: frozen dataclasses, checked on construction, saved as JSON, read from recipes in TOML.
+
+The five groups are the groups of flags of `ddpm train` (`--training.batch-size 64`); a field's docstring is its help.
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["eps", "x_0", "v"]
+Precision = Literal["auto", "float32", "bf16"]
+Decay = Literal["constant", "linear", "cosine"]
+Sampler = Literal["ddim", "ddpm"]
+Spacing = Literal["uniform", "quadratic"]
+Variance = Literal["beta", "beta_tilde"]
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what, where, and what would be valid, in one line."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, hint)
+
+
+def _wording(hint: Any) -> str:
+    """How an annotation reads in an error: 'int or nothing', 'linear, cosine'."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wording(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if origin is tuple:
+        return f"a list of {_wording(typing.get_args(hint)[0])}"
+    return {
+        type(None): "nothing",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+    }[hint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            _require(_fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
+        self._check()
+
+    @classmethod
+    def _label(cls) -> str:
+        return cls.__name__.removesuffix("Config").lower()
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return cls._label() + "."
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(value is None or value >= low, f"{self._prefix()}{name} must be at least {low}, not {value}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Build the group from parsed JSON or TOML; an unknown key is refused, naming the known."""
+        _require(isinstance(values, dict), f"{cls._label()} must be a table of settings, not {type(values).__name__}")
+        assert isinstance(values, dict)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            _require(key in known, f"{cls._label()} has no setting {key!r}; it has {', '.join(known)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Group):
+    """Which images."""
+
+    dataset: str = "mnist"
+    """mnist, cifar10, digits, or the path of a folder of images"""
+    horizontal_flip: bool = False
+    """mirror each training image with probability 1/2 (right for CIFAR-10, wrong for digits)"""
+    image_size: int | None = None
+    """side in pixels to which the images of a folder are cropped and scaled; unset: they all have one size already"""
+
+    def _check(self) -> None:
+        _require(self.dataset != "", "data.dataset must name a data set or a folder, and is empty")
+        self._at_least(1, "image_size")
+        _require(
+            self.image_size is None or self.dataset not in ("mnist", "cifar10", "digits"),
+            f"data.image_size applies to a folder of images; {self.dataset} has its own size",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Group):
+    """The U-Net of Ho et al. 2020, appendix B."""
+
+    base_channels: int = 128
+    """channels of the first level (a multiple of 32, the groups of the normalisation)"""
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """channels of each level, as multiples of the base; each level after the first halves the resolution"""
+    num_blocks: int = 2
+    """residual blocks per level on the way down (one more on the way up)"""
+    attention_levels: tuple[int, ...] = (1,)
+    """levels with self-attention after each block, counted from 0; the middle always has it"""
+    attention_head_channels: int | None = None
+    """channels per attention head; unset: one head"""
+    dropout: float = 0.1
+    """probability of dropout inside the residual blocks"""
+    patch_size: int = 1
+    """side in pixels of patches folded into channels at the input, unfolded at the output; 2 is about 4x cheaper"""
+
+    def _check(self) -> None:
+        self._at_least(1, "num_blocks", "attention_head_channels", "patch_size")
+        _require(
+            self.base_channels >= 32 and self.base_channels % 32 == 0,
+            f"model.base_channels must be a positive multiple of 32, not {self.base_channels}",
+        )
+        levels = len(self.channel_multipliers)
+        _require(
+            levels >= 1 and all(m >= 1 for m in self.channel_multipliers),
+            f"model.channel_multipliers must be one or more whole numbers above 0, not {self.channel_multipliers}",
+        )
+        _require(
+            all(0 <= level < levels for level in self.attention_levels),
+            f"model.attention_levels must lie in 0..{levels - 1}, not {self.attention_levels}",
+        )
+        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+        head = self.attention_head_channels
+        if head is not None:
+            widths = {self.base_channels * self.channel_multipliers[i] for i in (*self.attention_levels, levels - 1)}
+            bad = sorted(w for w in widths if w % head)
+            _require(not bad, f"model.attention_head_channels of {head} does not divide the {bad[:1]} channels there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(_Group):
+    """The forward process and what the network predicts."""
+
+    num_timesteps: int = 1000
+    """T, the length of the chain, from 2 to 10,000"""
+    schedule: Schedule = "linear"
+    """linear (Ho et al. 2020) or cosine (Nichol and Dhariwal 2021)"""
+    rescale_betas: bool | None = None
+    """linear only: scale 1e-4 .. 0.02 by 1000/T, so that every T is nearly the same process (default), or not"""
+    prediction: Prediction = "eps"
+    """what the network predicts: the noise (Algorithm 1), the clean image, or v (Salimans and Ho 2022)"""
+
+    def _check(self) -> None:
+        check_chain(self.num_timesteps, self.schedule, self.rescale_betas)
+        if self.schedule == "linear" and self.rescale_betas is None:
+            object.__setattr__(self, "rescale_betas", True)  # the resolved value is what is saved
+
+    @property
+    def beta_convention(self) -> str:
+        """The label every result carries: 'rescaled', 'fixed range' or 'cosine'."""
+        if self.schedule == "cosine":
+            return "cosine"
+        return "rescaled" if self.rescale_betas else "fixed range"
+
+
+def check_chain(num_timesteps: int, schedule: str, rescale_betas: bool | None) -> None:
+    """Refuse, by name, a chain that cannot exist.
+
+    Raises:
+        InputError: T outside 2 .. 10,000; rescaled linear betas at T <= 20 (the last would be 1 or more);
+            `rescale_betas` given for the cosine schedule, which has no such choice.
+    """
+    _require(
+        isinstance(num_timesteps, int) and 2 <= num_timesteps <= 10_000,
+        f"diffusion.num_timesteps must be a whole number from 2 to 10000, not {num_timesteps}",
+    )
+    if schedule == "cosine":
+        _require(
+            rescale_betas is None,
+            "diffusion.rescale_betas does not apply to the cosine schedule, which is defined for every T; leave it out",
+        )
+    elif rescale_betas is not False:
+        _require(
+            num_timesteps > 20,
+            f"diffusion.num_timesteps of {num_timesteps} with rescaled linear betas would need a beta of "
+            f"{20 / num_timesteps:g}; take more than 20, --diffusion.no-rescale-betas, or the cosine schedule",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Group):
+    """Algorithm 1 and how long."""
+
+    num_steps: int = 800_000
+    """optimiser steps in all"""
+    batch_size: int = 128
+    """images per step"""
+    learning_rate: float = 2e-4
+    """Adam's, after the warm-up"""
+    warmup_steps: int = 5_000
+    """steps over which the learning rate rises linearly from 0; cut to num_steps"""
+    decay: Decay = "constant"
+    """the learning rate after the warm-up: constant, or falling to 0 at num_steps"""
+    ema_decay: float = 0.9999
+    """decay per step of the moving average of the parameters; early on it is (1 + k) / (10 + k)"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this Euclidean norm"""
+    precision: Precision = "auto"
+    """bf16 computes convolutions and products in bfloat16, the rest in float32; auto: where the device is fast at it"""
+    seed: int = 0
+    """of everything random in training"""
+    log_every: int = 100
+    """steps between lines of log.jsonl"""
+    checkpoint_every: int = 5_000
+    """steps between checkpoints"""
+    keep_checkpoints: int = 3
+    """how many of the newest checkpoints stay; 0: all"""
+
+    def _check(self) -> None:
+        self._at_least(1, "num_steps", "batch_size", "log_every", "checkpoint_every")
+        self._at_least(0, "warmup_steps", "keep_checkpoints", "seed")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(value > 0, f"training.{name} must be above 0, not {value}")
+        _require(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
+        object.__setattr__(self, "warmup_steps", min(self.warmup_steps, self.num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Group):
+    """What is looked at while training goes on; none of it changes the weights."""
+
+    validate_every: int = 5_000
+    """steps between validation losses (the averaged weights, fixed t and eps)"""
+    validation_images: int = 1_000
+    """held-out images in each validation loss"""
+    sample_every: int = 5_000
+    """steps between sample grids, always of the same seeds"""
+    sample_images: int = 64
+    """images in a sample grid"""
+    sample_steps: int = 50
+    """DDIM steps of a sample grid"""
+
+    def _check(self) -> None:
+        self._at_least(1, "validate_every", "validation_images", "sample_every", "sample_images", "sample_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(_Group):
+    """How images are drawn from a trained network."""
+
+    sampler: Sampler = "ddim"
+    """ddim (Song et al. 2020; few steps) or ddpm (Algorithm 2 of Ho et al. 2020; best with all T)"""
+    num_steps: int | None = None
+    """steps, each one evaluation of the network; unset: 50 for ddim, all T for ddpm"""
+    eta: float | None = None
+    """ddim only: noise added on the way, from 0 (none, the default) to 1 (as ddpm with beta_tilde)"""
+    spacing: Spacing = "uniform"
+    """which timesteps fewer than T steps visit: evenly spaced, or denser near the image"""
+    variance: Variance | None = None
+    """ddpm only: of the noise added at each step; unset: beta with all T steps, beta_tilde with fewer"""
+    seed: int = 0
+    """image i of a seed is always the same image"""
+    batch_size: int = 64
+    """images at a time; images of two batch sizes may differ in the last bit"""
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return ""  # its flags stand without a group
+
+    def _check(self) -> None:
+        self._at_least(1, "num_steps", "batch_size")
+        self._at_least(0, "seed")
+        _require(self.batch_size <= 65_536, f"batch_size must be at most 65536, not {self.batch_size}")
+        _require(self.eta is None or 0 <= self.eta <= 1, f"eta must be from 0 to 1, not {self.eta}")
+        _require(self.eta is None or self.sampler == "ddim", f"eta applies to the ddim sampler, not to {self.sampler}")
+        _require(
+            self.variance is None or self.sampler == "ddpm",
+            f"variance applies to the ddpm sampler, not to {self.sampler}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, whole."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.evaluation.sample_steps <= self.diffusion.num_timesteps,
+            f"evaluation.sample_steps of {self.evaluation.sample_steps} exceeds "
+            f"diffusion.num_timesteps of {self.diffusion.num_timesteps}",
+        )
+
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Build from parsed JSON or TOML: a table per group, each optional.
+
+        Raises:
+            InputError: unknown group or setting, wrong type, value out of range.
+        """
+        _require(isinstance(values, dict), f"a config must be a table of groups, not {type(values).__name__}")
+        assert isinstance(values, dict)
+        groups = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        for name in values:
+            _require(name in groups, f"there is no group {name!r}; the groups are {', '.join(groups)}")
+        return cls(**{name: typing.cast(Any, groups[name]).from_dict(group) for name, group in values.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The settings as plain JSON values, a table per group; `from_dict` reads it back."""
+        return typing.cast(dict[str, dict[str, Any]], json.loads(json.dumps(dataclasses.asdict(self))))
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = resources.files("ddpm_lab") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """Parse a recipe: the name of a packaged one, or the path of a TOML file.
+
+    Returns:
+        The parsed tables, not yet checked: flags may override them before `Config.from_dict` does.
+    Raises:
+        InputError: no such recipe, unreadable, or not TOML.
+    """
+    if recipe in recipe_names():
+        return tomllib.loads((resources.files("ddpm_lab") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8"))
+    path = Path(recipe)
+    if not path.is_file():
+        raise InputError(
+            f"no recipe {recipe!r}: name one of {', '.join(recipe_names())}, or the path of a TOML file that exists"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {recipe} is not a TOML file: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise InputError(f"recipe {recipe} cannot be read: {error.strerror}") from error
+
+
+def load_recipe(recipe: str) -> Config:
+    """The configuration a recipe describes; see `read_recipe` and `Config.from_dict` for what raises."""
+    return Config.from_dict(read_recipe(recipe))

@@ -1,0 +1,100 @@
+"""Fetching a file over HTTP: continued where it broke off, mirrors tried in turn, and never an endless wait."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import requests
+
+from ddpm_lab.config import InputError
+from ddpm_lab.progress import progress
+
+ANSWER_SECONDS = 15.0  # for all mirrors together to begin to answer, name look-up included
+STALL_SECONDS = 20.0  # between two pieces of a download that has begun
+
+T = TypeVar("T")
+
+
+def download(urls: list[str], path: Path, description: str) -> None:
+    """Fetch a file from the first of several addresses that gives it.
+
+    What has arrived is kept beside it as `.part`, and the next call asks only for the rest.
+
+    Args:
+        urls: addresses of the same file, best first.
+        path: where it ends up, once whole.
+    Raises:
+        InputError: no address gave it; the message names the addresses and where to put the file by hand.
+    """
+    part = path.with_name(path.name + ".part")
+    deadline = time.monotonic() + ANSWER_SECONDS
+    reasons = []
+    for url in urls:
+        try:
+            _download(url, part, description, deadline - time.monotonic())
+        except (requests.RequestException, TimeoutError) as error:
+            reasons.append(f"{url} ({_reason(error)})")
+        else:
+            part.replace(path)
+            return
+    raise InputError(
+        f"{description} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; "
+        "go online, or give --data-dir (or DDPM_DATA_DIR) a folder that holds it"
+    )
+
+
+def _download(url: str, part: Path, description: str, answer_seconds: float) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    response = _within(
+        answer_seconds, lambda: requests.get(url, headers=headers, stream=True, timeout=(10.0, STALL_SECONDS))
+    )
+    with response:
+        if response.status_code == 416:  # nothing after what is there: not this file, or already whole
+            part.unlink()
+            raise requests.HTTPError("the part kept here does not belong to this file; it is dropped")
+        response.raise_for_status()
+        if response.status_code != 206:
+            start = 0  # the server sends all of it again
+        length = start + int(response.headers.get("Content-Length", 0))
+        with part.open("ab" if start else "wb") as stream, progress(description, length, "bytes", start) as advance:
+            for piece in response.iter_content(1 << 18):
+                stream.write(piece)
+                advance(len(piece))
+    if part.stat().st_size < length:
+        raise requests.ConnectionError(
+            f"broke off after {part.stat().st_size} of {length} bytes; run it again to go on"
+        )
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Run a call that may hang (a name look-up has no time-out of its own) and give up on it in time."""
+    outcome: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=max(seconds, 0.001))
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, requests.HTTPError):
+        return " ".join(str(error).split())[:120]
+    if isinstance(error, TimeoutError | requests.Timeout):
+        return "no answer in time"
+    if "broke off" in str(error):
+        return str(error)
+    return "cannot be reached"

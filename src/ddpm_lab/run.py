@@ -1,0 +1,440 @@
+"""A run: a folder that training writes, continues and can always be continued from.
+
+    config.json   log.jsonl   checkpoints/step_00010000/   samples/step_00010000.png
+
+`train` drives `training_loop`, and does between its steps all that training itself does not know about. Invariant: the
+newest checkpoint is whole, and the log ends at or after it; on resume what is later is cut, and comes again.
+"""
+
+import json
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ddpm_lab.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
+    load_optimizer,
+    load_parameters,
+    remove_old_checkpoints,
+    replace_atomically,
+    save_checkpoint,
+)
+from ddpm_lab.config import Config, InputError, SamplingConfig
+from ddpm_lab.data import ImageSet, load_images
+from ddpm_lab.diffusion import diffusion_loss
+from ddpm_lab.generation import generate
+from ddpm_lab.images import image_grid, save_png, visible_scale
+from ddpm_lab.progress import duration, progress, size
+from ddpm_lab.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.trained import TrainedModel, read_run_record
+from ddpm_lab.training import (
+    TrainingState,
+    TrainingStep,
+    autocast,
+    new_state,
+    resolve_device,
+    resolve_precision,
+    training_loop,
+    validation_loss,
+)
+from ddpm_lab.unet import build_unet
+
+BANDS = 10  # of timesteps, in loss_by_t
+FREE_TO_CHANGE = {"training": ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"), "evaluation": None}
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, through no fault of what the user typed; what was saved stays."""
+
+
+class Interrupted(RuntimeError):
+    """The user stopped the run; a checkpoint was written."""
+
+
+@dataclass
+class Interval:
+    """What is summed up between two lines of the log."""
+
+    steps: list[TrainingStep]
+    begun: float
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """Train a run to its last step, from its newest checkpoint where it has one.
+
+    Args:
+        config: what to train; it must agree with the run's, where there is one.
+        run_dir: made where it does not exist.
+        device: auto, cpu, cuda or mps.
+        data_dir: see `data.load_images`.
+        say: takes a line of text for the user, now and then.
+    Returns:
+        The folder of the last checkpoint.
+    Raises:
+        InputError: data, device, model or run folder do not fit; nothing was changed.
+        RunError: the loss is not finite, or the disk is full; the newest checkpoint stays.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    on = resolve_device(device)
+    _check_folder(run_dir)
+    training_set = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
+    held_out = load_images(config.data.dataset, "test", data_dir, config.data.image_size)
+    channels, image_size = training_set.images.shape[1:3]
+    schedule = build_schedule(config.diffusion)
+    torch.manual_seed(config.training.seed)
+    model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps).to(on)
+    if on.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    state = new_state(model, config.training)
+    record = _run_record(config, training_set)
+    _check_agreement(run_dir, record)
+
+    with _locked(run_dir):
+        _check_agreement(run_dir, record)
+        if _read_text(run_dir / "config.json") != _as_json(record):
+            replace_atomically(run_dir / "config.json", _as_json(record).encode())
+        steps = checkpoint_steps(run_dir)
+        if steps:
+            _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
+        seconds = _cut_log(run_dir / "log.jsonl", state.step)
+        if state.step >= config.training.num_steps:
+            say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
+            return checkpoint_path(run_dir, state.step)
+        say(_opening(run_dir, config, state, schedule, training_set, on))
+        session = _Session(config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds)
+        try:
+            session.run(training_set.images.to(on))
+        except OSError as error:
+            raise RunError(
+                f"{run_dir} cannot be written at step {state.step}: {error.strerror or error}; "
+                f"the last checkpoint is of step {_last_step(run_dir)}"
+            ) from error
+    return checkpoint_path(run_dir, state.step)
+
+
+class _Session:
+    """One sitting of a run: the loop, and what happens between its steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        state: TrainingState,
+        schedule: NoiseSchedule,
+        held_out: Tensor,
+        training_set: ImageSet,
+        record: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        self.config, self.run_dir, self.state, self.schedule = config, run_dir, state, schedule
+        self.held_out = held_out[: config.evaluation.validation_images]
+        channels, height, width = training_set.images.shape[1:]
+        self.image_shape = (channels, height, width)
+        self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
+
+    def run(self, images: Tensor) -> None:
+        """Train to the end, logging, validating, sampling and saving when each is due."""
+        training, evaluation, state = self.config.training, self.config.evaluation, self.state
+        interval = Interval([], time.monotonic())
+        with (
+            _stop_signals() as stopped,
+            progress("training", training.num_steps, "steps", start=state.step) as advance,
+        ):
+            for step in training_loop(state, self.schedule, images, self.config):
+                interval.steps.append(step)
+                last = step.step == training.num_steps or stopped.is_set()
+
+                def due(every: int, k: int = step.step, last: bool = last) -> bool:
+                    return k % every == 0 or last
+
+                saving, validating = due(training.checkpoint_every), due(evaluation.validate_every)
+                if due(training.log_every) or saving or validating:
+                    line = self._summary(interval)
+                    if validating:
+                        line["validation_loss"] = self._validation_loss()
+                    self._log(line)
+                    advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+                    if due(evaluation.sample_every) and not stopped.is_set():
+                        self._sample_grid()
+                    if saving:
+                        save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
+                        remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
+                    interval = Interval([], time.monotonic())
+                advance(1)
+                if stopped.is_set() and step.step < training.num_steps:
+                    raise Interrupted(
+                        f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
+                    )
+
+    def _summary(self, interval: Interval) -> dict[str, Any]:
+        """A line of the log; stops the run where a loss was not finite."""
+        steps, config = interval.steps, self.config
+        losses = torch.stack([step.losses for step in steps]).double().cpu()
+        bad = (~losses.mean(1).isfinite()).nonzero()
+        if len(bad):
+            raise RunError(
+                f"the loss is not finite at step {steps[int(bad[0])].step} (seed {config.training.seed}); "
+                f"the last checkpoint is of step {_last_step(self.run_dir)}; a lower --training.learning-rate may help"
+            )
+        elapsed = time.monotonic() - interval.begun
+        t = torch.stack([step.t for step in steps]).cpu()
+        bands = t * BANDS // config.diffusion.num_timesteps
+        by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
+        return {
+            "step": steps[-1].step,
+            "images": steps[-1].step * config.training.batch_size,
+            "loss": losses.mean().item(),
+            "loss_by_t": by_t,
+            "grad_norm": torch.stack([step.grad_norm for step in steps]).mean().item(),
+            "lr": steps[-1].learning_rate,
+            "images_per_second": losses.numel() / elapsed,
+            "seconds": self.seconds_before + time.monotonic() - self.begun,
+        }
+
+    def _validation_loss(self) -> float:
+        return validation_loss(self.state.ema, self.schedule, self.held_out, self.config.diffusion.prediction)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _sample_grid(self) -> None:
+        evaluation = self.config.evaluation
+        trained = TrainedModel(
+            str(self.run_dir), self.config, self.state.ema, self.schedule, self.image_shape, self.state.step,
+            "ema", self.run_dir, self.record,
+        )  # fmt: skip
+        sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
+        images = torch.cat(list(generate(trained, evaluation.sample_images, sampling)))
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        picture = image_grid(images, scale=visible_scale(self.image_shape[1]))
+        save_png(folder / f"step_{self.state.step:08d}.png", picture)
+
+
+def _last_step(run_dir: Path) -> str:
+    steps = checkpoint_steps(run_dir)
+    return str(steps[-1]) if steps else "none yet"
+
+
+def _restore(state: TrainingState, folder: Path, step: int) -> None:
+    load_parameters(state.model, folder, "model.safetensors")
+    load_parameters(state.ema, folder, "ema.safetensors")
+    load_optimizer(state.optimizer, state.model, folder, step)
+    state.step = step
+
+
+def _run_record(config: Config, training_set: ImageSet) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return {
+        "config": config.to_dict(),
+        "seed": config.training.seed,
+        "data": {
+            "name": training_set.name,
+            "num_images": len(training_set),
+            "image_shape": list(training_set.images.shape[1:]),
+            "sha256": training_set.sha256,
+        },
+        "versions": {
+            "ddpm-lab": version("ddpm-lab"),
+            "torch": version("torch"),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _check_folder(run_dir: Path) -> None:
+    """Refuse a folder that is something else than a run, before anything is made in it."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--run {run_dir} is a file; name a folder, new or of a run")
+    if run_dir.is_dir() and not (run_dir / "config.json").exists():
+        others = sorted(path.name for path in run_dir.iterdir() if path.name != ".lock")
+        if others:
+            raise InputError(
+                f"--run {run_dir} holds {others[0]} but no config.json: it is not a run; name another folder"
+            )
+
+
+def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
+    """Refuse settings or data other than those the run was begun with, except where changing them is harmless."""
+    if not (run_dir / "config.json").exists():
+        return
+    old_record, old, _ = read_run_record(run_dir / "config.json")
+    new = Config.from_dict(record["config"])
+    if new.training.num_steps != old.training.num_steps:
+        steps = checkpoint_steps(run_dir)
+        if new.training.decay != "constant":
+            raise InputError(
+                f"run {run_dir} was planned for {old.training.num_steps} steps, and its learning rate falls to 0 there "
+                f"(training.decay {old.training.decay}); {new.training.num_steps} need another --run"
+            )
+        if steps and new.training.num_steps < steps[-1]:
+            raise InputError(
+                f"run {run_dir} has {steps[-1]} steps already; training.num_steps can only grow, "
+                f"not be {new.training.num_steps}"
+            )
+    for group, values in new.to_dict().items():
+        free = FREE_TO_CHANGE.get(group, ())
+        for name, value in values.items():
+            there = old.to_dict()[group][name]
+            if value != there and free is not None and name not in free:
+                raise InputError(
+                    f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
+                    "give the same setting, or another --run"
+                )
+    if old_record["data"].get("sha256") != record["data"]["sha256"]:
+        raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process; the system lets go when the process ends, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"run {run_dir} is being written by another process; wait for it, or name another --run"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--run {run_dir} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of a run's `log.jsonl`, oldest first; a torn line is left out."""
+    path = run_dir / "log.jsonl"
+    return (
+        [entry for _, entry in _log_lines(path.read_text(encoding="utf-8", errors="replace"))] if path.exists() else []
+    )
+
+
+def _log_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with what it says."""
+    for line in text.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            whole = line.endswith("\n") and isinstance(entry["step"], int) and isinstance(entry["seconds"], float)
+        except (ValueError, KeyError, TypeError):
+            continue
+        if whole:
+            yield line, entry
+
+
+def _cut_log(path: Path, step: int) -> float:
+    """Drop log lines after `step`, and a torn last one; returns the seconds of training logged before."""
+    if not path.exists():
+        return 0.0
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = [(line, entry) for line, entry in _log_lines(text) if entry["step"] <= step]
+    if "".join(line for line, _ in kept) != text:
+        replace_atomically(path, "".join(line for line, _ in kept).encode())
+    return float(kept[-1][1]["seconds"]) if kept else 0.0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set an event, so that the step under way can end; a second SIGINT interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _opening(
+    run_dir: Path,
+    config: Config,
+    state: TrainingState,
+    schedule: NoiseSchedule,
+    training_set: ImageSet,
+    device: torch.device,
+) -> str:
+    """What the run will cost, measured or counted before it starts."""
+    training = config.training
+    parameters = sum(p.numel() for p in state.model.parameters())
+    image_shape = tuple(training_set.images.shape[1:])
+    dtype = resolve_precision(training.precision, device)
+    seconds = _step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
+    kept = training.keep_checkpoints or -(-training.num_steps // training.checkpoint_every)
+    kept = min(kept, -(-training.num_steps // training.checkpoint_every))
+    beginning = f"continues from step {state.step}" if state.step else "starts"
+    return (
+        f"{run_dir} {beginning}: {training_set.name}, {len(training_set)} images of "
+        f"{' x '.join(map(str, image_shape))}; {parameters:,} parameters, "
+        f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
+        f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
+        f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
+        f"up to {size(16 * parameters * kept)} of checkpoints"
+    )
+
+
+def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one evaluation for one image: two for each multiplication."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    return int(counter.get_total_flops())
+
+
+def _step_seconds(
+    state: TrainingState, schedule: NoiseSchedule, image_shape: tuple[int, ...], config: Config, device: torch.device
+) -> float:
+    """Time of a training step, from a forward and backward pass over part of a batch; weights stay as they are."""
+    rows = min(config.training.batch_size, 32)
+    x_0 = torch.zeros(rows, *image_shape, device=device)
+    dtype = resolve_precision(config.training.precision, device)
+    for _ in range(2):  # the first pass also warms up
+        begun = time.monotonic()
+        with autocast(device, dtype):
+            loss = diffusion_loss(state.model, schedule, x_0)
+        torch.autograd.backward(loss)
+        float(loss.detach())
+        seconds = time.monotonic() - begun
+    state.optimizer.zero_grad()
+    return seconds * config.training.batch_size / rows

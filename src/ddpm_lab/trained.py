@@ -1,0 +1,171 @@
+"""A trained network from wherever it lies: a run folder, one of its checkpoints, or the weights in this package."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, read_json, read_meta
+from ddpm_lab.config import Config, InputError
+from ddpm_lab.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.training import resolve_device
+from ddpm_lab.unet import UNet, build_unet
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network with all that is needed to sample from it.
+
+    Attributes:
+        name: what was loaded, as the user named it.
+        config: the run's.
+        model: called as model(x_t, t), t int64 in [0, T); in evaluation mode.
+        schedule: its forward process.
+        image_shape: (C, H, W).
+        step: optimiser steps trained.
+        weights: 'ema' or 'raw'.
+        folder: the checkpoint's.
+        record: `config.json` whole: config, data, versions, seed.
+    """
+
+    name: str
+    config: Config
+    model: UNet
+    schedule: NoiseSchedule
+    image_shape: tuple[int, int, int]
+    step: int
+    weights: Weights
+    folder: Path
+    record: dict[str, Any]
+
+
+def packaged_names() -> list[str]:
+    """Names of the weights that come with the package."""
+    folder = resources.files("ddpm_lab") / "weights"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and (entry / "meta.json").is_file())
+
+
+def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, Path]:
+    """The checkpoint folder and the `config.json` that a SOURCE stands for.
+
+    Args:
+        source: a run folder, a checkpoint folder in it, or the name of packaged weights.
+        checkpoint: a step of a run folder; None: the newest.
+    Raises:
+        InputError: there is no such thing, or no such checkpoint; what there is is named.
+    """
+    if source in packaged_names() and not Path(source).exists():
+        if checkpoint is not None:
+            raise InputError(f"packaged weights {source!r} have one checkpoint; leave --checkpoint out")
+        folder = Path(str(resources.files("ddpm_lab") / "weights" / source))
+        return folder, folder / "config.json"
+    path = Path(source)
+    if not path.is_dir():
+        raise InputError(
+            f"no model {source!r}: give a run folder, a checkpoint folder in one, "
+            f"or the name of packaged weights ({', '.join(packaged_names()) or 'none in this version'})"
+        )
+    if (path / "meta.json").is_file():
+        if checkpoint is not None:
+            raise InputError(f"{source} is one checkpoint; give --checkpoint with its run folder")
+        own = path / "config.json"
+        return path, own if own.is_file() else path.absolute().parent.parent / "config.json"
+    if not (path / "config.json").is_file():
+        raise InputError(f"{source} is not a run folder: it holds no config.json")
+    steps = checkpoint_steps(path)
+    if not steps:
+        raise InputError(f"run {source} has no checkpoint yet")
+    if checkpoint is not None and checkpoint not in steps:
+        raise InputError(f"run {source} has no checkpoint of step {checkpoint}; it has {', '.join(map(str, steps))}")
+    return checkpoint_path(path, steps[-1] if checkpoint is None else checkpoint), path / "config.json"
+
+
+def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int, int]]:
+    """A `config.json`: the record whole, the configuration in it, and the images' (C, H, W).
+
+    Raises:
+        InputError: absent, not JSON, or not what a run writes.
+    """
+    record = read_json(path)
+    data = record.get("data") if isinstance(record, dict) else None
+    shape = data.get("image_shape") if isinstance(data, dict) else None
+    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and 0 < n < 65536 for n in shape)):
+        raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
+    try:
+        config = Config.from_dict(record.get("config"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return record, config, (shape[0], shape[1], shape[2])
+
+
+def load(
+    source: str | Path, *, weights: Weights = "ema", checkpoint: int | None = None, device: str = "auto"
+) -> TrainedModel:
+    """Load a trained network.
+
+    Args:
+        source: a run folder, a checkpoint folder in it, or the name of packaged weights.
+        weights: 'ema' the moving average, or 'raw' the network as it was trained.
+        checkpoint: a step of a run folder; None: the newest.
+        device: auto, cpu, cuda or mps.
+    Raises:
+        InputError: no such source, damaged files, weights of another network.
+    """
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights must be ema or raw, not {weights!r}")
+    on = resolve_device(device)
+    folder, config_path = find_checkpoint(str(source), checkpoint)
+    record, config, image_shape = read_run_record(config_path)
+    step = int(read_meta(folder)["step"])
+    with torch.device("meta"):
+        model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
+    model = model.to_empty(device=on)
+    load_parameters(model, folder, "ema.safetensors" if weights == "ema" else "model.safetensors")
+    return TrainedModel(
+        name=str(source),
+        config=config,
+        model=model.eval().requires_grad_(False),
+        schedule=build_schedule(config.diffusion),
+        image_shape=image_shape,
+        step=step,
+        weights=weights,
+        folder=folder,
+        record=record,
+    )
+
+
+def describe(source: str, checkpoint: int | None = None) -> list[str]:
+    """Lines for a person: what a model is, and how far it came.
+
+    Raises:
+        InputError: as `load`.
+    """
+    trained = load(source, checkpoint=checkpoint, device="cpu")
+    record, config = trained.record, trained.config
+    parameters = sum(p.numel() for p in trained.model.parameters())
+    lines = [
+        f"{source}: {parameters:,} parameters, images of {' x '.join(map(str, trained.image_shape))}",
+        f"trained {trained.step} steps, {trained.step * config.training.batch_size:,} images seen "
+        f"of {record['data'].get('name')}",
+        f"T = {config.diffusion.num_timesteps}, {config.diffusion.schedule} schedule "
+        f"({config.diffusion.beta_convention}), predicts {config.diffusion.prediction}",
+    ]
+    if (trained.folder.parent.parent / "checkpoints").is_dir():
+        steps = checkpoint_steps(trained.folder.parent.parent)
+        lines.append(f"checkpoints: {', '.join(map(str, steps))}")
+    for group, values in config.to_dict().items():
+        lines.append(f"{group}: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items()))
+    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items()))
+    log = trained.folder.parent.parent / "log.jsonl"
+    if log.is_file():
+        entries = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.endswith("}")
+        ]
+        validated = [line for line in entries if "validation_loss" in line]
+        lines += [f"last logged: {line}" for line in validated[-1:] or entries[-1:]]
+    return lines

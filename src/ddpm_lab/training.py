@@ -1,0 +1,212 @@
+"""Training: Algorithm 1 of Ho et al. 2020, in a loop that yields after every step; the caller logs, saves and looks.
+
+Invariant: step k is a pure function of (config, weights, moments, k). Everything random in it comes from (seed, k), the
+order of the images from (seed, epoch), the learning rate and the decay of the average from k; so no random state is
+kept, and a run that was killed and resumed ends in the very weights of the run that was not.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm_lab.config import Config, InputError, Prediction, TrainingConfig
+from ddpm_lab.data import to_float, training_batch
+from ddpm_lab.diffusion import Model, denoising_losses
+from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.unet import UNet
+
+PERMUTATION, STEP, VALIDATION = 0, 1, 2  # what a random stream is for; with the seed and an index it names the stream
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds: networks, moments, and how many steps are done."""
+
+    model: UNet
+    ema: UNet
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one step did.
+
+    Attributes:
+        step: steps done, counted from 1.
+        losses: of each image, (B,) float32; t: their timesteps, (B,) int64; both on the device.
+        grad_norm: Euclidean norm before clipping, a scalar on the device.
+        learning_rate: used in this step.
+    """
+
+    step: int
+    losses: Tensor
+    t: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is the GPU where there is one, else Apple's, else the CPU.
+
+    Raises:
+        InputError: unknown, or not on this machine.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    if device not in available:
+        raise InputError(f"device must be auto, cpu, cuda or mps, not {device!r}")
+    if not available[device]:
+        raise InputError(
+            f"device {device} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
+        )
+    return torch.device(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of convolutions and products: for 'auto', bfloat16 where the device has instructions for it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "cpu":
+            capabilities: dict[str, object] = getattr(
+                torch.cpu, "get_capabilities", dict
+            )()  # told by newer versions of torch only
+            native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        else:
+            native = False
+        return torch.bfloat16 if native else torch.float32
+    return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Convolutions and products in `dtype`; normalisation takes its statistics in float32 all the same."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
+    """A state at step 0: Adam as in Ho et al. (betas 0.9 and 0.999), the average equal to the network."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, fused=device.type in ("cpu", "cuda"), foreach=False
+    )
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    return TrainingState(model, ema, optimizer)
+
+
+def learning_rate(config: TrainingConfig, k: int) -> float:
+    """Of step k = 0, 1, ...: a linear rise over the warm-up, then constant or falling to 0 at num_steps."""
+    if k < config.warmup_steps:
+        return config.learning_rate * (k + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return config.learning_rate
+    share = (k - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+    return config.learning_rate * (1 - share if config.decay == "linear" else (1 + math.cos(math.pi * share)) / 2)
+
+
+def ema_decay(config: TrainingConfig, k: int) -> float:
+    """Of step k: short at first, so that the average forgets the random start."""
+    return min(config.ema_decay, (1 + k) / (10 + k))
+
+
+def random_seed(*stream: int) -> int:
+    """A 63-bit seed from the integers that name a stream."""
+    return int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_images: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(random_seed(seed, PERMUTATION, epoch))
+    return torch.randperm(num_images, generator=generator)
+
+
+def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor:
+    """Which images step k sees: positions k B .. (k + 1) B of one permutation after another, (B,) int64."""
+    positions = range(k * batch_size, (k + 1) * batch_size)
+    pieces, position = [], positions.start
+    while position < positions.stop:
+        epoch, offset = divmod(position, num_images)
+        piece = _permutation(num_images, seed, epoch)[offset : offset + positions.stop - position]
+        pieces.append(piece)
+        position += len(piece)
+    return torch.cat(pieces)
+
+
+def training_loop(
+    state: TrainingState, schedule: NoiseSchedule, images: Tensor, config: Config
+) -> Iterator[TrainingStep]:
+    """Train from `state.step` to `num_steps` (Ho et al. 2020, Algorithm 1), yielding after each step.
+
+    Args:
+        state: changed in place.
+        schedule: the forward process.
+        images: the training set, (N, C, H, W) uint8, on the network's device.
+        config: the run's.
+    Yields:
+        A `TrainingStep` after each.
+    """
+    training, seed, device = config.training, config.training.seed, images.device
+    dtype = resolve_precision(training.precision, device)
+    parameters: list[Tensor] = list(state.model.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
+    state.model.train()
+    for k in range(state.step, training.num_steps):
+        generator = torch.Generator(device).manual_seed(random_seed(seed, STEP, k))
+        torch.manual_seed(random_seed(seed, STEP, k, 1))  # dropout has no generator of its own
+
+        # x_0 ~ q(x_0)
+        indices = batch_indices(len(images), training.batch_size, seed, k).to(device)
+        x_0 = training_batch(images, indices, config.data.horizontal_flip, generator)
+
+        # t ~ Uniform, eps ~ N(0, I)
+        t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=device)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+
+        # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
+        with autocast(device, dtype):
+            losses = denoising_losses(state.model, schedule, x_0, t, eps, config.diffusion.prediction)
+        state.optimizer.zero_grad()
+        torch.autograd.backward(losses.mean())
+        grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(training, k)
+        state.optimizer.step()
+
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
+        state.step = k + 1
+        yield TrainingStep(k + 1, losses.detach(), t, grad_norm, learning_rate(training, k))
+
+
+def validation_loss(
+    model: Model, schedule: NoiseSchedule, images: Tensor, prediction: Prediction, batch_size: int = 250
+) -> float:
+    """The simple loss on held-out images, with timesteps and noise that are always the same.
+
+    Image i has a timestep of the i-th of N equal parts of the chain (in a fixed shuffled order), so two networks differ
+    by their denoising and not by their draw; the noise depends on neither seed nor run.
+
+    Args:
+        images: (N, C, H, W) uint8, on the model's device.
+    Returns:
+        Mean squared error, in units of the prediction.
+    """
+    generator = torch.Generator().manual_seed(random_seed(VALIDATION))
+    N, T = len(images), schedule.num_timesteps
+    t = (torch.randperm(N, generator=generator) * T + T // 2) // N
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, N, batch_size):
+            x_0 = to_float(images[first : first + batch_size])
+            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            t_batch = t[first : first + batch_size].to(x_0.device)
+            total += float(denoising_losses(model, schedule, x_0, t_batch, eps, prediction).sum())
+    return total / N

@@ -1,0 +1,293 @@
+"""The network: the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), eps_theta(x_t, t).
+
+It knows x_t and t, not the schedule. Levels go down by strided convolutions and up by nearest-neighbour doubling; every
+state on the way down is kept on a stack and joined on the way up. Shape comments: (B, channels, height, width), E the
+width of the time embedding.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_lab.config import InputError, ModelConfig
+
+GROUPS, NORM_EPS = 32, 1e-6
+
+
+def timestep_embedding(position: Tensor, channels: int) -> Tensor:
+    """Sines then cosines of a position at frequencies 1 .. 1/10000 (Vaswani et al. 2017; Ho et al.'s spacing).
+
+    Args:
+        position: (B,) float32, on the scale of 0 .. 999.
+        channels: even, at least 4.
+    Returns:
+        (B, channels) float32.
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=position.device) / (half - 1)
+    angle = position[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    return cast(nn.Conv2d, _initialise(layer, scale))
+
+
+def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
+    """Uniform with variance scale / fan_avg, as Ho et al.; scale 0 makes a block start as the identity."""
+    if scale > 0:
+        nn.init.xavier_uniform_(layer.weight, gain=scale**0.5)
+    else:
+        nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, with the time embedding added between; 1x1 shortcut where channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=NORM_EPS)
+        self.conv1 = _convolution(in_channels, out_channels)
+        self.embedding = _initialise(nn.Linear(embedding_channels, out_channels))
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _convolution(out_channels, out_channels, scale=0)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else _convolution(in_channels, out_channels, kernel_size=1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.embedding(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return cast(Tensor, self.shortcut(x) + h)
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to every other: softmax(q k^T / sqrt(channels per head)) v, added to the input."""
+
+    def __init__(self, channels: int, head_channels: int | None) -> None:
+        super().__init__()
+        self.heads = channels // head_channels if head_channels else 1
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
+        self.query_key_value = _initialise(nn.Linear(channels, 3 * channels))
+        self.out = _initialise(nn.Linear(channels, channels), scale=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        qkv = self.query_key_value(tokens).view(B, H * W, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, C / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        return x + cast(Tensor, self.out(attended)).transpose(1, 2).reshape(B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution, padded at the right and the bottom only (as Ho et al.)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        _initialise(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _convolution(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, attention after each where the level has it, and the step to the next level."""
+
+    def __init__(
+        self,
+        channels: Sequence[tuple[int, int]],
+        embedding_channels: int,
+        dropout: float,
+        attention: bool,
+        head_channels: int | None,
+        resample: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, embedding_channels, dropout) for i, o in channels)
+        self.attentions = nn.ModuleList(
+            SelfAttention(o, head_channels) if attention else nn.Identity() for _, o in channels
+        )
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t) of Ho et al. 2020; the default arguments are their CIFAR-10 network (35,746,307 parameters).
+
+    Args:
+        image_channels: 1 or 3 (any number works).
+        base_channels: channels of the first level, a multiple of 32.
+        channel_multipliers: one per level; a level after the first has half the height and width of the one before.
+        num_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_levels: levels with self-attention, from 0; the middle always has it.
+        attention_head_channels: channels per head; None: one head.
+        dropout: in the residual blocks, while training.
+        patch_size: side of the patches that are folded into channels first and unfolded last.
+        num_timesteps: T; the network takes integer t and scales it itself.
+    Raises:
+        InputError: what cannot be built.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 3,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_levels: Sequence[int] = (1,),
+        attention_head_channels: int | None = None,
+        dropout: float = 0.1,
+        patch_size: int = 1,
+        num_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.config = ModelConfig(
+            base_channels=base_channels,
+            channel_multipliers=tuple(channel_multipliers),
+            num_blocks=num_blocks,
+            attention_levels=tuple(attention_levels),
+            attention_head_channels=attention_head_channels,
+            dropout=dropout,
+            patch_size=patch_size,
+        )
+        self.image_channels, self.num_timesteps = image_channels, num_timesteps
+        self.patch_size, self.base_channels = patch_size, base_channels
+        embedding_channels = 4 * base_channels
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        last = len(widths) - 1
+
+        def level(index: int, channels: list[tuple[int, int]], resample: nn.Module | None) -> Level:
+            attention = index in attention_levels
+            return Level(channels, embedding_channels, dropout, attention, attention_head_channels, resample)
+
+        self.time_embedding = nn.Sequential(
+            _initialise(nn.Linear(base_channels, embedding_channels)),
+            nn.SiLU(),
+            _initialise(nn.Linear(embedding_channels, embedding_channels)),
+            nn.SiLU(),
+        )
+        self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
+
+        # Down: the channels of every state kept are noted, for the way up joins them in reverse.
+        kept = [base_channels]
+        down: list[Level] = []
+        for index, width in enumerate(widths):
+            blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
+            down.append(level(index, blocks, Downsample(width) if index < last else None))
+            kept += [width] * (num_blocks + (index < last))
+
+        self.down = nn.ModuleList(down)
+
+        middle = widths[-1]
+        self.middle_in = ResidualBlock(middle, middle, embedding_channels, dropout)
+        self.middle_attention = SelfAttention(middle, attention_head_channels)
+        self.middle_out = ResidualBlock(middle, middle, embedding_channels, dropout)
+
+        up: list[Level] = []
+        current = middle
+        for index, width in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(num_blocks + 1):
+                blocks.append((current + kept.pop(), width))
+                current = width
+            up.append(level(index, blocks, Upsample(width) if index > 0 else None))
+        self.up = nn.ModuleList(up)
+        assert not kept
+
+        self.norm_out = nn.GroupNorm(GROUPS, base_channels * channel_multipliers[0], eps=NORM_EPS)
+        self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of images must be multiples of this."""
+        return int(self.patch_size * 2 ** (len(self.down) - 1))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict from noised images.
+
+        Args:
+            x_t: (B, C, H, W) float32; H and W multiples of `size_multiple`.
+            t: (B,) int64 in [0, T).
+        Returns:
+            (B, C, H, W), in the dtype the last convolution computes in.
+        Raises:
+            InputError: channels or size that do not fit the network.
+        """
+        if (
+            x_t.shape[1] != self.image_channels
+            or x_t.shape[2] % self.size_multiple
+            or x_t.shape[3] % self.size_multiple
+        ):
+            raise InputError(
+                f"this network takes (B, {self.image_channels}, H, W) with H and W multiples of {self.size_multiple}, "
+                f"not {tuple(x_t.shape)}"
+            )
+        # Position means noise level whatever T is; float32 throughout, for bfloat16 cannot tell 998 from 999.
+        position = 1000 * (t.float() + 1) / self.num_timesteps - 1
+        embedding = self.time_embedding(timestep_embedding(position, self.base_channels))  # (B, E)
+
+        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
+        states = [h]
+        for level in cast(Iterable[Level], self.down):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, embedding))
+                states.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                states.append(h)
+        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
+        for level in cast(Iterable[Level], self.up):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, states.pop()], dim=1), embedding))
+            if level.resample is not None:
+                h = level.resample(h)
+        assert not states
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else cast(Tensor, h)
+
+
+def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_timesteps: int) -> UNet:
+    """The network that a configuration describes, for square images of one size.
+
+    Raises:
+        InputError: the size is not a multiple of what the levels and patches need.
+    """
+    model = UNet(
+        image_channels,
+        base_channels=config.base_channels,
+        channel_multipliers=config.channel_multipliers,
+        num_blocks=config.num_blocks,
+        attention_levels=config.attention_levels,
+        attention_head_channels=config.attention_head_channels,
+        dropout=config.dropout,
+        patch_size=config.patch_size,
+        num_timesteps=num_timesteps,
+    )
+    if image_size % model.size_multiple:
+        raise InputError(
+            f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "
+            f"and patches of {config.patch_size}: the size must be a multiple of {model.size_multiple}"
+        )
+    return model

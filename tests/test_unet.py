@@ -1,0 +1,153 @@
+"""The network against diffusers' of the same shape, its size, and what it refuses."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_lab.config import InputError, load_recipe, recipe_names
+from ddpm_lab.unet import UNet, build_unet, timestep_embedding
+
+
+def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
+    """Copy every weight of diffusers' network into ours; each must be used exactly once."""
+    weights = dict(theirs.state_dict())
+
+    def take(module, name, parts=("weight", "bias")):
+        for part in parts:
+            getattr(module, part).data.copy_(weights.pop(f"{name}.{part}"))
+
+    def take_block(block, name):
+        for mine, yours in (("norm1", "norm1"), ("conv1", "conv1"), ("embedding", "time_emb_proj"),
+                            ("norm2", "norm2"), ("conv2", "conv2")):  # fmt: skip
+            take(getattr(block, mine), f"{name}.{yours}")
+        if not isinstance(block.shortcut, torch.nn.Identity):
+            take(block.shortcut, f"{name}.conv_shortcut")
+
+    def take_attention(attention, name):
+        take(attention.norm, f"{name}.group_norm")
+        for part in ("weight", "bias"):
+            parts = [weights.pop(f"{name}.to_{letter}.{part}") for letter in "qkv"]
+            getattr(attention.query_key_value, part).data.copy_(torch.cat(parts))
+        take(attention.out, f"{name}.to_out.0")
+
+    take(ours.conv_in, "conv_in")
+    take(ours.time_embedding[0], "time_embedding.linear_1")
+    take(ours.time_embedding[2], "time_embedding.linear_2")
+    for side, kind in ((ours.down, "down"), (ours.up, "up")):
+        for i, level in enumerate(side):
+            for j, (block, attention) in enumerate(zip(level.blocks, level.attentions, strict=True)):
+                take_block(block, f"{kind}_blocks.{i}.resnets.{j}")
+                if not isinstance(attention, torch.nn.Identity):
+                    take_attention(attention, f"{kind}_blocks.{i}.attentions.{j}")
+            if level.resample is not None:
+                take(level.resample.conv, f"{kind}_blocks.{i}.{kind}samplers.0.conv")
+    take_block(ours.middle_in, "mid_block.resnets.0")
+    take_attention(ours.middle_attention, "mid_block.attentions.0")
+    take_block(ours.middle_out, "mid_block.resnets.1")
+    take(ours.norm_out, "conv_norm_out")
+    take(ours.conv_out, "conv_out")
+    assert not weights, sorted(weights)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "multipliers", "attention", "head"),
+    [(1, 28, (1, 2, 2), (1,), None), (3, 32, (1, 2), (0, 1), 8), (1, 8, (1, 1), (), None)],
+)
+def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head):
+    theirs = UNet2DModel(
+        sample_size=size, in_channels=channels, out_channels=channels,
+        block_out_channels=tuple(32 * m for m in multipliers), layers_per_block=2,
+        down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(multipliers))),
+        up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in range(len(multipliers)))[::-1],
+        attention_head_dim=head, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        norm_eps=1e-6, norm_num_groups=32, act_fn="silu",
+    ).eval()  # fmt: skip
+    ours = UNet(
+        channels, base_channels=32, channel_multipliers=multipliers, num_blocks=2, attention_levels=attention,
+        attention_head_channels=head,
+    ).eval()  # fmt: skip
+    copy_from_diffusers(ours, theirs)
+    x_t, t = torch.randn(4, channels, size, size), torch.tensor([0, 17, 500, 999])
+    with torch.no_grad():
+        expected = theirs(x_t, t).sample
+        assert float(expected.abs().mean()) > 0.05
+        torch.testing.assert_close(ours(x_t, t), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cifar10_network_has_the_paper_size():
+    with torch.device("meta"):
+        model = UNet()
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_builds_a_network_for_its_images(recipe):
+    config = load_recipe(recipe)
+    channels, size = {"mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 8)}[config.data.dataset]
+    with torch.device("meta"):
+        model = build_unet(config.model, channels, size, config.diffusion.num_timesteps)
+        x = torch.empty(2, channels, size, size)
+        assert model(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
+
+
+@pytest.mark.parametrize(("channels", "size", "multipliers", "patch"), [(1, 28, (1, 1), 2), (3, 32, (1, 1), 4)])
+def test_patches_keep_the_shape(channels, size, multipliers, patch):
+    model = UNet(channels, 32, multipliers, 1, (), patch_size=patch)
+    x_t = torch.randn(2, channels, size, size)
+    assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
+
+
+def test_it_starts_by_predicting_nothing():
+    """Ho et al.'s initialisation: the last convolution is zero, so the first loss is the variance of the noise."""
+    with torch.no_grad():
+        output = UNet(1, 32, (1, 2), 1)(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
+    assert float(output.abs().max()) == 0
+
+
+@pytest.mark.parametrize("T", [2, 500, 2000, 10_000])
+def test_position_means_noise_level_whatever_T(T):
+    """The last step of any chain is position 999; of T = 1000 every step is its own position."""
+    model = UNet(1, 32, (1,), 1, (), num_timesteps=T).eval()
+    reference = UNet(1, 32, (1,), 1, (), num_timesteps=1000).eval()
+    torch.nn.init.normal_(model.conv_out.weight)
+    reference.load_state_dict(model.state_dict())
+    x_t = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(model(x_t, torch.tensor([T - 1])), reference(x_t, torch.tensor([999])))
+        middle = model(x_t, torch.tensor([T // 2 - 1]))
+        torch.testing.assert_close(middle, reference(x_t, torch.tensor([499])), rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_is_sines_then_cosines():
+    embedding = timestep_embedding(torch.tensor([0.0, 5.0]), 8)
+    torch.testing.assert_close(embedding[0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    frequencies = 10_000.0 ** -(torch.arange(4) / 3)
+    torch.testing.assert_close(embedding[1], torch.cat([(5 * frequencies).sin(), (5 * frequencies).cos()]))
+
+
+def test_dropout_acts_in_training_only():
+    model = UNet(1, 32, (1,), 1, (), dropout=0.5)
+    torch.nn.init.normal_(model.conv_out.weight)
+    torch.nn.init.normal_(model.down[0].blocks[0].conv2.weight)
+    x_t, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    assert not torch.equal(model(x_t, t), model(x_t, t))
+    model.eval()
+    assert torch.equal(model(x_t, t), model(x_t, t))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: UNet(base_channels=48),
+        lambda: UNet(channel_multipliers=()),
+        lambda: UNet(attention_levels=(4,)),
+        lambda: UNet(dropout=1.0),
+        lambda: UNet(attention_head_channels=7),
+        lambda: UNet(1, 32, (1, 2), 1)(torch.zeros(1, 3, 8, 8), torch.tensor([0])),
+        lambda: UNet(1, 32, (1, 2), 1)(torch.zeros(1, 1, 7, 8), torch.tensor([0])),
+        lambda: build_unet(load_recipe("cifar10").model, 1, 28, 1000),
+    ],
+)
+def test_what_cannot_be_built_is_refused(make):
+    with pytest.raises(InputError):
+        make()
