@@ -48,6 +48,9 @@ def tree_hash(folder: Path) -> dict[str, str]:
     }
 
 
+torch.set_num_threads(1)  # the shapes are too small to share, and threads that wait for each other cost minutes
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Laws of the noise schedules, and of the timesteps samplers visit."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,7 +85,7 @@ def test_timesteps_are_distinct_and_start_at_the_noise(data, T, spacing):
     assert len(timesteps) == num_steps
     assert timesteps[0] == T - 1
     assert timesteps[-1] >= 0
-    assert all(t > s for t, s in zip(timesteps, timesteps[1:], strict=False))
+    assert all(t > s for t, s in itertools.pairwise(timesteps))
 
 
 def test_timesteps_by_hand():

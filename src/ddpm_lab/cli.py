@@ -35,7 +35,7 @@ def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
                 Config.from_dict(values)  # a recipe stands on its own, so that its faults are told as its own
             except InputError as error:
                 raise InputError(f"recipe {recipe}: {error}") from error
-            Dict(values, use_commands_as_keys=False, source=f"recipe {recipe}")(app, commands, arguments)
+            Dict({"train": values}, source=f"recipe {recipe}")(app, commands, arguments)
     for argument in arguments:
         hints = {argument.hint, *typing.get_args(argument.hint)}
         if int in hints and float not in hints:

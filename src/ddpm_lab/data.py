@@ -9,6 +9,7 @@ import hashlib
 import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -239,7 +240,7 @@ def _read_verified(path: Path, file: _File) -> bytes:
     try:
         with _open(path) as stream:
             content = stream.read(file.num_bytes + 1)  # no further: the file may be anything
-    except (EOFError, OSError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{path} cannot be read: permission denied") from error
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); delete it and fetch it again") from error
@@ -313,7 +314,7 @@ def _unpack(archive: Path, files: list[_File], folder: Path) -> None:
                 partial = folder / f".{file.name}.partial"
                 partial.write_bytes(content)
                 partial.replace(folder / file.name)
-    except (tarfile.TarError, KeyError, EOFError) as error:
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise InputError(
             f"{archive} is not the official archive ({' '.join(str(error).split())}); fetch it again"
         ) from error

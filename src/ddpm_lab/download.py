@@ -61,7 +61,7 @@ def _download(url: str, part: Path, description: str, answer_seconds: float) -> 
             start = 0  # the server sends all of it again
         length = start + int(response.headers.get("Content-Length", 0))
         with part.open("ab" if start else "wb") as stream, progress(description, length, "bytes", start) as advance:
-            for piece in response.iter_content(1 << 18):
+            for piece in response.iter_content(1 << 16):
                 stream.write(piece)
                 advance(len(piece))
     if part.stat().st_size < length:

@@ -110,11 +110,11 @@ def train(
 
     with _locked(run_dir):
         _check_agreement(run_dir, record)
-        if _read_text(run_dir / "config.json") != _as_json(record):
-            replace_atomically(run_dir / "config.json", _as_json(record).encode())
         steps = checkpoint_steps(run_dir)
         if steps:
             _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
+        if _read_text(run_dir / "config.json") != _as_json(record):
+            replace_atomically(run_dir / "config.json", _as_json(record).encode())
         seconds = _cut_log(run_dir / "log.jsonl", state.step)
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
@@ -429,12 +429,13 @@ def _step_seconds(
     rows = min(config.training.batch_size, 32)
     x_0 = torch.zeros(rows, *image_shape, device=device)
     dtype = resolve_precision(config.training.precision, device)
-    for _ in range(2):  # the first pass also warms up
+    passes = []
+    for _ in range(4):  # the first ones also warm up, and other programs may disturb any
         begun = time.monotonic()
         with autocast(device, dtype):
             loss = diffusion_loss(state.model, schedule, x_0)
         torch.autograd.backward(loss)
         float(loss.detach())
-        seconds = time.monotonic() - begun
+        passes.append(time.monotonic() - begun)
     state.optimizer.zero_grad()
-    return seconds * config.training.batch_size / rows
+    return min(passes) * config.training.batch_size / rows

@@ -1,0 +1,27 @@
+"""Put a run's averaged weights into the package, in half precision: python scripts/package_weights.py RUN NAME."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from ddpm_lab.trained import load
+
+
+def main(run: str, name: str) -> None:
+    trained = load(run, device="cpu")
+    folder = Path(__file__).parent.parent / "src" / "ddpm_lab" / "weights" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save({key: p.detach().to(torch.float16).contiguous() for key, p in trained.model.named_parameters()})
+    meta = {"step": trained.step, "sha256": {"ema.safetensors": hashlib.sha256(content).hexdigest()}}
+    (folder / "ema.safetensors").write_bytes(content)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(trained.record, indent=2) + "\n")
+    print(f"{folder}: {len(content):,} bytes of step {trained.step}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

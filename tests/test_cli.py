@@ -1,0 +1,271 @@
+"""The command: what users type, and what they get where it cannot work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_lab.cli import run_command
+from ddpm_lab.config import recipe_names
+
+from .conftest import TINY_RECIPE, tree_hash
+
+BAD_TOML = {
+    "torn.toml": "[training\nnum_steps = 3",
+    "binary.toml": b"\xff\xfe\x00",
+    "empty_name.toml": '[data]\ndataset = ""',
+    "typo.toml": "[training]\nbatchsize = 3",
+    "group.toml": "[trainer]\nx = 1",
+    "nan.toml": "[training]\nlearning_rate = nan",
+    "list.toml": "training = 3",
+    "fraction.toml": "[training]\nnum_steps = 2.5",
+}
+MNIST_NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+@pytest.fixture
+def place(tmp_path, tiny_run, monkeypatch) -> Path:
+    """A folder with a run, damaged runs, recipes good and bad, images and files that must stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "data"))
+    shutil.copytree(tiny_run, "run")
+    shutil.copytree(tiny_run, "torn")
+    weights = Path("torn/checkpoints/step_00000012/ema.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    optimizer = Path("torn/checkpoints/step_00000012/optimizer.safetensors")
+    optimizer.write_bytes(b"")
+    for folder in ("empty", "notes", "pictures", "data/mnist"):
+        Path(folder).mkdir(parents=True)
+    Path("notes/todo.txt").write_text("keep me")
+    Path("old.png").write_bytes(b"an old picture")
+    Path("a_file").write_text("x")
+    Path("tiny.toml").write_text(TINY_RECIPE)
+    for name, text in BAD_TOML.items():
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    Image.new("L", (8, 8)).save("pictures/a.png")
+    Path("pictures/b.png").write_bytes(b"not an image")
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
+        Path(f"data/mnist/{name}.gz").write_bytes(b"\x1f\x8b nonsense")
+    return tmp_path
+
+
+TRAIN, SAMPLE = "train tiny.toml --run new --device cpu", "sample run --device cpu --out new.png"
+BAD_INPUTS = {
+    "no such command": ("fly", "Unknown command"),
+    "no such option": (TRAIN + " --training.lr 3", "Unknown option"),
+    "missing argument": ("train", "RECIPE"),
+    "missing value": ("train tiny.toml --run", "--run"),
+    "no such recipe": ("train nothing --run new", "no recipe 'nothing'"),
+    "recipe is a folder": ("train notes --run new", "no recipe 'notes'"),
+    "recipe torn": ("train torn.toml --run new", "not a TOML file"),
+    "recipe binary": ("train binary.toml --run new", "not a TOML file"),
+    "recipe with a typo": ("train typo.toml --run new", "no setting 'batchsize'"),
+    "recipe with an unknown group": ("train group.toml --run new", "no group 'trainer'"),
+    "recipe with NaN": ("train nan.toml --run new", "finite number"),
+    "recipe with no tables": ("train list.toml --run new", "table of settings"),
+    "recipe with a fraction": ("train fraction.toml --run new", "whole number"),
+    "recipe with no data set": ("train empty_name.toml --run new", "is empty"),
+    "fraction for a count": (TRAIN + " --training.num-steps 2.5", "whole number"),
+    "word for a number": (TRAIN + " --training.num-steps many", "whole number"),
+    "no steps": (TRAIN + " --training.num-steps 0", "at least 1"),
+    "negative batch": (TRAIN + " --training.batch-size -4", "at least 1"),
+    "astronomic count": (TRAIN + " --training.seed 99999999999999999999", "whole number"),
+    "infinite rate": (TRAIN + " --training.learning-rate inf", "finite number"),
+    "rate of zero": (TRAIN + " --training.learning-rate 0", "above 0"),
+    "one timestep": (TRAIN + " --diffusion.num-timesteps 1", "from 2 to 10000"),
+    "too few to rescale": (TRAIN + " --diffusion.num-timesteps 20", "no-rescale-betas"),
+    "cosine with betas": (TRAIN + " --diffusion.schedule cosine --diffusion.rescale-betas", "does not apply"),
+    "unknown schedule": (TRAIN + " --diffusion.schedule square", "linear"),
+    "channels not of 32": (TRAIN + " --model.base-channels 48", "multiple of 32"),
+    "too many levels": (TRAIN + " --model.channel-multipliers 1 1 1 1 1", "multiple of 16"),
+    "level that is not": (TRAIN + " --model.attention-levels 7", "must lie in 0..1"),
+    "unknown device": ("train tiny.toml --run new --device tpu", "cpu"),
+    "absent device": ("train tiny.toml --run new --device cuda", "not on this machine"),
+    "run is a file": ("train tiny.toml --run a_file", "is a file"),
+    "run is something else": ("train tiny.toml --run notes --device cpu", "it is not a run"),
+    "run below a file": ("train tiny.toml --run a_file/new --device cpu", "cannot be written"),
+    "run of another config": ("train tiny.toml --run run --device cpu --model.dropout 0", "model.dropout"),
+    "run of fewer steps": ("train tiny.toml --run run --device cpu --training.num-steps 9", "can only grow"),
+    "damaged checkpoint": ("train tiny.toml --run torn --device cpu --training.num-steps 20", "is damaged"),
+    "damaged data": (TRAIN + " --data.dataset mnist", "is damaged"),
+    "no such data": (TRAIN + " --data.dataset nothing", "no data set 'nothing'"),
+    "folder without images": (TRAIN + " --data.dataset notes", "holds 0 images"),
+    "folder with a bad image": (TRAIN + " --data.dataset pictures", "b.png"),
+    "size for a set that has one": (TRAIN + " --data.image-size 16", "has its own size"),
+    "data of no such name": ("data imagenet", "mnist"),
+    "damaged data shown": ("data mnist", "is damaged"),
+    "no such model": ("sample nothing --out new.png", "no model 'nothing'"),
+    "model is a file": ("sample a_file --out new.png", "no model 'a_file'"),
+    "model is another folder": ("sample notes --out new.png", "holds no config.json"),
+    "damaged weights": ("sample torn --device cpu --out new.png", "is damaged"),
+    "no such checkpoint": (SAMPLE + " --checkpoint 5", "it has 8, 12"),
+    "no images": (SAMPLE + " --num-images 0", "from 1 to"),
+    "too many for a picture": (SAMPLE + " --num-images 999999", "in one picture"),
+    "no sampling steps": (SAMPLE + " --num-steps 0", "at least 1"),
+    "more steps than trained": (SAMPLE + " --num-steps 1001", "from 1 to the 1000"),
+    "eta beyond 1": (SAMPLE + " --eta 2", "from 0 to 1"),
+    "eta for ddpm": (SAMPLE + " --sampler ddpm --eta 0.5", "applies to the ddim"),
+    "variance for ddim": (SAMPLE + " --variance beta", "applies to the ddpm"),
+    "unknown sampler": (SAMPLE + " --sampler magic", "ddim"),
+    "negative seed": (SAMPLE + " --seed -1", "at least 0"),
+    "unknown ending": ("sample run --device cpu --out old.jpeg", ".png or .npz"),
+    "out is a folder": ("sample run --device cpu --out empty", ".png or .npz"),
+    "out in no folder": ("sample run --device cpu --out nowhere/a.png", "does not exist"),
+    "out below a file": ("sample run --device cpu --out a_file/a.png", "does not exist"),
+    "info of nothing": ("info empty", "holds no config.json"),
+    "demo in a file": ("demo --out a_file", "a_file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line_exit_code_2_and_harms_nothing(place, capsys, name, record_property):
+    arguments, words = BAD_INPUTS[name]
+    before = tree_hash(place)
+    code = run_command(arguments.split())
+    lines = capsys.readouterr().err.splitlines()
+    with capsys.disabled():
+        if os.environ.get("SHOW_BAD_INPUTS"):
+            print(f"\n{code} | ddpm {arguments} | {' / '.join(lines)}")
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+    after = tree_hash(place)
+    assert {path: after.get(path) for path in before} == before
+    assert not [path for path in after.keys() - before.keys() if not path.endswith(".lock")]
+
+
+def test_there_are_enough_bad_inputs():
+    assert len(BAD_INPUTS) >= 25
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folders_one_may_not_write_are_refused(place, capsys):
+    Path("empty").chmod(0o500)
+    assert run_command(["train", "tiny.toml", "--run", "empty/run", "--device", "cpu"]) == 2
+    assert run_command(["sample", "run", "--device", "cpu", "--out", "empty/a.png"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_train_sample_info_as_the_readme_says(place, capsys):
+    assert run_command(["train", "tiny.toml", "--run", "new", "--device", "cpu", "--training.num-steps", "3"]) == 0
+    assert (
+        run_command(["sample", "new", "--num-images", "5", "--num-steps", "2", "--device", "cpu", "--out", "new.npz"])
+        == 0
+    )
+    assert (
+        run_command(["sample", "new", "--num-images", "5", "--num-steps", "2", "--device", "cpu", "--out", "old.png"])
+        == 0
+    )
+    assert run_command(["info", "new"]) == 0
+    out = capsys.readouterr().out
+    assert "trained: new/checkpoints/step_00000003" in out
+    assert "new.npz: 5 images of new at step 3 (ema), ddim, 2 of 1000 steps, seed 0" in out
+    assert "trained 3 steps, 24 images seen of digits:train" in out
+    with np.load("new.npz") as archive:
+        assert archive["images"].shape == (5, 8, 8, 1)
+    with Image.open("old.png") as picture:
+        assert picture.size[0] > 100
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(place, capsys):
+    command = (
+        "train tiny.toml --run new --device cpu --training.num-steps 1 --training.seed 3 --model.channel-multipliers 1"
+    )
+    assert run_command(command.split()) == 0
+    config = json.loads(Path("new/config.json").read_text())["config"]
+    assert config["training"]["seed"] == 3
+    assert config["model"]["channel_multipliers"] == [1]
+    assert config["data"]["dataset"] == "digits"
+    assert config["training"]["batch_size"] == 8
+    assert config["diffusion"]["num_timesteps"] == 1000
+
+
+def test_both_conventions_are_flags(place, capsys):
+    for flag, expected in (("--diffusion.rescale-betas", True), ("--diffusion.no-rescale-betas", False)):
+        command = (
+            f"train tiny.toml --run {expected} --device cpu --training.num-steps 1 {flag} --diffusion.num-timesteps 500"
+        )
+        assert run_command(command.split()) == 0
+        config = json.loads(Path(f"{expected}/config.json").read_text())["config"]
+        assert config["diffusion"]["rescale_betas"] is expected
+
+
+def test_short_chains_with_beta_warn_in_one_line(place):
+    command = SAMPLE + " --num-images 1 --batch-size 1 --sampler ddpm --num-steps 3 --variance beta"
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_lab", *command.split()], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines() == [
+        "warning: variance beta with 3 of 1000 steps leaves noise in the images; beta_tilde does not"
+    ]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["data"], ["train"], ["sample"], ["info"]])
+def test_help_names_every_option_and_default(command, capsys):
+    assert run_command([*command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Usage: ddpm" in text
+    if command == ["train"]:
+        assert "[default: 800000]" in text
+        assert all(name in text for name in recipe_names())
+        assert ".no-rescale-betas" in text
+
+
+def test_help_imports_nothing_heavy():
+    """`ddpm --help` answers at once because torch, numpy and the like are imported inside commands."""
+    code = "import sys; from ddpm_lab.cli import run_command; run_command(['--help']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "numpy", "PIL", "sklearn", "safetensors", "requests"):
+        assert f"'{heavy}'" not in out
+
+
+def test_absent_data_is_told_in_time(tmp_path):
+    """Without a network, or with one, the answer comes; here the mirrors' names lead nowhere."""
+    code = (
+        "from ddpm_lab import data; data.MNIST_MIRRORS = ('http://127.0.0.1:9/', 'http://mirror.invalid/');"
+        f"from ddpm_lab.cli import main; main(['data', 'mnist', '--data-dir', {str(tmp_path)!r}])"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert time.monotonic() - begun < 20
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: train-images-idx3-ubyte is not in")
+    assert "127.0.0.1:9" in line
+    assert "DDPM_DATA_DIR" in line
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_picture(tmp_path, capsys, monkeypatch):
+    """In small: a few steps of the recipe, all else as users get it; a second call has nothing left to train."""
+    from ddpm_lab import demo
+    from ddpm_lab.config import Config, SamplingConfig
+
+    recipe = demo.load_recipe("digits").to_dict()
+    recipe["training"] |= {"num_steps": 4, "warmup_steps": 2}
+    recipe["evaluation"] |= {"sample_steps": 2}
+    monkeypatch.setattr(demo, "load_recipe", lambda name: Config.from_dict(recipe))
+    monkeypatch.setitem(demo.SAMPLERS, "ddpm", SamplingConfig(sampler="ddpm", num_steps=3))
+    for _ in range(2):
+        assert run_command(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "demo" / "digits.png") as picture:
+        assert picture.size == (4 * (16 * 10 - 2), 4 * (12 * 10 - 2))
+    assert "validation loss" in capsys.readouterr().out

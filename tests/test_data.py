@@ -1,0 +1,245 @@
+"""Images from files: digits, official files in every compression, folders, and what is refused."""
+
+import gzip
+import hashlib
+import http.server
+import lzma
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_lab import data, download
+from ddpm_lab.config import InputError
+from ddpm_lab.data import load_images, to_float, to_uint8, training_batch
+
+
+def test_uint8_round_trips_through_float():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert to_float(every)[[0, -1]].tolist() == [-1.0, 1.0]
+    assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_digits_are_split_for_ever():
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    assert train.images.shape == (1437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    assert train.labels.shape == (1437,)
+    assert train.images.dtype == torch.uint8
+    assert int(train.images.max()) == 255
+    assert train.sha256.startswith("975aa9bd2d7f2491")
+    assert test.sha256.startswith("dd2fbba1fda39fbe")
+
+
+def test_real_mnist(real_data_dir):
+    train, test = load_images("mnist", "train", real_data_dir), load_images("mnist", "test", real_data_dir)
+    assert train.images.shape == (60_000, 1, 28, 28)
+    assert test.images.shape == (10_000, 1, 28, 28)
+    assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert float(train.images.double().mean()) == pytest.approx(33.3184, abs=1e-4)
+    assert float(test.images.double().std(correction=0)) == pytest.approx(79.1725, abs=1e-4)
+
+
+def test_real_cifar10(real_data_dir):
+    train = load_images("cifar10", "train", real_data_dir)
+    assert train.images.shape == (50_000, 3, 32, 32)
+    assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    means = train.images.transpose(0, 1).reshape(3, -1).double().mean(1) / 255
+    assert means.tolist() == pytest.approx([0.491400, 0.482158, 0.446531], abs=1e-6)
+    sky = train.images[train.labels == 0].double().mean((0, 2, 3))  # airplanes are blue: the planes are R, G, B
+    assert float(sky[2]) > float(sky[1]) > float(sky[0])
+
+
+@pytest.fixture
+def small_mnist(monkeypatch) -> dict[str, bytes]:
+    """Official files of three images, known to the module by their hashes; gives their contents."""
+    pixels = np.arange(3 * 784, dtype=np.uint32).astype(np.uint8).tobytes()
+    contents = {"images": bytes([0, 0, 8, 3]) + bytes(12) + pixels, "labels": bytes(8) + bytes([7, 1, 2])}
+    files = tuple(data._File(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items())
+    for table in (data.MNIST_FILES, data.OFFICIAL_FILES["mnist"]):
+        monkeypatch.setitem(table, "train", files)
+        monkeypatch.setitem(table, "test", files)
+    return contents
+
+
+def write_all(folder: Path, contents, ending, compress):
+    (folder / "mnist").mkdir()
+    for name, content in contents.items():
+        (folder / "mnist" / (name + ending)).write_bytes(compress(content))
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)], ids=["plain", "gz", "xz"]
+)
+def test_every_compression_is_read(tmp_path, small_mnist, ending, compress):
+    write_all(tmp_path, small_mnist, ending, compress)
+    loaded = load_images("mnist", "train", tmp_path)
+    assert loaded.images.flatten()[:4].tolist() == [0, 1, 2, 3]
+    assert loaded.labels.tolist() == [7, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[:-9], lambda c: c[:40] + b"x" + c[41:], lambda c: b"", lambda c: b"<html>not found</html>"],
+    ids=["truncated", "changed", "empty", "foreign"],
+)
+@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
+def test_damaged_files_are_named(tmp_path, small_mnist, damage, ending):
+    write_all(tmp_path, small_mnist, ending, {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[ending])
+    path = tmp_path / "mnist" / ("images" + ending)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"images{ending}.*delete it and fetch it again"):
+        load_images("mnist", "train", tmp_path)
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; breaks off after `allowed` bytes; understands Range; keeps what was asked."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    allowed = 10**9
+    asked: list[tuple[str, str | None]] = []  # noqa: RUF012
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        type(self).asked.append((self.path, wanted))
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : start + self.allowed])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    _Server.files, _Server.allowed, _Server.asked = {}, 10**9, []
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}/"
+    running.shutdown()
+    running.server_close()
+
+
+def test_fetching_verifies_and_is_done_once(tmp_path, small_mnist, server, monkeypatch):
+    monkeypatch.setattr(data, "MNIST_MIRRORS", (server + "gone/", server))
+    _Server.files = {f"/{name}.gz": gzip.compress(content) for name, content in small_mnist.items()}
+    assert len(load_images("mnist", "train", tmp_path)) == 3
+    asked = len(_Server.asked)
+    assert len(load_images("mnist", "test", tmp_path)) == 3
+    assert len(_Server.asked) == asked
+    assert sorted(p.name for p in (tmp_path / "mnist").iterdir()) == ["images.gz", "labels.gz"]
+
+
+def test_fetching_what_is_not_the_file_leaves_nothing(tmp_path, small_mnist, server, monkeypatch):
+    monkeypatch.setattr(data, "MNIST_MIRRORS", (server,))
+    _Server.files = {f"/{name}.gz": gzip.compress(b"something else") for name in small_mnist}
+    with pytest.raises(InputError, match="does not hold the official images"):
+        load_images("mnist", "train", tmp_path)
+    assert list((tmp_path / "mnist").iterdir()) == []
+
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
+    content = bytes(range(256)) * 1200
+    _Server.files, _Server.allowed = {"/file": content}, 200_000
+    path = tmp_path / "file"
+    with pytest.raises(InputError, match=r"broke off|cannot be reached"):
+        download.download([server + "file"], path, "file")
+    kept = path.with_name("file.part").stat().st_size
+    assert 0 < kept <= 200_000
+    assert not path.exists()
+    _Server.allowed = 10**9
+    download.download([server + "file"], path, "file")
+    assert path.read_bytes() == content
+    assert _Server.asked[-1] == ("/file", f"bytes={kept}-")
+
+
+def test_silence_is_given_up_in_time(tmp_path, monkeypatch):
+    """A name look-up or a connection that hangs has no time-out of its own."""
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(download.requests, "get", lambda *a, **k: time.sleep(30))
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"no answer in time.*--data-dir"):
+        download.download(["http://a.invalid/x", "http://b.invalid/x"], tmp_path / "x", "x")
+    assert time.monotonic() - begun < 5
+
+
+def save(folder: Path, name: str, size=(6, 6), mode="L", value=100) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(path)
+    return path
+
+
+def test_a_folder_is_a_data_set(tmp_path):
+    for i in range(40):
+        save(tmp_path, f"{i:02}.png", value=i)
+    train, test = (load_images(str(tmp_path), split) for split in ("train", "test"))
+    assert train.images.shape == (38, 1, 6, 6)
+    values = sorted([*train.images[:, 0, 0, 0].tolist(), *test.images[:, 0, 0, 0].tolist()])
+    assert values == list(range(40)), "every image is in one split, and in one only"
+
+
+def test_one_colour_image_makes_the_folder_colour(tmp_path):
+    for i in range(3):
+        save(tmp_path, f"grey{i}.png")
+    save(tmp_path, "red.png", mode="RGB")
+    loaded = [load_images(str(tmp_path), split).images for split in ("train", "test")]
+    assert {images.shape[1] for images in loaded} == {3} or {len(i) for i in loaded} == {1, 3}
+
+
+def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
+    picture = np.zeros((8, 16), np.uint8)
+    picture[:, 4:12] = 200
+    for i in range(2):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    assert load_images(str(tmp_path), "train", image_size=4).images.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda d: [p.unlink() for p in d.iterdir()], "holds 0 images"),
+        (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), r"b\.png cannot be read"),
+        (lambda d: (d / "b.png").write_bytes((d / "a.png").read_bytes()[:45]), r"b\.png cannot be read"),
+        (lambda d: save(d, "b.png", (5, 5)), "--data.image-size"),
+        (lambda d: [save(d, n, (5, 6)) for n in ("a.png", "b.png", "c.png")], "not square"),
+        (lambda d: Image.new("I;16", (6, 6)).save(d / "b.png"), "8 bits"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(tmp_path, break_it, words):
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path, name)
+    break_it(tmp_path)
+    with pytest.raises(InputError, match=words):
+        _ = [load_images(str(tmp_path), split) for split in ("train", "test")]
+
+
+def test_flips_mirror_about_half_and_depend_on_the_generator():
+    images = torch.tensor([[0, 255]], dtype=torch.uint8).expand(1000, 1, 1, 2)
+    indices = torch.arange(1000)
+    draw = lambda seed, flip=True: training_batch(images, indices, flip, torch.Generator().manual_seed(seed))  # noqa: E731
+    mirrored = float((draw(0)[:, 0, 0, 0] == 1).float().mean())
+    assert 0.4 < mirrored < 0.6
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0, False), to_float(images))
+
+
+@pytest.mark.parametrize("dataset", ["", "imagenet", "/nowhere/at/all"])
+def test_unknown_data_sets_are_refused(dataset, tmp_path):
+    with pytest.raises(InputError):
+        load_images(dataset or str(tmp_path))
+    with pytest.raises(InputError, match="train or test"):
+        load_images("digits", "validation")

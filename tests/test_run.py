@@ -1,0 +1,232 @@
+"""Runs: files, resuming after any death to the same bits, and what is refused."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_lab import checkpoint, run
+from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
+from ddpm_lab.config import InputError, load_recipe
+from ddpm_lab.run import RunError, read_log, train
+
+from .conftest import tree_hash
+
+
+def tiny(recipe, **training):
+    config = load_recipe(str(recipe))
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+def weights(run_dir: Path, step: int) -> dict[str, str]:
+    return tree_hash(checkpoint_path(run_dir, step))
+
+
+def test_a_run_has_the_documented_files(tiny_run):
+    record = json.loads((tiny_run / "config.json").read_text())
+    assert record["config"]["diffusion"]["rescale_betas"] is True, "resolved, not as typed"
+    assert record["data"]["name"] == "digits:train"
+    assert len(record["data"]["sha256"]) == 64
+    assert {"ddpm-lab", "torch", "numpy", "python"} <= record["versions"].keys()
+    assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
+    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
+    with Image.open(tiny_run / "samples" / "step_00000012.png") as grid:
+        assert grid.size == (2 * 8 * 7 + 2 * 7, 2 * 8 * 7 + 2 * 7), "2 x 2 images of 8, gaps of 2, seven times as large"
+
+
+def test_the_log_says_what_it_should(tiny_run):
+    log = read_log(tiny_run)
+    assert [entry["step"] for entry in log] == [2, 4, 6, 8, 10, 12]
+    for entry in log:
+        assert entry["images"] == 8 * entry["step"]
+        assert len(entry["loss_by_t"]) == 10
+        assert {"loss", "grad_norm", "lr", "images_per_second", "seconds"} <= entry.keys()
+    assert [entry["step"] for entry in log if "validation_loss" in entry] == [6, 12]
+
+
+def start(recipe: Path, run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ddpm_lab", "train", str(recipe), "--run", str(run_dir), "--device", "cpu", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def wait_for_log(process: subprocess.Popen[str], run_dir: Path, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "log.jsonl").exists() and (run_dir / "log.jsonl").read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the log did not grow: {process.communicate()}")
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_bits(tmp_path, tiny_recipe):
+    """SIGKILL after the log has grown, at several steps, each time resumed; all tensors equal those of one sitting."""
+    steps = ("--training.num-steps", "40", "--training.log-every", "1", "--training.checkpoint-every", "7")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start(tiny_recipe, whole, *steps)) == 0
+    deaths = []
+    for lines in (3, 11, 22, 33):
+        process = start(tiny_recipe, killed, *steps)
+        wait_for_log(process, killed, lines)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        deaths.append(len(read_log(killed)))
+    assert finish(start(tiny_recipe, killed, *steps)) == 0
+    assert deaths[-1] < 40, f"the last kill came too late to prove anything: {deaths}"
+    assert weights(killed, 40) == weights(whole, 40)
+    for entry, other in zip(read_log(killed), read_log(whole), strict=True):
+        for name in ("step", "images", "loss", "loss_by_t", "grad_norm", "lr"):
+            assert entry[name] == other[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_writes_a_checkpoint(tmp_path, tiny_recipe, number):
+    process = start(tiny_recipe, tmp_path, "--training.num-steps", "100000", "--training.log-every", "1")
+    wait_for_log(process, tmp_path, 3)
+    process.send_signal(number)
+    _out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (step,) = checkpoint_steps(tmp_path)[-1:]
+    assert err.splitlines()[-1] == f"error: stopped at step {step}; its checkpoint is written, the same command goes on"
+    assert read_log(tmp_path)[-1]["step"] == step
+
+
+def test_resuming_at_another_interval_changes_nothing(tmp_path, tiny_recipe, tiny_run):
+    """Steps 1-4, then on to 12 with other intervals: the weights of the run in one sitting."""
+    first = tiny(tiny_recipe, num_steps=4)
+    train(first, tmp_path, device="cpu")
+    train(tiny(tiny_recipe, log_every=5, checkpoint_every=3), tmp_path, device="cpu")
+    assert weights(tmp_path, 12) == weights(tiny_run, 12)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, tiny_recipe, tiny_run):
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    before, said = tree_hash(tmp_path / "copy"), []
+    train(tiny(tiny_recipe), tmp_path / "copy", device="cpu", say=said.append)
+    assert tree_hash(tmp_path / "copy") == before
+    assert "has all its 12 steps" in said[0]
+
+
+def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_recipe, tiny_run):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    shutil.rmtree(checkpoint_path(copy, 12))
+    with (copy / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 13, "lo')
+    train(tiny(tiny_recipe), copy, device="cpu")
+    assert [e["step"] for e in read_log(copy)] == [2, 4, 6, 8, 10, 12]
+    assert weights(copy, 12) == weights(tiny_run, 12)
+    lines = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
+    same = ("step", "loss", "loss_by_t", "validation_loss")
+    assert [[e.get(n) for n in same] for e in lines] == [[e.get(n) for n in same] for e in read_log(tiny_run)]
+
+
+def test_what_it_will_cost_is_said_first(tmp_path, tiny_recipe):
+    said = []
+    train(tiny(tiny_recipe, num_steps=1), tmp_path, device="cpu", say=said.append)
+    assert re.search(
+        r"starts: digits:train, 1437 images of 1 x 8 x 8; [\d,]+ parameters, [\d.e-]+ GFLOP an image forward.*"
+        r"steps 0 to 1 of 8 images on cpu in .*: about .*; up to [\d.]+ MB of checkpoints",
+        said[0],
+    )
+
+
+def test_flops_are_counted_as_by_hand():
+    """A 3x3 convolution from 4 to 8 channels on 5x5 positions is 2 * 9 * 4 * 8 * 25 operations."""
+
+    class OneConvolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 8, 3, padding=1)
+
+        def forward(self, x, t):
+            return self.conv(x)
+
+    assert run.forward_flops(OneConvolution(), (4, 5, 5)) == 2 * 9 * 4 * 8 * 25
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, batch_size=4)),
+         "training.batch_size 8, not 4"),
+        (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, dropout=0.0)), "model.dropout"),
+        (lambda c: dataclasses.replace(c, diffusion=dataclasses.replace(c.diffusion, num_timesteps=500)),
+         "diffusion.num_timesteps 1000, not 500"),
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, seed=1)), "training.seed"),
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "can only grow"),
+    ],
+)  # fmt: skip
+def test_another_configuration_is_refused(tiny_recipe, tiny_run, change, words):
+    before = tree_hash(tiny_run)
+    with pytest.raises(InputError, match=words):
+        train(change(tiny(tiny_recipe)), tiny_run, device="cpu")
+    assert tree_hash(tiny_run) == before
+
+
+def test_more_steps_are_refused_where_the_decay_depends_on_them(tmp_path, tiny_recipe):
+    train(tiny(tiny_recipe, num_steps=4, decay="cosine"), tmp_path, device="cpu")
+    before = tree_hash(tmp_path)
+    with pytest.raises(InputError, match="falls to 0 there"):
+        train(tiny(tiny_recipe, num_steps=8, decay="cosine"), tmp_path, device="cpu")
+    assert tree_hash(tmp_path) == before
+
+
+def test_another_process_is_refused(tmp_path, tiny_recipe):
+    with run._locked(tmp_path), pytest.raises(InputError, match="being written by another process"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recipe, monkeypatch):
+    real = run.training_loop
+
+    def poisoned(state, schedule, images, config):
+        for step in real(state, schedule, images, config):
+            yield dataclasses.replace(step, losses=step.losses * float("nan")) if step.step == 7 else step
+
+    monkeypatch.setattr(run, "training_loop", poisoned)
+    with pytest.raises(RunError, match=r"not finite at step 7 \(seed 0\); the last checkpoint is of step 4"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4]
+    monkeypatch.undo()
+    train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [8, 12]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    real, calls = checkpoint.write_durably, []
+
+    def full(path, content):
+        calls.append(path)
+        if "step_00000008" in str(path):
+            path.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_durably", full)
+    with pytest.raises(RunError, match="No space left on device; the last checkpoint is of step 4"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4]
+    assert not list(tmp_path.glob("checkpoints/.partial*"))
+    monkeypatch.undo()
+    train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert weights(tmp_path, 12) == weights(tiny_run, 12)

@@ -1,0 +1,168 @@
+"""Laws of training: what each step sees, the rates, the average, and that steps are functions of (seed, k)."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from ddpm_lab.config import TrainingConfig, load_recipe
+from ddpm_lab.data import load_images
+from ddpm_lab.schedule import linear_schedule
+from ddpm_lab.training import (
+    batch_indices,
+    ema_decay,
+    learning_rate,
+    new_state,
+    resolve_device,
+    resolve_precision,
+    training_loop,
+    validation_loss,
+)
+from ddpm_lab.unet import build_unet
+
+
+def config_of(tiny_recipe, **training):
+    config = load_recipe(str(tiny_recipe))
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+def state_of(config):
+    torch.manual_seed(0)
+    return new_state(build_unet(config.model, 1, 8, 1000), config.training)
+
+
+def parameters(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_every_epoch_sees_every_image_once():
+    seen = torch.cat([batch_indices(10, 4, seed=1, k=k) for k in range(5)])  # 20 positions: two epochs of 10
+    assert sorted(seen[:10].tolist()) == list(range(10))
+    assert sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert torch.equal(batch_indices(10, 4, 1, 3), seen[12:16])
+    assert batch_indices(3, 8, 0, 0).bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_learning_rate_rises_then_falls():
+    flat = TrainingConfig(num_steps=100, warmup_steps=10, learning_rate=1.0)
+    assert [learning_rate(flat, k) for k in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    linear = dataclasses.replace(flat, decay="linear")
+    assert [learning_rate(linear, k) for k in (9, 10, 55, 99)] == pytest.approx([1, 1, 0.5, 1 / 90])
+    cosine = dataclasses.replace(flat, decay="cosine")
+    assert [learning_rate(cosine, k) for k in (10, 55)] == pytest.approx([1, 0.5])
+    assert 0 < learning_rate(cosine, 99) < 0.001
+
+
+def test_warm_up_is_cut_to_the_run():
+    assert TrainingConfig(num_steps=100).warmup_steps == 100
+
+
+def test_average_is_short_at_first():
+    config = TrainingConfig(ema_decay=0.999)
+    assert [ema_decay(config, k) for k in (0, 90, 10**6)] == pytest.approx([0.1, 0.91, 0.999])
+
+
+def test_average_follows_its_recursion(tiny_recipe):
+    config = config_of(tiny_recipe, num_steps=5)
+    state = state_of(config)
+    expected = parameters(state.model)
+    for k, _ in enumerate(training_loop(state, linear_schedule(), load_images("digits").images, config)):
+        decay = ema_decay(config.training, k)
+        expected = decay * expected + (1 - decay) * parameters(state.model)
+        torch.testing.assert_close(parameters(state.ema), expected)
+
+
+def test_a_step_depends_on_its_number_and_nothing_before(tiny_recipe):
+    """Two steps of one state, the second from a copy with another random state around it, end in the same bits."""
+    config, images = config_of(tiny_recipe, num_steps=4), load_images("digits").images
+    whole = state_of(config)
+    for step in training_loop(whole, linear_schedule(), images, config):
+        if step.step == 2:
+            resumed = copy.deepcopy(whole)
+            resumed.optimizer = torch.optim.Adam(resumed.model.parameters(), fused=True)
+            resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    torch.manual_seed(12345)
+    torch.randn(7)
+    for _ in training_loop(resumed, linear_schedule(), images, config):
+        pass
+    assert torch.equal(parameters(whole.model), parameters(resumed.model))
+    assert torch.equal(parameters(whole.ema), parameters(resumed.ema))
+
+
+def test_seeds_differ(tiny_recipe):
+    images, ends = load_images("digits").images, []
+    for seed in (0, 1):
+        config = config_of(tiny_recipe, num_steps=2, seed=seed)
+        state = state_of(config)
+        losses = [step.losses for step in training_loop(state, linear_schedule(), images, config)]
+        ends.append(torch.stack(losses))
+    assert not torch.equal(*ends)
+
+
+def test_gradients_are_clipped_and_their_norm_reported(tiny_recipe):
+    """Plain gradient descent of rate 1 moves the weights by the clipped norm exactly."""
+    config = config_of(tiny_recipe, num_steps=2, max_grad_norm=1e-3, learning_rate=1.0, warmup_steps=0)
+    state = state_of(config)
+    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    before = parameters(state.model)
+    step = next(training_loop(state, linear_schedule(), load_images("digits").images, config))
+    assert float(step.grad_norm) > 1e-3
+    assert float((parameters(state.model) - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "precision"), [("eps", "float32"), ("eps", "bf16"), ("x_0", "float32"), ("v", "float32")]
+)
+def test_training_learns(tiny_recipe, prediction, precision):
+    config = config_of(tiny_recipe, num_steps=40, learning_rate=2e-3, precision=precision, batch_size=32)
+    config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, prediction=prediction))
+    state, images = state_of(config), load_images("digits").images
+    before = validation_loss(state.ema, linear_schedule(), images[:64], prediction)
+    losses = [step.losses for step in training_loop(state, linear_schedule(), images, config)]
+    after = validation_loss(state.ema, linear_schedule(), images[:64], prediction)
+    assert after < 0.8 * before
+    assert losses[0].dtype == torch.float32
+    assert next(state.model.parameters()).dtype == torch.float32
+
+
+def test_bf16_computes_what_float32_does_up_to_its_digits(tiny_recipe):
+    images, first = load_images("digits").images, []
+    for precision in ("float32", "bf16"):
+        config = config_of(tiny_recipe, num_steps=1, precision=precision)
+        state = state_of(config)
+        torch.nn.init.normal_(state.model.conv_out.weight, std=0.1)
+        first.append(next(training_loop(state, linear_schedule(), images, config)).losses)
+    torch.testing.assert_close(*first, rtol=0.03, atol=0.01)
+    assert not torch.equal(*first)
+
+
+def test_validation_loss_is_always_the_same_draw():
+    schedule, images = linear_schedule(), load_images("digits", "test").images[:50]
+    model = lambda x_t, t: 0.1 * x_t  # noqa: E731
+    loss = validation_loss(model, schedule, images, "eps")
+    torch.manual_seed(99)
+    assert validation_loss(model, schedule, images, "eps") == loss
+    assert validation_loss(model, schedule, images, "eps", batch_size=7) == pytest.approx(loss, rel=1e-6)
+
+
+def test_validation_visits_the_whole_chain_evenly():
+    seen = []
+
+    def model(x_t, t):
+        seen.append(t)
+        return x_t
+
+    validation_loss(model, linear_schedule(), load_images("digits", "test").images[:100], "eps")
+    assert sorted(torch.cat(seen).tolist()) == list(range(5, 1000, 10))
+
+
+def test_devices_and_precisions():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_precision("float32", torch.device("cpu")) == torch.float32
+    assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert resolve_precision("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(ValueError, match="auto, cpu, cuda or mps"):
+        resolve_device("tpu")
