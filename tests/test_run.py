@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab import checkpoint, run
+from ddpm_lab import checkpoint, cost, run
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.config import InputError, load_recipe
 from ddpm_lab.run import RunError, read_log, train
@@ -161,7 +161,7 @@ def test_flops_are_counted_as_by_hand():
         def forward(self, x, t):
             return self.conv(x)
 
-    assert run.forward_flops(OneConvolution(), (4, 5, 5)) == 2 * 9 * 4 * 8 * 25
+    assert cost.forward_flops(OneConvolution(), (4, 5, 5)) == 2 * 9 * 4 * 8 * 25
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,14 @@ def test_dropout_acts_in_training_only():
 def test_what_cannot_be_built_is_refused(make):
     with pytest.raises(InputError):
         make()
+
+
+def test_normalisation_takes_its_statistics_in_float32_under_bf16():
+    """A mean far above the deviation would ruin statistics of 8 bits; rounding the result alone leaves 1 in 128."""
+    x = 10 + torch.randn(2, 64, 14, 14)
+    norm = torch.nn.GroupNorm(32, 64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x_bf16 = x.to(torch.bfloat16)
+        found, expected = norm(x_bf16), norm(x_bf16.float())
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-7)

@@ -32,20 +32,18 @@ from ddpm_lab.checkpoint import (
     save_checkpoint,
 )
 from ddpm_lab.config import Config, InputError, SamplingConfig
+from ddpm_lab.cost import training_cost
 from ddpm_lab.data import ImageSet, load_images
-from ddpm_lab.diffusion import diffusion_loss
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
-from ddpm_lab.progress import duration, progress, size
+from ddpm_lab.progress import progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.trained import TrainedModel, read_run_record
 from ddpm_lab.training import (
     TrainingState,
     TrainingStep,
-    autocast,
     new_state,
     resolve_device,
-    resolve_precision,
     training_loop,
     validation_loss,
 )
@@ -119,7 +117,8 @@ def train(
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
             return checkpoint_path(run_dir, state.step)
-        say(_opening(run_dir, config, state, schedule, training_set, on))
+        beginning = f"continues from step {state.step}" if state.step else "starts"
+        say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
         session = _Session(config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds)
         try:
             session.run(training_set.images.to(on))
@@ -383,59 +382,3 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _opening(
-    run_dir: Path,
-    config: Config,
-    state: TrainingState,
-    schedule: NoiseSchedule,
-    training_set: ImageSet,
-    device: torch.device,
-) -> str:
-    """What the run will cost, measured or counted before it starts."""
-    training = config.training
-    parameters = sum(p.numel() for p in state.model.parameters())
-    image_shape = tuple(training_set.images.shape[1:])
-    dtype = resolve_precision(training.precision, device)
-    seconds = _step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
-    kept = training.keep_checkpoints or -(-training.num_steps // training.checkpoint_every)
-    kept = min(kept, -(-training.num_steps // training.checkpoint_every))
-    beginning = f"continues from step {state.step}" if state.step else "starts"
-    return (
-        f"{run_dir} {beginning}: {training_set.name}, {len(training_set)} images of "
-        f"{' x '.join(map(str, image_shape))}; {parameters:,} parameters, "
-        f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
-        f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
-        f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
-        f"up to {size(16 * parameters * kept)} of checkpoints"
-    )
-
-
-def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one evaluation for one image: two for each multiplication."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(model.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    return int(counter.get_total_flops())
-
-
-def _step_seconds(
-    state: TrainingState, schedule: NoiseSchedule, image_shape: tuple[int, ...], config: Config, device: torch.device
-) -> float:
-    """Time of a training step, from a forward and backward pass over part of a batch; weights stay as they are."""
-    rows = min(config.training.batch_size, 32)
-    x_0 = torch.zeros(rows, *image_shape, device=device)
-    dtype = resolve_precision(config.training.precision, device)
-    passes = []
-    for _ in range(4):  # the first ones also warm up, and other programs may disturb any
-        begun = time.monotonic()
-        with autocast(device, dtype):
-            loss = diffusion_loss(state.model, schedule, x_0)
-        torch.autograd.backward(loss)
-        float(loss.detach())
-        passes.append(time.monotonic() - begun)
-    state.optimizer.zero_grad()
-    return min(passes) * config.training.batch_size / rows
