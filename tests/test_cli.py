@@ -86,6 +86,7 @@ BAD_INPUTS = {
     "word for a number": (TRAIN + " --training.num-steps many", "whole number"),
     "no steps": (TRAIN + " --training.num-steps 0", "at least 1"),
     "negative batch": (TRAIN + " --training.batch-size -4", "at least 1"),
+    "astronomic batch": (TRAIN + " --training.batch-size 100000000000", "at most 65536"),
     "astronomic count": (TRAIN + " --training.seed 99999999999999999999", "whole number"),
     "infinite rate": (TRAIN + " --training.learning-rate inf", "finite number"),
     "rate of zero": (TRAIN + " --training.learning-rate 0", "above 0"),

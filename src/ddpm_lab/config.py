@@ -248,6 +248,7 @@ class TrainingConfig(_Group):
     def _check(self) -> None:
         self._at_least(1, "num_steps", "batch_size", "log_every", "checkpoint_every")
         self._at_least(0, "warmup_steps", "keep_checkpoints", "seed")
+        _require(self.batch_size <= 65_536, f"training.batch_size must be at most 65536, not {self.batch_size}")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _require(value > 0, f"training.{name} must be above 0, not {value}")
