@@ -46,6 +46,10 @@ def place(tmp_path, tiny_run, monkeypatch) -> Path:
     weights.write_bytes(weights.read_bytes()[:-100])
     optimizer = Path("torn/checkpoints/step_00000012/optimizer.safetensors")
     optimizer.write_bytes(b"")
+    shutil.copytree(tiny_run, "renamed")
+    Path("renamed/checkpoints/step_00000012").rename("renamed/checkpoints/step_00000013")
+    shutil.copytree(tiny_run, "flat", ignore=shutil.ignore_patterns("checkpoints"))
+    Path("flat/checkpoints").touch()
     for folder in ("empty", "notes", "pictures", "data/mnist"):
         Path(folder).mkdir(parents=True)
     Path("notes/todo.txt").write_text("keep me")
@@ -105,6 +109,8 @@ BAD_INPUTS = {
     "run of another config": ("train tiny.toml --run run --device cpu --model.dropout 0", "model.dropout"),
     "run of fewer steps": ("train tiny.toml --run run --device cpu --training.num-steps 9", "can only grow"),
     "damaged checkpoint": ("train tiny.toml --run torn --device cpu --training.num-steps 20", "is damaged"),
+    "checkpoint of another step": ("train tiny.toml --run renamed --device cpu --training.num-steps 20", "of step 12"),
+    "checkpoints are a file": ("train tiny.toml --run flat --device cpu", "is a file where a folder should be"),
     "damaged data": (TRAIN + " --data.dataset mnist", "is damaged"),
     "no such data": (TRAIN + " --data.dataset nothing", "no data set 'nothing'"),
     "folder without images": (TRAIN + " --data.dataset notes", "holds 0 images"),

@@ -27,6 +27,7 @@ from ddpm_lab.checkpoint import (
     checkpoint_steps,
     load_optimizer,
     load_parameters,
+    read_meta,
     remove_old_checkpoints,
     replace_atomically,
     save_checkpoint,
@@ -236,6 +237,8 @@ def _last_step(run_dir: Path) -> str:
 
 
 def _restore(state: TrainingState, folder: Path, step: int) -> None:
+    if read_meta(folder)["step"] != step:
+        raise InputError(f"{folder} says in its meta.json that it is of step {read_meta(folder)['step']}")
     load_parameters(state.model, folder, "model.safetensors")
     load_parameters(state.ema, folder, "ema.safetensors")
     load_optimizer(state.optimizer, state.model, folder, step)
@@ -272,6 +275,8 @@ def _read_text(path: Path) -> str | None:
 
 def _check_folder(run_dir: Path) -> None:
     """Refuse a folder that is something else than a run, before anything is made in it."""
+    if (run_dir / "checkpoints").exists() and not (run_dir / "checkpoints").is_dir():
+        raise InputError(f"--run {run_dir}: {run_dir / 'checkpoints'} is a file where a folder should be")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run {run_dir} is a file; name a folder, new or of a run")
     if run_dir.is_dir() and not (run_dir / "config.json").exists():
