@@ -145,6 +145,13 @@ def test_packaged_weights_sample_offline():
     assert float((drawn[:, :, 0] < 30).float().mean()) > 0.95, "the upper border is black"
 
 
+def test_a_packaged_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch, tiny_run):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "mnist")
+    assert load("mnist", device="cpu").image_shape == (1, 28, 28)
+    assert load("./mnist", device="cpu").image_shape == (1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [

@@ -54,12 +54,13 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
     """The checkpoint folder and the `config.json` that a SOURCE stands for.
 
     Args:
-        source: a run folder, a checkpoint folder in it, or the name of packaged weights.
+        source: a run folder, a checkpoint folder in it, or the name of packaged weights. A name wins over a folder of
+            that name (`mnist` may well be one of data); `./mnist` is the folder.
         checkpoint: a step of a run folder; None: the newest.
     Raises:
         InputError: there is no such thing, or no such checkpoint; what there is is named.
     """
-    if source in packaged_names() and not Path(source).exists():
+    if source in packaged_names():
         if checkpoint is not None:
             raise InputError(f"packaged weights {source!r} have one checkpoint; leave --checkpoint out")
         folder = Path(str(resources.files("ddpm_lab") / "weights" / source))
