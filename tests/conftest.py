@@ -17,6 +17,7 @@ horizontal_flip = true  # wrong for digits, but it draws random bits that resumi
 
 [model]
 base_channels = 32
+norm_groups = 8
 channel_multipliers = [1, 1]
 num_blocks = 1
 attention_levels = []

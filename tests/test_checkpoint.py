@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_lab import checkpoint
+from ddpm_lab import checkpoint, files
 from ddpm_lab.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(trained, tmp_path, monkeypatc
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((checkpoint.os, "fsync") if call == "fsync" else (checkpoint.Path, "rename")), fail)
+    monkeypatch.setattr(*((files.os, "fsync") if call == "fsync" else (checkpoint.Path, "rename")), fail)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, state)
     assert tree_hash(tmp_path) == before

@@ -98,7 +98,7 @@ BAD_INPUTS = {
     "too few to rescale": (TRAIN + " --diffusion.num-timesteps 20", "no-rescale-betas"),
     "cosine with betas": (TRAIN + " --diffusion.schedule cosine --diffusion.rescale-betas", "does not apply"),
     "unknown schedule": (TRAIN + " --diffusion.schedule square", "linear"),
-    "channels not of 32": (TRAIN + " --model.base-channels 48", "multiple of 32"),
+    "channels not of the groups": (TRAIN + " --model.base-channels 44", "of model.norm_groups (8)"),
     "too many levels": (TRAIN + " --model.channel-multipliers 1 1 1 1 1", "multiple of 16"),
     "level that is not": (TRAIN + " --model.attention-levels 7", "must lie in 0..1"),
     "unknown device": ("train tiny.toml --run new --device tpu", "cpu"),

@@ -49,6 +49,7 @@ def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
     assert not weights, sorted(weights)
 
 
+@pytest.mark.filterwarnings("ignore:a level of 32 channels")
 @pytest.mark.parametrize(
     ("channels", "size", "multipliers", "attention", "head"),
     [(1, 28, (1, 2, 2), (1,), None), (3, 32, (1, 2), (0, 1), 8), (1, 8, (1, 1), (), None)],
@@ -92,7 +93,7 @@ def test_every_recipe_builds_a_network_for_its_images(recipe):
 
 @pytest.mark.parametrize(("channels", "size", "multipliers", "patch"), [(1, 28, (1, 1), 2), (3, 32, (1, 1), 4)])
 def test_patches_keep_the_shape(channels, size, multipliers, patch):
-    model = UNet(channels, 32, multipliers, 1, (), patch_size=patch)
+    model = UNet(channels, 32, multipliers, 1, (), norm_groups=8, patch_size=patch)
     x_t = torch.randn(2, channels, size, size)
     assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
 
@@ -100,22 +101,36 @@ def test_patches_keep_the_shape(channels, size, multipliers, patch):
 def test_it_starts_by_predicting_nothing():
     """Ho et al.'s initialisation: the last convolution is zero, so the first loss is the variance of the noise."""
     with torch.no_grad():
-        output = UNet(1, 32, (1, 2), 1)(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
+        output = UNet(1, 32, (1, 2), 1, norm_groups=8)(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
     assert float(output.abs().max()) == 0
 
 
 @pytest.mark.parametrize("T", [2, 500, 2000, 10_000])
 def test_position_means_noise_level_whatever_T(T):
     """The last step of any chain is position 999; of T = 1000 every step is its own position."""
-    model = UNet(1, 32, (1,), 1, (), num_timesteps=T).eval()
-    reference = UNet(1, 32, (1,), 1, (), num_timesteps=1000).eval()
-    torch.nn.init.normal_(model.conv_out.weight)
+    model = UNet(1, 32, (1,), 1, (), norm_groups=8, num_timesteps=T).eval()
+    reference = UNet(1, 32, (1,), 1, (), norm_groups=8, num_timesteps=1000).eval()
+    for parameter in model.parameters():  # as initialised, the embedding meets zeros and moves nothing
+        torch.nn.init.normal_(parameter, std=0.1)
     reference.load_state_dict(model.state_dict())
     x_t = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
+        early, late = (reference(x_t, torch.tensor([t])) for t in (499, 999))
+        assert float((early - late).abs().max()) > 0.01
         assert torch.equal(model(x_t, torch.tensor([T - 1])), reference(x_t, torch.tensor([999])))
         middle = model(x_t, torch.tensor([T // 2 - 1]))
         torch.testing.assert_close(middle, reference(x_t, torch.tensor([499])), rtol=1e-5, atol=1e-5)
+
+
+def test_a_level_of_one_channel_a_group_is_blind_to_t_and_warns():
+    """Normalising a channel alone takes away the constant that the embedding added to it."""
+    with pytest.warns(UserWarning, match="cannot see t"):
+        model = UNet(1, 32, (1,), 1, ()).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x_t = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_t, torch.tensor([0])), model(x_t, torch.tensor([999])), rtol=0, atol=1e-5)
 
 
 def test_embedding_is_sines_then_cosines():
@@ -126,7 +141,7 @@ def test_embedding_is_sines_then_cosines():
 
 
 def test_dropout_acts_in_training_only():
-    model = UNet(1, 32, (1,), 1, (), dropout=0.5)
+    model = UNet(1, 32, (1,), 1, (), norm_groups=8, dropout=0.5)
     torch.nn.init.normal_(model.conv_out.weight)
     torch.nn.init.normal_(model.down[0].blocks[0].conv2.weight)
     x_t, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
@@ -139,12 +154,14 @@ def test_dropout_acts_in_training_only():
     "make",
     [
         lambda: UNet(base_channels=48),
+        lambda: UNet(base_channels=36, norm_groups=8),
+        lambda: UNet(norm_groups=0),
         lambda: UNet(channel_multipliers=()),
         lambda: UNet(attention_levels=(4,)),
         lambda: UNet(dropout=1.0),
         lambda: UNet(attention_head_channels=7),
-        lambda: UNet(1, 32, (1, 2), 1)(torch.zeros(1, 3, 8, 8), torch.tensor([0])),
-        lambda: UNet(1, 32, (1, 2), 1)(torch.zeros(1, 1, 7, 8), torch.tensor([0])),
+        lambda: UNet(1, 32, (1, 2), 1, norm_groups=8)(torch.zeros(1, 3, 8, 8), torch.tensor([0])),
+        lambda: UNet(1, 32, (1, 2), 1, norm_groups=8)(torch.zeros(1, 1, 7, 8), torch.tensor([0])),
         lambda: build_unet(load_recipe("cifar10").model, 1, 28, 1000),
     ],
 )

@@ -7,7 +7,6 @@ moment leaves the ones before it untouched. Its bytes are a function of the trai
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_lab.config import InputError
+from ddpm_lab.files import flush_folder, read_json, write_durably
 
 TEMPORARY_PREFIX = ".partial-"
 
@@ -61,9 +61,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, content in contents.items():
             write_durably(temporary / name, content)
-        _flush_folder(temporary)
+        flush_folder(temporary)
         temporary.rename(final)
-        _flush_folder(final.parent)
+        flush_folder(final.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -175,49 +175,3 @@ def _same_names(path: Path, tensors: dict[str, Tensor], shapes: dict[str, torch.
                 f"{path} belongs to another network: {name} is {described[0] or 'absent'} there, "
                 f"{described[1] or 'absent'} in this one"
             )
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        InputError: absent, unreadable, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and have the disk confirm it."""
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def replace_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole: a reader, or a kill at any moment, sees the old one or the new one.
-
-    Raises:
-        OSError: the disk is full or refuses; the old file stays.
-    """
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        write_durably(temporary, content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -129,7 +129,7 @@ class ModelConfig(_Group):
     """The U-Net of Ho et al. 2020, appendix B."""
 
     base_channels: int = 128
-    """channels of the first level (a multiple of 32, the groups of the normalisation)"""
+    """channels of the first level, a multiple of 4 and of norm_groups"""
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     """channels of each level, as multiples of the base; each level after the first halves the resolution"""
     num_blocks: int = 2
@@ -140,14 +140,17 @@ class ModelConfig(_Group):
     """channels per attention head; unset: one head"""
     dropout: float = 0.1
     """probability of dropout inside the residual blocks"""
+    norm_groups: int = 32
+    """groups of the normalisations; give narrow networks fewer: a level of one channel a group cannot see t"""
     patch_size: int = 1
     """side in pixels of patches folded into channels at the input, unfolded at the output; 2 is about 4x cheaper"""
 
     def _check(self) -> None:
-        self._at_least(1, "num_blocks", "attention_head_channels", "patch_size")
+        self._at_least(1, "num_blocks", "attention_head_channels", "norm_groups", "patch_size")
         _require(
-            self.base_channels >= 32 and self.base_channels % 32 == 0,
-            f"model.base_channels must be a positive multiple of 32, not {self.base_channels}",
+            self.base_channels >= 4 and self.base_channels % 4 == 0 and self.base_channels % self.norm_groups == 0,
+            f"model.base_channels must be a positive multiple of 4 and of model.norm_groups ({self.norm_groups}), "
+            f"not {self.base_channels}",
         )
         levels = len(self.channel_multipliers)
         _require(

@@ -4,14 +4,14 @@ Images are uint8 (N, C, H, W) here as everywhere; files hold them channels last,
 """
 
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from ddpm_lab.config import InputError
+from ddpm_lab.files import replacing
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: int = 2) -> np.ndarray:
@@ -65,18 +65,6 @@ def save_npz(path: Path, batches: Iterable[Tensor], num_images: int) -> None:
             written += len(array)
         if written != num_images:
             raise ValueError(f"{written} images came, {num_images} were announced")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """`with replacing(path) as temporary:` gives a path to write, which takes the place of `path` if all went well."""
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def check_writable(path: Path, endings: tuple[str, ...]) -> None:

@@ -29,12 +29,12 @@ from ddpm_lab.checkpoint import (
     load_parameters,
     read_meta,
     remove_old_checkpoints,
-    replace_atomically,
     save_checkpoint,
 )
 from ddpm_lab.config import Config, InputError, SamplingConfig
 from ddpm_lab.cost import training_cost
 from ddpm_lab.data import ImageSet, load_images
+from ddpm_lab.files import replace_atomically
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.progress import progress

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, read_json, read_meta
+from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, read_meta
 from ddpm_lab.config import Config, InputError
+from ddpm_lab.files import read_json
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.training import resolve_device
 from ddpm_lab.unet import UNet, build_unet

@@ -6,6 +6,7 @@ width of the time embedding.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ddpm_lab.config import InputError, ModelConfig
 
-GROUPS, NORM_EPS = 32, 1e-6
+NORM_EPS = 1e-6
 
 
 def timestep_embedding(position: Tensor, channels: int) -> Tensor:
@@ -52,12 +53,14 @@ def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, with the time embedding added between; 1x1 shortcut where channels change."""
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float, norm_groups: int
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = _convolution(in_channels, out_channels)
         self.embedding = _initialise(nn.Linear(embedding_channels, out_channels))
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=NORM_EPS)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _convolution(out_channels, out_channels, scale=0)
         self.shortcut = (
@@ -74,10 +77,10 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Every position attends to every other: softmax(q k^T / sqrt(channels per head)) v, added to the input."""
 
-    def __init__(self, channels: int, head_channels: int | None) -> None:
+    def __init__(self, channels: int, head_channels: int | None, norm_groups: int) -> None:
         super().__init__()
         self.heads = channels // head_channels if head_channels else 1
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.query_key_value = _initialise(nn.Linear(channels, 3 * channels))
         self.out = _initialise(nn.Linear(channels, channels), scale=0)
 
@@ -123,12 +126,13 @@ class Level(nn.Module):
         dropout: float,
         attention: bool,
         head_channels: int | None,
+        norm_groups: int,
         resample: nn.Module | None,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(i, o, embedding_channels, dropout) for i, o in channels)
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, embedding_channels, dropout, norm_groups) for i, o in channels)
         self.attentions = nn.ModuleList(
-            SelfAttention(o, head_channels) if attention else nn.Identity() for _, o in channels
+            SelfAttention(o, head_channels, norm_groups) if attention else nn.Identity() for _, o in channels
         )
         self.resample = resample
 
@@ -138,12 +142,14 @@ class UNet(nn.Module):
 
     Args:
         image_channels: 1 or 3 (any number works).
-        base_channels: channels of the first level, a multiple of 32.
+        base_channels: channels of the first level, a multiple of 4 and of norm_groups.
         channel_multipliers: one per level; a level after the first has half the height and width of the one before.
         num_blocks: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels with self-attention, from 0; the middle always has it.
         attention_head_channels: channels per head; None: one head.
         dropout: in the residual blocks, while training.
+        norm_groups: of the normalisations. Warns where a level has one channel a group: what the time embedding adds
+            to a channel is then taken away by the next normalisation, and the level cannot see t.
         patch_size: side of the patches that are folded into channels first and unfolded last.
         num_timesteps: T; the network takes integer t and scales it itself.
     Raises:
@@ -159,6 +165,7 @@ class UNet(nn.Module):
         attention_levels: Sequence[int] = (1,),
         attention_head_channels: int | None = None,
         dropout: float = 0.1,
+        norm_groups: int = 32,
         patch_size: int = 1,
         num_timesteps: int = 1000,
     ) -> None:
@@ -170,8 +177,14 @@ class UNet(nn.Module):
             attention_levels=tuple(attention_levels),
             attention_head_channels=attention_head_channels,
             dropout=dropout,
+            norm_groups=norm_groups,
             patch_size=patch_size,
         )
+        if norm_groups in (base_channels * multiplier for multiplier in channel_multipliers):
+            warnings.warn(
+                f"a level of {norm_groups} channels in {norm_groups} groups cannot see t; give model.norm_groups less",
+                stacklevel=2,
+            )
         self.image_channels, self.num_timesteps = image_channels, num_timesteps
         self.patch_size, self.base_channels = patch_size, base_channels
         embedding_channels = 4 * base_channels
@@ -180,7 +193,9 @@ class UNet(nn.Module):
 
         def level(index: int, channels: list[tuple[int, int]], resample: nn.Module | None) -> Level:
             attention = index in attention_levels
-            return Level(channels, embedding_channels, dropout, attention, attention_head_channels, resample)
+            return Level(
+                channels, embedding_channels, dropout, attention, attention_head_channels, norm_groups, resample
+            )
 
         self.time_embedding = nn.Sequential(
             _initialise(nn.Linear(base_channels, embedding_channels)),
@@ -201,9 +216,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(down)
 
         middle = widths[-1]
-        self.middle_in = ResidualBlock(middle, middle, embedding_channels, dropout)
-        self.middle_attention = SelfAttention(middle, attention_head_channels)
-        self.middle_out = ResidualBlock(middle, middle, embedding_channels, dropout)
+        self.middle_in = ResidualBlock(middle, middle, embedding_channels, dropout, norm_groups)
+        self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
+        self.middle_out = ResidualBlock(middle, middle, embedding_channels, dropout, norm_groups)
 
         up: list[Level] = []
         current = middle
@@ -216,7 +231,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(up)
         assert not kept
 
-        self.norm_out = nn.GroupNorm(GROUPS, base_channels * channel_multipliers[0], eps=NORM_EPS)
+        self.norm_out = nn.GroupNorm(norm_groups, base_channels * channel_multipliers[0], eps=NORM_EPS)
         self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
 
     @property
@@ -282,6 +297,7 @@ def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_ti
         attention_levels=config.attention_levels,
         attention_head_channels=config.attention_head_channels,
         dropout=config.dropout,
+        norm_groups=config.norm_groups,
         patch_size=config.patch_size,
         num_timesteps=num_timesteps,
     )

@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, however the writer ends, and JSON read with its faults told in one line."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddpm_lab.config import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`with replacing(path) as temporary:` gives a path to write, which takes the place of `path` if all went well."""
+    temporary = path.with_name(f".partial-{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Put a file in place whole: a reader, or a kill at any moment, sees the old one or the new one.
+
+    Raises:
+        OSError: the disk is full or refuses; the old file stays.
+    """
+    with replacing(path) as temporary:
+        write_durably(temporary, content)
+    flush_folder(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and have the disk confirm it."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk confirm the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        InputError: absent, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
