@@ -25,6 +25,7 @@ BAD_TOML = {
     "group.toml": "[trainer]\nx = 1",
     "nan.toml": "[training]\nlearning_rate = nan",
     "list.toml": "training = 3",
+    "deep.toml": "x = " + "[" * 20_000,
     "fraction.toml": "[training]\nnum_steps = 2.5",
 }
 MNIST_NAMES = (
@@ -60,12 +61,8 @@ def place(tmp_path, tiny_run, monkeypatch) -> Path:
         Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
     Image.new("L", (8, 8)).save("pictures/a.png")
     Path("pictures/b.png").write_bytes(b"not an image")
-    for name in (
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "t10k-images-idx3-ubyte",
-        "t10k-labels-idx1-ubyte",
-    ):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in MNIST_NAMES:
         Path(f"data/mnist/{name}.gz").write_bytes(b"\x1f\x8b nonsense")
     return tmp_path
 
@@ -92,6 +89,12 @@ BAD_INPUTS = {
     "negative batch": (TRAIN + " --training.batch-size -4", "at least 1"),
     "astronomic batch": (TRAIN + " --training.batch-size 100000000000", "at most 65536"),
     "astronomic count": (TRAIN + " --training.seed 99999999999999999999", "whole number"),
+    "number beyond all": (TRAIN + " --training.learning-rate 1" + "0" * 400, "finite number"),
+    "absurd width": (TRAIN + " --model.base-channels 3200000000000", "at most 4096"),
+    "absurd patch": (TRAIN + " --model.patch-size 1000000000", "at most 64"),
+    "run with no name": ("train tiny.toml --run= --device cpu", "is empty"),
+    "recipe too deep": ("train deep.toml --run new", "not a TOML file"),
+    "data folder is a file": ("data cifar10 --data-dir a_file", "--data-dir"),
     "infinite rate": (TRAIN + " --training.learning-rate inf", "finite number"),
     "rate of zero": (TRAIN + " --training.learning-rate 0", "above 0"),
     "one timestep": (TRAIN + " --diffusion.num-timesteps 1", "from 2 to 10000"),
@@ -110,7 +113,7 @@ BAD_INPUTS = {
     "run of fewer steps": ("train tiny.toml --run run --device cpu --training.num-steps 9", "can only grow"),
     "damaged checkpoint": ("train tiny.toml --run torn --device cpu --training.num-steps 20", "is damaged"),
     "checkpoint of another step": ("train tiny.toml --run renamed --device cpu --training.num-steps 20", "of step 12"),
-    "checkpoints are a file": ("train tiny.toml --run flat --device cpu", "is a file where a folder should be"),
+    "checkpoints are a file": ("train tiny.toml --run flat --device cpu", "cannot be listed: Not a directory"),
     "damaged data": (TRAIN + " --data.dataset mnist", "is damaged"),
     "no such data": (TRAIN + " --data.dataset nothing", "no data set 'nothing'"),
     "folder without images": (TRAIN + " --data.dataset notes", "holds 0 images"),
@@ -255,7 +258,7 @@ def test_absent_data_is_told_in_time(tmp_path):
     assert time.monotonic() - begun < 20
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: train-images-idx3-ubyte is not in")
+    assert line.startswith("error: train-images-idx3-ubyte.gz is not in")
     assert "127.0.0.1:9" in line
     assert "DDPM_DATA_DIR" in line
 

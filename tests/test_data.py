@@ -132,6 +132,10 @@ def server():
     running.server_close()
 
 
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def test_fetching_verifies_and_is_done_once(tmp_path, small_mnist, server, monkeypatch):
     monkeypatch.setattr(data, "MNIST_MIRRORS", (server + "gone/", server))
     _Server.files = {f"/{name}.gz": gzip.compress(content) for name, content in small_mnist.items()}
@@ -139,7 +143,7 @@ def test_fetching_verifies_and_is_done_once(tmp_path, small_mnist, server, monke
     asked = len(_Server.asked)
     assert len(load_images("mnist", "test", tmp_path)) == 3
     assert len(_Server.asked) == asked
-    assert sorted(p.name for p in (tmp_path / "mnist").iterdir()) == ["images.gz", "labels.gz"]
+    assert visible(tmp_path / "mnist") == ["images.gz", "labels.gz"]
 
 
 def test_fetching_what_is_not_the_file_leaves_nothing(tmp_path, small_mnist, server, monkeypatch):
@@ -147,7 +151,15 @@ def test_fetching_what_is_not_the_file_leaves_nothing(tmp_path, small_mnist, ser
     _Server.files = {f"/{name}.gz": gzip.compress(b"something else") for name in small_mnist}
     with pytest.raises(InputError, match="does not hold the official images"):
         load_images("mnist", "train", tmp_path)
-    assert list((tmp_path / "mnist").iterdir()) == []
+    assert visible(tmp_path / "mnist") == []
+
+
+def test_a_mirror_that_gives_something_else_is_passed_over(tmp_path, small_mnist, server, monkeypatch):
+    """A page that asks one to log in answers every address with success."""
+    monkeypatch.setattr(data, "MNIST_MIRRORS", (server + "portal/", server))
+    good = {f"/{name}.gz": gzip.compress(content) for name, content in small_mnist.items()}
+    _Server.files = good | {f"/portal{path}": b"<html>please log in</html>" for path in good}
+    assert len(load_images("mnist", "train", tmp_path)) == 3
 
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
@@ -155,12 +167,12 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
     _Server.files, _Server.allowed = {"/file": content}, 200_000
     path = tmp_path / "file"
     with pytest.raises(InputError, match=r"broke off|cannot be reached"):
-        download.download([server + "file"], path, "file")
+        download.download([server + "file"], path, lambda p: None)
     kept = path.with_name("file.part").stat().st_size
     assert 0 < kept <= 200_000
     assert not path.exists()
     _Server.allowed = 10**9
-    download.download([server + "file"], path, "file")
+    download.download([server + "file"], path, lambda p: None)
     assert path.read_bytes() == content
     assert _Server.asked[-1] == ("/file", f"bytes={kept}-")
 
@@ -171,7 +183,7 @@ def test_silence_is_given_up_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(download.requests, "get", lambda *a, **k: time.sleep(30))
     begun = time.monotonic()
     with pytest.raises(InputError, match=r"no answer in time.*--data-dir"):
-        download.download(["http://a.invalid/x", "http://b.invalid/x"], tmp_path / "x", "x")
+        download.download(["http://a.invalid/x", "http://b.invalid/x"], tmp_path / "x", lambda p: None)
     assert time.monotonic() - begun < 5
 
 
@@ -191,12 +203,12 @@ def test_a_folder_is_a_data_set(tmp_path):
     assert values == list(range(40)), "every image is in one split, and in one only"
 
 
-def test_one_colour_image_makes_the_folder_colour(tmp_path):
-    for i in range(3):
-        save(tmp_path, f"grey{i}.png")
-    save(tmp_path, "red.png", mode="RGB")
-    loaded = [load_images(str(tmp_path), split).images for split in ("train", "test")]
-    assert {images.shape[1] for images in loaded} == {3} or {len(i) for i in loaded} == {1, 3}
+@pytest.mark.parametrize("red", range(4))
+def test_one_colour_image_makes_the_folder_colour(tmp_path, red):
+    """In both splits, whichever of them it is in."""
+    for i in range(4):
+        save(tmp_path, f"{i}.png", mode="RGB" if i == red else "L")
+    assert [load_images(str(tmp_path), split).images.shape[1] for split in ("train", "test")] == [3, 3]
 
 
 def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
@@ -214,7 +226,7 @@ def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
         (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), r"b\.png cannot be read"),
         (lambda d: (d / "b.png").write_bytes((d / "a.png").read_bytes()[:45]), r"b\.png cannot be read"),
         (lambda d: save(d, "b.png", (5, 5)), "--data.image-size"),
-        (lambda d: [save(d, n, (5, 6)) for n in ("a.png", "b.png", "c.png")], "not square"),
+        (lambda d: [save(d, n, (5, 6)) for n in ("a.png", "b.png", "c.png")], "one square size"),
         (lambda d: Image.new("I;16", (6, 6)).save(d / "b.png"), "8 bits"),
     ],
 )

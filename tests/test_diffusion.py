@@ -83,7 +83,9 @@ def test_predictions_round_trip(prediction, t):
     alpha_bar = schedule.alpha_bar_at(t)
     x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     x_t = q_sample(schedule, x_0, torch.full((3,), t), eps)
-    output = prediction_target(prediction, x_0, eps, torch.tensor(alpha_bar, dtype=torch.float64))
+    output = prediction_target(
+        prediction, x_0, eps, *torch.tensor([alpha_bar, 1 - alpha_bar], dtype=torch.float64).sqrt()
+    )
     x_0_hat, eps_hat = predict_x_0_eps(prediction, output, x_t, alpha_bar)
     torch.testing.assert_close(x_0_hat, x_0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(eps_hat, eps, rtol=1e-9, atol=1e-9)
@@ -101,8 +103,17 @@ def test_clipping_keeps_image_and_noise_consistent(prediction):
 def test_v_is_its_definition():
     x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     angle = torch.tensor(0.4, dtype=torch.float64)  # alpha = cos, sigma = sin of one angle; v = d x / d angle
-    v = prediction_target("v", x_0, eps, angle.cos() ** 2)
+    v = prediction_target("v", x_0, eps, angle.cos(), angle.sin())
     torch.testing.assert_close(v, angle.cos() * eps - angle.sin() * x_0)
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(10_000), cosine_schedule(10_000)])
+def test_float32_targets_have_float64_coefficients(schedule):
+    """At t = 0 of a long chain 1 - alpha_bar has few digits left in float32: it must be taken before the cast."""
+    x_0, eps, t = torch.rand(8, 1, 2, 2), torch.zeros(8, 1, 2, 2), torch.zeros(8, dtype=torch.int64)
+    losses = denoising_losses(lambda x, t: torch.zeros_like(x), schedule, x_0, t, eps, "v")
+    expected = (1 - schedule.alpha_bar[0]) * x_0.double().square().mean((1, 2, 3))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_loss_is_the_mean_squared_error_with_the_noise():
@@ -146,6 +157,6 @@ def test_unknown_predictions_are_refused():
     with pytest.raises(InputError, match="eps, x_0 or v"):
         predict_x_0_eps("noise", x, x, 0.5)
     with pytest.raises(InputError, match="eps, x_0 or v"):
-        prediction_target("noise", x, x, torch.tensor(0.5))
+        prediction_target("noise", x, x, torch.tensor(0.7), torch.tensor(0.7))
     with pytest.raises(InputError, match="must be equal"):
         denoising_losses(lambda x, t: x[:, :, :1], linear_schedule(50), x, torch.tensor([0]), x)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddpm_lab import checkpoint, cost, run
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
+from ddpm_lab.cli import run_command
 from ddpm_lab.config import InputError, load_recipe
 from ddpm_lab.run import RunError, read_log, train
 
@@ -90,6 +91,7 @@ def test_killed_runs_end_in_the_same_bits(tmp_path, tiny_recipe):
         finish(process)
         deaths.append(len(read_log(killed)))
     assert finish(start(tiny_recipe, killed, *steps)) == 0
+    assert deaths == sorted(set(deaths)), f"a kill came before the run had gone on: {deaths}"
     assert deaths[-1] < 40, f"the last kill came too late to prove anything: {deaths}"
     assert weights(killed, 40) == weights(whole, 40)
     for entry, other in zip(read_log(killed), read_log(whole), strict=True):
@@ -206,17 +208,66 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recip
     monkeypatch.setattr(run, "training_loop", poisoned)
     with pytest.raises(RunError, match=r"not finite at step 7 \(seed 0\); the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path), "--device", "cpu"]) == 1
     assert checkpoint_steps(tmp_path) == [4]
     monkeypatch.undo()
     train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [8, 12]
 
 
+def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tiny_recipe, monkeypatch):
+    real = run.training_loop
+
+    def poisoned(state, schedule, images, config):
+        for step in real(state, schedule, images, config):
+            yield dataclasses.replace(step, grad_norm=step.grad_norm * float("inf")) if step.step == 8 else step
+
+    monkeypatch.setattr(run, "training_loop", poisoned)
+    with pytest.raises(RunError, match=r"the gradient is not finite at step 8 .*; the last checkpoint is of step 4"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("moment", ["_validation_loss", "_sample_grid"])
+def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_path, tiny_recipe, monkeypatch, moment):
+    """Step 6 validates and samples and is no checkpoint's; the signal comes in the middle of it."""
+    real = getattr(run._Session, moment)
+
+    def interrupted(session):
+        if session.state.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(session)
+
+    monkeypatch.setattr(run._Session, moment, interrupted)
+    with pytest.raises(run.Interrupted, match="stopped at step 7"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4, 7]
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_begins(tmp_path, tiny_recipe):
+    (tmp_path / ".partial-123-config.json").write_text("{")
+    train(tiny(tiny_recipe, num_steps=1), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [1]
+
+
+def test_a_grid_that_a_kill_prevented_is_drawn_on_resuming(tmp_path, tiny_recipe):
+    train(tiny(tiny_recipe, num_steps=6), tmp_path, device="cpu")
+    (tmp_path / "samples" / "step_00000006.png").unlink()
+    train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
+
+
+def test_grids_come_at_their_own_intervals(tmp_path, tiny_recipe):
+    config = tiny(tiny_recipe, log_every=100, checkpoint_every=100)
+    evaluation = dataclasses.replace(config.evaluation, sample_every=5, validate_every=100)
+    train(dataclasses.replace(config, evaluation=evaluation), tmp_path, device="cpu")
+    assert [p.name[11:13] for p in sorted((tmp_path / "samples").iterdir())] == ["05", "10", "12"]
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, monkeypatch):
-    real, calls = checkpoint.write_durably, []
+    real = checkpoint.write_durably
 
     def full(path, content):
-        calls.append(path)
         if "step_00000008" in str(path):
             path.write_bytes(content[: len(content) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -225,6 +276,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, 
     monkeypatch.setattr(checkpoint, "write_durably", full)
     with pytest.raises(RunError, match="No space left on device; the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4]
+    assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path), "--device", "cpu"]) == 1
     assert checkpoint_steps(tmp_path) == [4]
     assert not list(tmp_path.glob("checkpoints/.partial*"))
     monkeypatch.undo()

@@ -32,7 +32,7 @@ def knowing_model(schedule, x_0, prediction):
     def model(x_t, t):
         alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
         eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        return prediction_target(prediction, x_0.expand_as(x_t), eps, alpha_bar)
+        return prediction_target(prediction, x_0.expand_as(x_t), eps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     return model
 

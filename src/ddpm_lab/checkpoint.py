@@ -7,6 +7,8 @@ moment leaves the ones before it untouched. Its bytes are a function of the trai
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_lab.config import InputError
-from ddpm_lab.files import flush_folder, read_json, write_durably
-
-TEMPORARY_PREFIX = ".partial-"
+from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -29,9 +29,20 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps a run folder has checkpoints of, ascending."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir()]
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
+    """The steps a run folder has checkpoints of, ascending.
+
+    Raises:
+        InputError: `checkpoints` is there and cannot be listed; to take it for empty would begin the run anew.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error.strerror}") from error
+    numbers = (int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name))
+    return sorted(step for step in numbers if checkpoint_path(run_dir, step).name in names)
 
 
 def save_checkpoint(

@@ -4,6 +4,8 @@ Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run
 """
 
 import errno
+import io
+import os
 import re
 import sys
 import typing
@@ -38,6 +40,8 @@ def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
             Dict({"train": values}, source=f"recipe {recipe}")(app, commands, arguments)
     for argument in arguments:
         hints = {argument.hint, *typing.get_args(argument.hint)}
+        if Path in hints and any(token.value == "" for token in argument.tokens):
+            raise InputError(f"{argument.name} must name a file or folder, and is empty")
         if int in hints and float not in hints:
             for token in argument.tokens:
                 if token.value and not re.fullmatch(r"[+-]?\d+", token.value):
@@ -141,6 +145,8 @@ def info(source: Source, /, *, checkpoint: int | None = None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ddpm` and `python -m ddpm_lab`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # each line at once, also into a file; any name can be printed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -149,11 +155,13 @@ def run_command(arguments: Sequence[str]) -> int:
     warnings.formatwarning = lambda message, *rest, **kwargs: f"warning: {message}\n"
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
     except (InputError, CycloptsError) as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has seen enough; nothing may be written when Python exits, either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -6,7 +6,7 @@ Nothing here imports torch, so that the command line answers at once.
 
 import dataclasses
 import json
-import math
+import sys
 import tomllib
 import types
 import typing
@@ -43,7 +43,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, hint)
@@ -88,6 +88,11 @@ class _Group:
     def _check(self) -> None:
         raise NotImplementedError
 
+    def _at_most(self, high: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(value is None or value <= high, f"{self._prefix()}{name} must be at most {high}, not {value}")
+
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
@@ -118,6 +123,7 @@ class DataConfig(_Group):
     def _check(self) -> None:
         _require(self.dataset != "", "data.dataset must name a data set or a folder, and is empty")
         self._at_least(1, "image_size")
+        self._at_most(4096, "image_size")
         _require(
             self.image_size is None or self.dataset not in ("mnist", "cifar10", "digits"),
             f"data.image_size applies to a folder of images; {self.dataset} has its own size",
@@ -147,6 +153,8 @@ class ModelConfig(_Group):
 
     def _check(self) -> None:
         self._at_least(1, "num_blocks", "attention_head_channels", "norm_groups", "patch_size")
+        self._at_most(64, "num_blocks", "patch_size")
+        self._at_most(4096, "base_channels")
         _require(
             self.base_channels >= 4 and self.base_channels % 4 == 0 and self.base_channels % self.norm_groups == 0,
             f"model.base_channels must be a positive multiple of 4 and of model.norm_groups ({self.norm_groups}), "
@@ -154,8 +162,8 @@ class ModelConfig(_Group):
         )
         levels = len(self.channel_multipliers)
         _require(
-            levels >= 1 and all(m >= 1 for m in self.channel_multipliers),
-            f"model.channel_multipliers must be one or more whole numbers above 0, not {self.channel_multipliers}",
+            1 <= levels <= 8 and all(1 <= m <= 64 for m in self.channel_multipliers),
+            f"model.channel_multipliers must be 1 to 8 whole numbers from 1 to 64, not {self.channel_multipliers}",
         )
         _require(
             all(0 <= level < levels for level in self.attention_levels),
@@ -251,7 +259,7 @@ class TrainingConfig(_Group):
     def _check(self) -> None:
         self._at_least(1, "num_steps", "batch_size", "log_every", "checkpoint_every")
         self._at_least(0, "warmup_steps", "keep_checkpoints", "seed")
-        _require(self.batch_size <= 65_536, f"training.batch_size must be at most 65536, not {self.batch_size}")
+        self._at_most(65_536, "batch_size")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _require(value > 0, f"training.{name} must be above 0, not {value}")
@@ -276,6 +284,7 @@ class EvaluationConfig(_Group):
 
     def _check(self) -> None:
         self._at_least(1, "validate_every", "validation_images", "sample_every", "sample_images", "sample_steps")
+        self._at_most(16_384, "sample_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +313,7 @@ class SamplingConfig(_Group):
     def _check(self) -> None:
         self._at_least(1, "num_steps", "batch_size")
         self._at_least(0, "seed")
-        _require(self.batch_size <= 65_536, f"batch_size must be at most 65536, not {self.batch_size}")
+        self._at_most(65_536, "batch_size")
         _require(self.eta is None or 0 <= self.eta <= 1, f"eta must be from 0 to 1, not {self.eta}")
         _require(self.eta is None or self.sampler == "ddim", f"eta applies to the ddim sampler, not to {self.sampler}")
         _require(
@@ -372,7 +381,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"recipe {recipe} is not a TOML file: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise InputError(f"recipe {recipe} cannot be read: {error.strerror}") from error

@@ -4,28 +4,32 @@ A set is one tensor in memory, (N, C, H, W) uint8; batches are gathered from it 
 What the official files must contain is pinned by the SHA-256 of their uncompressed bytes, so any compression will do.
 """
 
+import errno
 import gzip
 import hashlib
 import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ddpm_lab.config import InputError
 from ddpm_lab.download import download
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 DATASETS = ("mnist", "cifar10", "digits")
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,6 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_folder(folder: Path, split: str, image_size: int | None) -> np.ndarray:
-    from PIL import Image
-
     if not folder.is_dir():
         raise InputError(f"no data set {str(folder)!r}: name one of {', '.join(DATASETS)}, or a folder of images")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
@@ -181,38 +183,41 @@ def _read_folder(folder: Path, split: str, image_size: int | None) -> np.ndarray
         raise InputError(
             f"folder {folder} holds {len(paths)} images; at least 2 are needed ({' '.join(IMAGE_ENDINGS)})"
         )
+    # One size and one number of channels for the folder, whichever split is asked for.
+    pictures = [_read_picture(path, image_size) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.width != picture.height or picture.size != pictures[0].size:
+            raise InputError(
+                f"image {path} is {picture.width} x {picture.height}, the first one is {pictures[0].width} x "
+                f"{pictures[0].height}; give --data.image-size to crop and scale all to one square size"
+            )
+    mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
     order = np.random.RandomState(0).permutation(len(paths))
     test = order[: max(len(paths) // 20, 1)]
     chosen = test if split == "test" else order[len(test) :]
-
-    pictures: list[Image.Image] = []
-    for path in (paths[i] for i in chosen):
-        try:
-            with Image.open(path) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise InputError(f"image {path} has pixels of mode {opened.mode}; 8 bits a channel are needed")
-                grey = opened.mode in ("1", "L", "LA")
-                picture = opened.convert("L" if grey else "RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
-        if image_size is not None:
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            picture = picture.crop((left, top, left + side, top + side)).resize(
-                (image_size, image_size), Image.Resampling.LANCZOS
-            )
-        if picture.width != picture.height or (pictures and picture.size != pictures[0].size):
-            expected = f"{pictures[0].width} x {pictures[0].height}" if pictures else "square"
-            raise InputError(
-                f"image {path} is {picture.width} x {picture.height}, not {expected}; "
-                "give --data.image-size to crop and scale all images"
-            )
-        pictures.append(picture)
-    mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
-    stacked = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+    stacked = np.stack([np.asarray(pictures[i].convert(mode)) for i in chosen])
     return stacked[:, None] if mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+
+
+def _read_picture(path: Path, image_size: int | None) -> "Image.Image":
+    """One image as 8-bit grey or RGB; cropped to its centre square and scaled where a size is asked for."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise InputError(f"image {path} has pixels of mode {opened.mode}; 8 bits a channel are needed")
+            picture = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
+    if image_size is None:
+        return picture
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
 def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
@@ -268,39 +273,24 @@ def fetch(dataset: str, data_dir: Path | None = None) -> None:
     if dataset not in OFFICIAL_FILES:
         raise InputError(f"data set must be mnist or cifar10 to be fetched, not {dataset!r}")
     folder = (data_dir or default_data_dir()) / dataset
-    missing = [file for split in OFFICIAL_FILES[dataset].values() for file in split if _find(folder, file) is None]
-    if not missing:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if dataset == "mnist":
-            for file in missing:
-                path = folder / f"{file.name}.gz"
-                unverified = path.with_suffix(".unverified.gz")
-                download([mirror + path.name for mirror in MNIST_MIRRORS], unverified, file.name)
-                with _deleted_when_wrong(unverified):
-                    _read_verified(unverified, file)
-                unverified.replace(path)
-        else:
-            archive = folder / CIFAR10_ARCHIVE.rpartition("/")[2]
-            download([CIFAR10_ARCHIVE], archive, archive.name)
-            with _deleted_when_wrong(archive):
-                _unpack(archive, missing, folder)
-            archive.unlink()
-    except PermissionError as error:
+        with FileLock(folder / ".lock"):  # a second process waits, and finds the files there
+            missing = [file for split in OFFICIAL_FILES[dataset].values() for file in split if not _find(folder, file)]
+            if dataset == "mnist":
+                for file in missing:
+                    urls = [f"{mirror}{file.name}.gz" for mirror in MNIST_MIRRORS]
+                    download(urls, folder / f"{file.name}.gz", partial(_read_verified, file=file))
+            elif missing:
+                archive = folder / CIFAR10_ARCHIVE.rpartition("/")[2]
+                download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder))
+                archive.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
-            f"data folder {folder} cannot be written: permission denied; give another --data-dir"
+            f"data folder {folder} cannot be written: {error.strerror or error}; give another --data-dir"
         ) from error
-
-
-@contextmanager
-def _deleted_when_wrong(path: Path) -> Iterator[None]:
-    """Deletes a download that turns out not to be what was asked for, so that the next try starts afresh."""
-    try:
-        yield
-    except InputError:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _unpack(archive: Path, files: list[_File], folder: Path) -> None:

@@ -87,11 +87,17 @@ def posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float) 
     return weight_0 * x_0 + weight_t * x_t, (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha)
 
 
-def prediction_target(prediction: Prediction, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def prediction_target(prediction: Prediction, x_0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
     """What the network ought to have said: eps, x_0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
 
-    v is that of Salimans and Ho 2022 (arXiv:2202.00512, appendix D). `alpha_bar` broadcasts against the images.
+    v is that of Salimans and Ho 2022 (arXiv:2202.00512, appendix D).
 
+    Args:
+        x_0, eps: (B, C, H, W).
+        signal, noise: sqrt(alpha_bar) and sqrt(1 - alpha_bar), which broadcast against the images; both are given, for
+            in float32 the second cannot be had from the first near the clean image.
+    Returns:
+        Shape and dtype of x_0.
     Raises:
         InputError: unknown prediction.
     """
@@ -100,7 +106,7 @@ def prediction_target(prediction: Prediction, x_0: Tensor, eps: Tensor, alpha_ba
     if prediction == "x_0":
         return x_0
     if prediction == "v":
-        return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        return signal * eps - noise * x_0
     raise InputError(f"prediction must be eps, x_0 or v, not {prediction!r}")
 
 
@@ -151,7 +157,9 @@ def denoising_losses(
         (B,) float32 (or the dtype of x_0, where that is wider): mean over pixels and channels.
     """
     output = model(q_sample(schedule, x_0, t, eps), t)
-    target = prediction_target(prediction, x_0, eps, _per_image(schedule.alpha_bar, t, x_0))
+    signal = _per_image(schedule.alpha_bar.sqrt(), t, x_0)
+    noise = _per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
+    target = prediction_target(prediction, x_0, eps, signal, noise)
     _same_shape("the network's output", output, "the images", target)
     return (output.to(target.dtype) - target).square().flatten(1).mean(1)
 

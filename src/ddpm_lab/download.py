@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -18,30 +17,36 @@ STALL_SECONDS = 20.0  # between two pieces of a download that has begun
 T = TypeVar("T")
 
 
-def download(urls: list[str], path: Path, description: str) -> None:
+def download(urls: list[str], path: Path, verify: Callable[[Path], object]) -> None:
     """Fetch a file from the first of several addresses that gives it.
 
     What has arrived is kept beside it as `.part`, and the next call asks only for the rest.
 
     Args:
         urls: addresses of the same file, best first.
-        path: where it ends up, once whole.
+        path: where it ends up, once whole and verified.
+        verify: raises InputError where a file is not the one that was asked for; it is then deleted, and the next
+            address tried.
     Raises:
         InputError: no address gave it; the message names the addresses and where to put the file by hand.
     """
     part = path.with_name(path.name + ".part")
-    deadline = time.monotonic() + ANSWER_SECONDS
+    complete = path.with_name(f"{path.stem}.unverified{path.suffix}")
     reasons = []
     for url in urls:
         try:
-            _download(url, part, description, deadline - time.monotonic())
+            _download(url, part, path.name, ANSWER_SECONDS / len(urls))
+            part.replace(complete)
+            verify(complete)
+            complete.replace(path)
+            return
+        except InputError as error:
+            complete.unlink()
+            reasons.append(f"{url} ({error})")
         except (requests.RequestException, TimeoutError) as error:
             reasons.append(f"{url} ({_reason(error)})")
-        else:
-            part.replace(path)
-            return
     raise InputError(
-        f"{description} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; "
+        f"{path.name} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; "
         "go online, or give --data-dir (or DDPM_DATA_DIR) a folder that holds it"
     )
 
@@ -59,7 +64,10 @@ def _download(url: str, part: Path, description: str, answer_seconds: float) -> 
         response.raise_for_status()
         if response.status_code != 206:
             start = 0  # the server sends all of it again
-        length = start + int(response.headers.get("Content-Length", 0))
+        declared = response.headers.get("Content-Length", "")
+        if not declared.isdecimal():
+            raise requests.HTTPError("the server does not say how long the file is")
+        length = start + int(declared)
         with part.open("ab" if start else "wb") as stream, progress(description, length, "bytes", start) as advance:
             for piece in response.iter_content(1 << 16):
                 stream.write(piece)

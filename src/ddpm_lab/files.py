@@ -9,11 +9,18 @@ from typing import Any
 
 from ddpm_lab.config import InputError
 
+TEMPORARY_PREFIX = ".partial-"
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` to write under first, one a process, so that two writers do not meet in it."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """`with replacing(path) as temporary:` gives a path to write, which takes the place of `path` if all went well."""
-    temporary = path.with_name(f".partial-{path.name}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ddpm_lab.config import InputError
-from ddpm_lab.files import replacing
+from ddpm_lab.files import replacing, temporary_path
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: int = 2) -> np.ndarray:
@@ -81,7 +81,7 @@ def check_writable(path: Path, endings: tuple[str, ...]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: folder {path.parent} does not exist")
     try:
-        probe = path.with_name(f".partial-{path.name}")
+        probe = temporary_path(path)
         probe.touch()
         probe.unlink()
     except OSError as error:

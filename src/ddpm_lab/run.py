@@ -7,6 +7,7 @@ newest checkpoint is whole, and the log ends at or after it; on resume what is l
 """
 
 import json
+import math
 import platform
 import signal
 import threading
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,7 +35,7 @@ from ddpm_lab.checkpoint import (
 from ddpm_lab.config import Config, InputError, SamplingConfig
 from ddpm_lab.cost import training_cost
 from ddpm_lab.data import ImageSet, load_images
-from ddpm_lab.files import replace_atomically
+from ddpm_lab.files import TEMPORARY_PREFIX, replace_atomically
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.progress import progress
@@ -89,8 +90,8 @@ def train(
     Returns:
         The folder of the last checkpoint.
     Raises:
-        InputError: data, device, model or run folder do not fit; nothing was changed.
-        RunError: the loss is not finite, or the disk is full; the newest checkpoint stays.
+        InputError: data, device, model or run folder do not fit; what existed is as it was.
+        RunError: the loss or a gradient is not finite, or the disk is full; the newest checkpoint stays.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     on = resolve_device(device)
@@ -159,42 +160,43 @@ class _Session:
             _stop_signals() as stopped,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
+            if state.step and state.step % evaluation.sample_every == 0 and not self._grid_path().exists():
+                self._sample_grid()  # a kill came between the checkpoint and its picture
             for step in training_loop(state, self.schedule, images, self.config):
                 interval.steps.append(step)
-                last = step.step == training.num_steps or stopped.is_set()
-
-                def due(every: int, k: int = step.step, last: bool = last) -> bool:
-                    return k % every == 0 or last
-
-                saving, validating = due(training.checkpoint_every), due(evaluation.validate_every)
-                if due(training.log_every) or saving or validating:
+                k, last = step.step, step.step == training.num_steps
+                stopping = stopped.is_set()  # read once: a signal that comes later is served after the next step
+                saving = k % training.checkpoint_every == 0 or last or stopping
+                validating = k % evaluation.validate_every == 0 or last
+                sampling = k % evaluation.sample_every == 0 or last
+                if k % training.log_every == 0 or saving or validating:
                     line = self._summary(interval)
                     if validating:
                         line["validation_loss"] = self._validation_loss()
                     self._log(line)
                     advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
-                    if due(evaluation.sample_every) and not stopped.is_set():
-                        self._sample_grid()
-                    if saving:
-                        save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
-                        remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
+                if saving:
+                    save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
+                    remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
+                if sampling:
+                    self._sample_grid()
+                if k % training.log_every == 0 or saving or validating:
                     interval = Interval([], time.monotonic())
                 advance(1)
-                if stopped.is_set() and step.step < training.num_steps:
+                if stopping and not last:
                     raise Interrupted(
                         f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
                     )
 
     def _summary(self, interval: Interval) -> dict[str, Any]:
-        """A line of the log; stops the run where a loss was not finite."""
+        """A line of the log; stops the run where a loss or a gradient was not finite."""
         steps, config = interval.steps, self.config
         losses = torch.stack([step.losses for step in steps]).double().cpu()
-        bad = (~losses.mean(1).isfinite()).nonzero()
-        if len(bad):
-            raise RunError(
-                f"the loss is not finite at step {steps[int(bad[0])].step} (seed {config.training.seed}); "
-                f"the last checkpoint is of step {_last_step(self.run_dir)}; a lower --training.learning-rate may help"
-            )
+        grad_norms = torch.stack([step.grad_norm for step in steps]).double().cpu()
+        for values, what in ((losses.mean(1), "loss"), (grad_norms, "gradient")):
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                self._stop_not_finite(what, steps[int(bad[0])].step)
         elapsed = time.monotonic() - interval.begun
         t = torch.stack([step.t for step in steps]).cpu()
         bands = t * BANDS // config.diffusion.num_timesteps
@@ -204,14 +206,26 @@ class _Session:
             "images": steps[-1].step * config.training.batch_size,
             "loss": losses.mean().item(),
             "loss_by_t": by_t,
-            "grad_norm": torch.stack([step.grad_norm for step in steps]).mean().item(),
+            "grad_norm": grad_norms.mean().item(),
             "lr": steps[-1].learning_rate,
             "images_per_second": losses.numel() / elapsed,
             "seconds": self.seconds_before + time.monotonic() - self.begun,
         }
 
     def _validation_loss(self) -> float:
-        return validation_loss(self.state.ema, self.schedule, self.held_out, self.config.diffusion.prediction)
+        loss = validation_loss(self.state.ema, self.schedule, self.held_out, self.config.diffusion.prediction)
+        if not math.isfinite(loss):
+            self._stop_not_finite("validation loss", self.state.step)
+        return loss
+
+    def _stop_not_finite(self, what: str, step: int) -> NoReturn:
+        raise RunError(
+            f"the {what} is not finite at step {step} (seed {self.config.training.seed}); "
+            f"the last checkpoint is of step {_last_step(self.run_dir)}; a lower --training.learning-rate may help"
+        )
+
+    def _grid_path(self) -> Path:
+        return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as stream:
@@ -225,10 +239,8 @@ class _Session:
         )  # fmt: skip
         sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
         images = torch.cat(list(generate(trained, evaluation.sample_images, sampling)))
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        picture = image_grid(images, scale=visible_scale(self.image_shape[1]))
-        save_png(folder / f"step_{self.state.step:08d}.png", picture)
+        self._grid_path().parent.mkdir(exist_ok=True)
+        save_png(self._grid_path(), image_grid(images, scale=visible_scale(self.image_shape[1])))
 
 
 def _last_step(run_dir: Path) -> str:
@@ -275,12 +287,12 @@ def _read_text(path: Path) -> str | None:
 
 def _check_folder(run_dir: Path) -> None:
     """Refuse a folder that is something else than a run, before anything is made in it."""
-    if (run_dir / "checkpoints").exists() and not (run_dir / "checkpoints").is_dir():
-        raise InputError(f"--run {run_dir}: {run_dir / 'checkpoints'} is a file where a folder should be")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run {run_dir} is a file; name a folder, new or of a run")
     if run_dir.is_dir() and not (run_dir / "config.json").exists():
-        others = sorted(path.name for path in run_dir.iterdir() if path.name != ".lock")
+        # What a run killed at its very start leaves behind is no stranger.
+        names = (path.name for path in run_dir.iterdir())
+        others = sorted(name for name in names if name != ".lock" and not name.startswith(TEMPORARY_PREFIX))
         if others:
             raise InputError(
                 f"--run {run_dir} holds {others[0]} but no config.json: it is not a run; name another folder"
@@ -295,7 +307,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
     new = Config.from_dict(record["config"])
     if new.training.num_steps != old.training.num_steps:
         steps = checkpoint_steps(run_dir)
-        if new.training.decay != "constant":
+        if old.training.decay != "constant":
             raise InputError(
                 f"run {run_dir} was planned for {old.training.num_steps} steps, and its learning rate falls to 0 there "
                 f"(training.decay {old.training.decay}); {new.training.num_steps} need another --run"
@@ -312,7 +324,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
             if value != there and free is not None and name not in free:
                 raise InputError(
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
-                    "give the same setting, or another --run"
+                    f"give --{group}.{name.replace('_', '-')} {json.dumps(there)}, or another --run"
                 )
     if old_record["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")
@@ -351,7 +363,7 @@ def _log_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             entry = json.loads(line)
             whole = line.endswith("\n") and isinstance(entry["step"], int) and isinstance(entry["seconds"], float)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if whole:
             yield line, entry

@@ -66,7 +66,7 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
             raise InputError(f"packaged weights {source!r} have one checkpoint; leave --checkpoint out")
         folder = Path(str(resources.files("ddpm_lab") / "weights" / source))
         return folder, folder / "config.json"
-    path = Path(source)
+    path = Path(source).resolve() if source else Path("no such folder")
     if not path.is_dir():
         raise InputError(
             f"no model {source!r}: give a run folder, a checkpoint folder in one, "
@@ -76,7 +76,7 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
         if checkpoint is not None:
             raise InputError(f"{source} is one checkpoint; give --checkpoint with its run folder")
         own = path / "config.json"
-        return path, own if own.is_file() else path.absolute().parent.parent / "config.json"
+        return path, own if own.is_file() else path.parent.parent / "config.json"
     if not (path / "config.json").is_file():
         raise InputError(f"{source} is not a run folder: it holds no config.json")
     steps = checkpoint_steps(path)
@@ -96,7 +96,13 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
     record = read_json(path)
     data = record.get("data") if isinstance(record, dict) else None
     shape = data.get("image_shape") if isinstance(data, dict) else None
-    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and 0 < n < 65536 for n in shape)):
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
+        and shape[1] == shape[2]
+        and isinstance(record.get("versions", {}), dict)
+    ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
     try:
         config = Config.from_dict(record.get("config"))
