@@ -20,7 +20,8 @@ from ddpm_lab import checkpoint, cost, run
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import InputError, load_recipe
-from ddpm_lab.run import RunError, read_log, train
+from ddpm_lab.log import read_log
+from ddpm_lab.run import RunError, train
 
 from .conftest import tree_hash
 
@@ -198,14 +199,19 @@ def test_another_process_is_refused(tmp_path, tiny_recipe):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recipe, monkeypatch):
+def poison(monkeypatch, number, change):
+    """Have training report step `number` changed."""
     real = run.training_loop
 
-    def poisoned(state, schedule, images, config):
-        for step in real(state, schedule, images, config):
-            yield dataclasses.replace(step, losses=step.losses * float("nan")) if step.step == 7 else step
+    def poisoned(*arguments):
+        for step in real(*arguments):
+            yield change(step) if step.step == number else step
 
     monkeypatch.setattr(run, "training_loop", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recipe, monkeypatch):
+    poison(monkeypatch, 7, lambda step: dataclasses.replace(step, losses=step.losses * float("nan")))
     with pytest.raises(RunError, match=r"not finite at step 7 \(seed 0\); the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path), "--device", "cpu"]) == 1
@@ -216,13 +222,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recip
 
 
 def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tiny_recipe, monkeypatch):
-    real = run.training_loop
-
-    def poisoned(state, schedule, images, config):
-        for step in real(state, schedule, images, config):
-            yield dataclasses.replace(step, grad_norm=step.grad_norm * float("inf")) if step.step == 8 else step
-
-    monkeypatch.setattr(run, "training_loop", poisoned)
+    poison(monkeypatch, 8, lambda step: dataclasses.replace(step, grad_norm=step.grad_norm * float("inf")))
     with pytest.raises(RunError, match=r"the gradient is not finite at step 8 .*; the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4]

@@ -11,11 +11,12 @@ import lzma
 import os
 import tarfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from ddpm_lab.download import download
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 DATASETS = ("mnist", "cifar10", "digits")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -183,40 +186,55 @@ def _read_folder(folder: Path, split: str, image_size: int | None) -> np.ndarray
         raise InputError(
             f"folder {folder} holds {len(paths)} images; at least 2 are needed ({' '.join(IMAGE_ENDINGS)})"
         )
-    # One size and one number of channels for the folder, whichever split is asked for.
-    pictures = [_read_picture(path, image_size) for path in paths]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.width != picture.height or picture.size != pictures[0].size:
+    # One size and one number of channels for the folder, whichever split is asked for; headers are enough to tell.
+    headers = [_read_picture(path, lambda opened: (_mode(opened), opened.size)) for path in paths]
+    first = headers[0][1]
+    for path, (_, size) in zip(paths, headers, strict=True):
+        if image_size is None and (size[0] != size[1] or size != first):
             raise InputError(
-                f"image {path} is {picture.width} x {picture.height}, the first one is {pictures[0].width} x "
-                f"{pictures[0].height}; give --data.image-size to crop and scale all to one square size"
+                f"image {path} is {size[0]} x {size[1]}, the first one is {first[0]} x {first[1]}; "
+                "give --data.image-size to crop and scale all to one square size"
             )
-    mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
+    mode = "L" if all(mode == "L" for mode, _ in headers) else "RGB"
     order = np.random.RandomState(0).permutation(len(paths))
     test = order[: max(len(paths) // 20, 1)]
     chosen = test if split == "test" else order[len(test) :]
-    stacked = np.stack([np.asarray(pictures[i].convert(mode)) for i in chosen])
+    stacked = np.stack(
+        [_read_picture(paths[i], lambda opened: np.asarray(_fitted(opened, mode, image_size))) for i in chosen]
+    )
     return stacked[:, None] if mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
 
-def _read_picture(path: Path, image_size: int | None) -> "Image.Image":
-    """One image as 8-bit grey or RGB; cropped to its centre square and scaled where a size is asked for."""
+def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
+    """Open an image and read from it what is wanted; whatever is wrong with the file is told by its name."""
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise InputError(f"image {path} has pixels of mode {opened.mode}; 8 bits a channel are needed")
-            picture = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
+            return read(opened)
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _mode(picture: "Image.Image") -> str:
+    """'L' for grey, 'RGB' for all else."""
+    return "L" if picture.mode in ("1", "L", "LA") else "RGB"
+
+
+def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
+    """Pixels of the mode wanted; cropped to the centre square and scaled where a size is asked for."""
+    from PIL import Image
+
+    converted = picture.convert(_mode(picture)).convert(mode)
     if image_size is None:
-        return picture
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
+        return converted
+    side = min(converted.size)
+    left, top = (converted.width - side) // 2, (converted.height - side) // 2
+    square = converted.crop((left, top, left + side, top + side))
     return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 

@@ -10,8 +10,9 @@ from ddpm_lab.config import SamplingConfig, load_recipe
 from ddpm_lab.data import load_images
 from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.images import image_grid, save_png
+from ddpm_lab.log import read_log
 from ddpm_lab.progress import duration, progress
-from ddpm_lab.run import read_log, train
+from ddpm_lab.run import train
 from ddpm_lab.trained import load
 
 SAMPLERS = {

@@ -38,6 +38,7 @@ from ddpm_lab.data import ImageSet, load_images
 from ddpm_lab.files import TEMPORARY_PREFIX, replace_atomically
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
+from ddpm_lab.log import append_line, cut_log
 from ddpm_lab.progress import progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.trained import TrainedModel, read_run_record
@@ -115,7 +116,7 @@ def train(
             _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
         if _read_text(run_dir / "config.json") != _as_json(record):
             replace_atomically(run_dir / "config.json", _as_json(record).encode())
-        seconds = _cut_log(run_dir / "log.jsonl", state.step)
+        seconds = cut_log(run_dir, state.step)
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
             return checkpoint_path(run_dir, state.step)
@@ -169,18 +170,19 @@ class _Session:
                 saving = k % training.checkpoint_every == 0 or last or stopping
                 validating = k % evaluation.validate_every == 0 or last
                 sampling = k % evaluation.sample_every == 0 or last
-                if k % training.log_every == 0 or saving or validating:
+                logging = k % training.log_every == 0 or saving or validating
+                if logging:
                     line = self._summary(interval)
                     if validating:
                         line["validation_loss"] = self._validation_loss()
-                    self._log(line)
+                    append_line(self.run_dir, line)
                     advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
                 if saving:
                     save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
                     remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
                 if sampling:
                     self._sample_grid()
-                if k % training.log_every == 0 or saving or validating:
+                if logging:
                     interval = Interval([], time.monotonic())
                 advance(1)
                 if stopping and not last:
@@ -226,10 +228,6 @@ class _Session:
 
     def _grid_path(self) -> Path:
         return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
-
-    def _log(self, line: dict[str, Any]) -> None:
-        with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
 
     def _sample_grid(self) -> None:
         evaluation = self.config.evaluation
@@ -347,37 +345,6 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The entries of a run's `log.jsonl`, oldest first; a torn line is left out."""
-    path = run_dir / "log.jsonl"
-    return (
-        [entry for _, entry in _log_lines(path.read_text(encoding="utf-8", errors="replace"))] if path.exists() else []
-    )
-
-
-def _log_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line with what it says."""
-    for line in text.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-            whole = line.endswith("\n") and isinstance(entry["step"], int) and isinstance(entry["seconds"], float)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if whole:
-            yield line, entry
-
-
-def _cut_log(path: Path, step: int) -> float:
-    """Drop log lines after `step`, and a torn last one; returns the seconds of training logged before."""
-    if not path.exists():
-        return 0.0
-    text = path.read_text(encoding="utf-8", errors="replace")
-    kept = [(line, entry) for line, entry in _log_lines(text) if entry["step"] <= step]
-    if "".join(line for line, _ in kept) != text:
-        replace_atomically(path, "".join(line for line, _ in kept).encode())
-    return float(kept[-1][1]["seconds"]) if kept else 0.0
 
 
 @contextmanager
