@@ -228,6 +228,20 @@ def test_short_chains_with_beta_warn_in_one_line(place):
     ]
 
 
+def test_a_warning_comes_before_the_work_and_never_beside_an_error(place):
+    """A network that warns when built: refused for another reason it gives one line; trained, it warns first."""
+    command = [sys.executable, "-m", "ddpm_lab", *TRAIN.split(), "--model.norm-groups", "32"]
+    wrong = [word if word != "new" else "run" for word in command]
+    refused = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: run run exists with model.norm_groups 8, not 32")
+    trained = subprocess.run(
+        [*command, "--training.num-steps", "1"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert trained.stderr.splitlines()[0].startswith("warning: a level of 32 channels in 32 groups cannot see t")
+
+
 @pytest.mark.parametrize("command", [[], ["demo"], ["data"], ["train"], ["sample"], ["info"]])
 def test_help_names_every_option_and_default(command, capsys):
     assert run_command([*command, "--help"]) == 0

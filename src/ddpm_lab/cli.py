@@ -24,6 +24,7 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where to compute; auto: a GPU where there is one")
 ]
 Source = Annotated[str, Parameter(help="run folder, checkpoint folder in one, or name of packaged weights (mnist)")]
+_held: list[str] = []  # warnings of the command under way that are not yet told
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -67,7 +68,7 @@ def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
     """
     from ddpm_lab.demo import run_demo
 
-    run_demo(out, device, say=print)
+    run_demo(out, device, say=_say)
 
 
 @app.command
@@ -101,7 +102,7 @@ def train(
     """
     from ddpm_lab.run import train as train_run
 
-    checkpoint = train_run(config, run, device=device, data_dir=data_dir, say=print)
+    checkpoint = train_run(config, run, device=device, data_dir=data_dir, say=_say)
     print(f"trained: {checkpoint}")
 
 
@@ -152,7 +153,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and turn what went wrong into a line on stderr and an exit code."""
-    warnings.formatwarning = lambda message, *rest, **kwargs: f"warning: {message}\n"
+    _held.clear()
+    warnings.showwarning = lambda message, *rest, **kwargs: _held.append(str(message))
+    code = _run(arguments)
+    if code != 2:  # of bad input nothing is told but the one line
+        _tell_warnings()
+    return code
+
+
+def _say(line: str) -> None:
+    """Print a line of a command that has begun its work, and first the warnings held back until then."""
+    _tell_warnings()
+    print(line)
+
+
+def _tell_warnings() -> None:
+    for message in _held:
+        print(f"warning: {message}", file=sys.stderr)
+    _held.clear()
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
