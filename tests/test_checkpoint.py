@@ -18,9 +18,10 @@ from ddpm_lab.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from ddpm_lab.config import InputError, load_recipe
+from ddpm_lab.config import load_recipe
 from ddpm_lab.data import load_images
 from ddpm_lab.schedule import linear_schedule
+from ddpm_lab.settings import InputError
 from ddpm_lab.training import new_state, training_loop
 from ddpm_lab.unet import build_unet
 

@@ -1,19 +1,25 @@
 """The command: what users type, and what they get where it cannot work."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save as tensor_bytes
 
 from ddpm_lab.cli import run_command
-from ddpm_lab.config import recipe_names
+from ddpm_lab.config import SamplingConfig, recipe_names
+from ddpm_lab.generation import sampling_identity
+from ddpm_lab.trained import load
 
 from .conftest import TINY_RECIPE, tree_hash
 
@@ -61,13 +67,58 @@ def place(tmp_path, tiny_run, monkeypatch) -> Path:
         Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
     Image.new("L", (8, 8)).save("pictures/a.png")
     Path("pictures/b.png").write_bytes(b"not an image")
+    Path("good").mkdir()
+    for name in ("a", "b"):
+        Image.new("L", (9, 9)).save(f"good/{name}.png")
+    Path("samples").mkdir()
+    Path("samples/sampling.json").write_text(json.dumps(sampling_identity(load("run"), SamplingConfig())))
+    _write_arrays()
+    _write_weights()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for name in MNIST_NAMES:
         Path(f"data/mnist/{name}.gz").write_bytes(b"\x1f\x8b nonsense")
     return tmp_path
 
 
+def _write_arrays() -> None:
+    """Array files that hold something else than images or statistics that fit."""
+    arrays = {
+        "float": {"images": np.zeros((20, 8, 8, 1), np.float32)},
+        "labels": {"labels": np.zeros(20, np.int64)},
+        "oblong": {"images": np.zeros((20, 8, 9, 1), np.uint8)},
+        "colour": {"images": np.zeros((20, 8, 8, 3), np.uint8)},
+        "large": {"images": np.zeros((20, 9, 9, 1), np.uint8)},
+        "one": {"images": np.zeros((1, 8, 8, 1), np.uint8)},
+        "torn": {"images": np.random.default_rng(0).integers(0, 256, (99, 8, 8, 1)).astype(np.uint8)},
+        "small": {"mu": np.zeros(5), "sigma": np.eye(5)},
+        "mixed": {"mu": np.zeros(64), "sigma": np.eye(5)},
+        "crooked": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
+    }
+    for name, held in arrays.items():
+        np.savez(f"{name}.npz", **held)
+    Path("torn.npz").write_bytes(Path("torn.npz").read_bytes()[:3000])
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (99, 8, 8, 1)})
+    with zipfile.ZipFile("short.npz", "w") as archive:
+        archive.writestr("images.npy", content.getvalue() + b"too short")
+
+
+def _write_weights() -> None:
+    """Files given for the FID network's weights that are not, and a training of a classifier."""
+    torch.save({"fc.weight": torch.zeros(3)}, "other.pth")
+    torch.save([1, 2], "list.pth")
+    torch.save({"code": subprocess.run}, "code.pth")
+    Path("torn.pth").write_bytes(Path("other.pth").read_bytes()[:500])
+    Path("empty.pth").touch()
+    Path("trained").mkdir()
+    meta = {"ddpm_lab": json.dumps({"epoch": 1, "identity": "of another"})}
+    Path("trained/training.safetensors").write_bytes(tensor_bytes({"x": torch.zeros(1)}, meta))
+
+
 TRAIN, SAMPLE = "train tiny.toml --run new --device cpu", "sample run --device cpu --out new.png"
+EVALUATE = "evaluate {} --reference digits:train --features classifier --device cpu"
+STATISTICS = "evaluate digits:test --reference {} --features classifier"
+INCEPTION = "evaluate digits:test --reference digits:train --inception-weights {}"
 BAD_INPUTS = {
     "no such command": ("fly", "Unknown command"),
     "no such option": (TRAIN + " --training.lr 3", "Unknown option"),
@@ -116,7 +167,7 @@ BAD_INPUTS = {
     "checkpoints are a file": ("train tiny.toml --run flat --device cpu", "cannot be listed: Not a directory"),
     "damaged data": (TRAIN + " --data.dataset mnist", "is damaged"),
     "no such data": (TRAIN + " --data.dataset nothing", "no data set 'nothing'"),
-    "folder without images": (TRAIN + " --data.dataset notes", "holds 0 images"),
+    "folder without images": (TRAIN + " --data.dataset notes", "holds no images"),
     "folder with a bad image": (TRAIN + " --data.dataset pictures", "b.png"),
     "size for a set that has one": (TRAIN + " --data.image-size 16", "has its own size"),
     "data of no such name": ("data imagenet", "mnist"),
@@ -136,9 +187,65 @@ BAD_INPUTS = {
     "unknown sampler": (SAMPLE + " --sampler magic", "ddim"),
     "negative seed": (SAMPLE + " --seed -1", "at least 0"),
     "unknown ending": ("sample run --device cpu --out old.jpeg", ".png or .npz"),
-    "out is a folder": ("sample run --device cpu --out empty", ".png or .npz"),
+    "out is a folder of something else": ("sample run --device cpu --out notes", "holds todo.txt"),
+    "out is a folder of other samples": ("sample run --device cpu --out samples --seed 3", "of another seed"),
     "out in no folder": ("sample run --device cpu --out nowhere/a.png", "does not exist"),
     "out below a file": ("sample run --device cpu --out a_file/a.png", "does not exist"),
+    "scores without a reference": ("evaluate digits:test --features classifier", "need a --reference"),
+    "float images": (EVALUATE.format("float.npz"), "type float32"),
+    "no images in the array file": (EVALUATE.format("labels.npz"), "must hold `images`"),
+    "truncated array file": (EVALUATE.format("torn.npz"), "torn.npz"),
+    "array shorter than it says": (EVALUATE.format("short.npz"), "not as long as its shape"),
+    "oblong images": (EVALUATE.format("oblong.npz"), "must be square"),
+    "colour against grey": (EVALUATE.format("colour.npz"), "images of colour 8x8"),
+    "images of another size": (EVALUATE.format("large.npz"), "images of grey 9x9"),
+    "a folder of another size": (EVALUATE.format("good"), "images of grey 9x9"),
+    "one image": (EVALUATE.format("one.npz"), "at least 2"),
+    "an empty folder": (EVALUATE.format("empty"), "holds no images"),
+    "a bad image among good ones": (EVALUATE.format("pictures"), "b.png"),
+    "a file of something else": (EVALUATE.format("tiny.toml"), "neither an .npz nor a folder"),
+    "no such images": (EVALUATE.format("nothing"), "no model or images 'nothing'"),
+    "more images than there are": (EVALUATE.format("digits:test") + " --num-images 361", "from 1 to the 360"),
+    "no images asked for": (EVALUATE.format("run") + " --num-images 0", "at least"),
+    "a data set without its split": ("evaluate digits:test --reference digits", "digits:train or digits:test"),
+    "a split that is not": ("evaluate digits:all --reference digits:train", "digits:train or digits:test"),
+    "no such reference": ("evaluate digits:test --features classifier --reference nothing", "no images 'nothing'"),
+    "statistics of another dimension": (STATISTICS.format("small.npz") + " --metrics fid", "of another network"),
+    "statistics that are none": (STATISTICS.format("crooked.npz") + " --metrics fid", "must be symmetric"),
+    "statistics of two shapes": (STATISTICS.format("mixed.npz") + " --metrics fid", "are no statistics"),
+    "statistics without images": (STATISTICS.format("small.npz"), "holds statistics only"),
+    "truncated statistics": (STATISTICS.format("torn.npz") + " --metrics fid", "torn.npz"),
+    "unknown metric": (EVALUATE.format("digits:test") + " --metrics fid,lpips", "'lpips'"),
+    "no metric": (EVALUATE.format("digits:test") + " --metrics=", "not ''"),
+    "more splits than images": (EVALUATE.format("digits:test") + " --num-images 9", "--is-splits of 10"),
+    "a subset too large": (EVALUATE.format("digits:test") + " --kid-subset-size 361", "exceeds the 360"),
+    "a subset of one": (EVALUATE.format("digits:test") + " --kid-subset-size 1", "at least 2"),
+    "one resampling": (EVALUATE.format("digits:test") + " --bootstrap 1", "0 or from 2"),
+    "too few for neighbours": (EVALUATE.format("digits:test") + " --num-images 3 --metrics prdc", "at least 4"),
+    "no such network": ("evaluate digits:test --reference digits:train --features nothing", "no classifier 'nothing'"),
+    "weights of no classifier": ("evaluate digits:test --reference digits:train --features a_file", "not a classifier"),
+    "no such Inception weights": (INCEPTION.format("nothing.pth"), "nothing.pth cannot be read"),
+    "Inception weights are a folder": (INCEPTION.format("notes"), "notes cannot be read"),
+    "truncated Inception weights": (INCEPTION.format("torn.pth"), "truncated or no PyTorch file"),
+    "empty Inception weights": (INCEPTION.format("empty.pth"), "truncated or no PyTorch file"),
+    "Inception weights that run code": (INCEPTION.format("code.pth"), "truncated or no PyTorch file"),
+    "weights of another network": (INCEPTION.format("other.pth"), "of another layout"),
+    "weights that are no table": (INCEPTION.format("list.pth"), "no table of tensors"),
+    "memorisation of test images": (
+        "evaluate digits:test --reference digits:test --features classifier --metrics memorisation",
+        "training images",
+    ),
+    "pairs without memorisation": (EVALUATE.format("digits:test") + " --pairs pairs.png", "add it to --metrics"),
+    "pairs in no picture": (EVALUATE.format("digits:test") + " --pairs pairs.txt", "must end in .png"),
+    "scores in no lines": (EVALUATE.format("digits:test") + " --scores scores.json", "must end in .jsonl"),
+    "checkpoint of images": (EVALUATE.format("digits:test") + " --checkpoint 8", "is for a run"),
+    "scores of a damaged run": ("evaluate torn --features classifier --device cpu", "is damaged"),
+    "sampler that does not fit": (EVALUATE.format("run") + " --num-steps 1001", "from 1 to the 1000"),
+    "classifier of no epochs": ("classifier digits --out new --num-epochs 0", "from 1 to 10000"),
+    "classifier of a negative seed": ("classifier digits --out new --seed -1", "at least 0"),
+    "classifier in a file": ("classifier digits --out a_file", "is a file"),
+    "classifier of another training": ("classifier digits --out trained --num-epochs 3", "other settings or images"),
+    "scores too rare to be": (TRAIN + " --evaluation.score-images 3", "at least 20"),
     "info of nothing": ("info empty", "holds no config.json"),
     "demo in a file": ("demo --out a_file", "a_file"),
 }

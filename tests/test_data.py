@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ddpm_lab import data, download
-from ddpm_lab.config import InputError
 from ddpm_lab.data import load_images, to_float, to_uint8, training_batch
+from ddpm_lab.settings import InputError
 
 
 def test_uint8_round_trips_through_float():
@@ -167,12 +167,12 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
     _Server.files, _Server.allowed = {"/file": content}, 200_000
     path = tmp_path / "file"
     with pytest.raises(InputError, match=r"broke off|cannot be reached"):
-        download.download([server + "file"], path, lambda p: None)
+        download.download([server + "file"], path, lambda p: None, "wait")
     kept = path.with_name("file.part").stat().st_size
     assert 0 < kept <= 200_000
     assert not path.exists()
     _Server.allowed = 10**9
-    download.download([server + "file"], path, lambda p: None)
+    download.download([server + "file"], path, lambda p: None, "wait")
     assert path.read_bytes() == content
     assert _Server.asked[-1] == ("/file", f"bytes={kept}-")
 
@@ -182,8 +182,10 @@ def test_silence_is_given_up_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(download.requests, "get", lambda *a, **k: time.sleep(30))
     begun = time.monotonic()
-    with pytest.raises(InputError, match=r"no answer in time.*--data-dir"):
-        download.download(["http://a.invalid/x", "http://b.invalid/x"], tmp_path / "x", lambda p: None)
+    with pytest.raises(InputError, match=r"no answer in time.*or wait"):
+        download.download(
+            ["http://a.invalid/x", "http://b.invalid/x"], tmp_path / "x", lambda p: None, "look elsewhere"
+        )
     assert time.monotonic() - begun < 5
 
 
@@ -222,7 +224,7 @@ def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda d: [p.unlink() for p in d.iterdir()], "holds 0 images"),
+        (lambda d: [p.unlink() for p in d.iterdir()], "holds no images"),
         (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), r"b\.png cannot be read"),
         (lambda d: (d / "b.png").write_bytes((d / "a.png").read_bytes()[:45]), r"b\.png cannot be read"),
         (lambda d: save(d, "b.png", (5, 5)), "--data.image-size"),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ddpm_lab.config import InputError
 from ddpm_lab.diffusion import (
     denoising_losses,
     diffusion_loss,
@@ -14,6 +13,7 @@ from ddpm_lab.diffusion import (
     q_step,
 )
 from ddpm_lab.schedule import cosine_schedule, linear_schedule
+from ddpm_lab.settings import InputError
 
 SCHEDULES = [linear_schedule(50), linear_schedule(50, False), cosine_schedule(50)]
 ONE, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from ddpm_lab import load
-from ddpm_lab.config import InputError, SamplingConfig
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.generation import ImageNoise, generate, sample_to_file
 from ddpm_lab.images import image_grid, save_npz
+from ddpm_lab.settings import InputError
 from ddpm_lab.trained import packaged_names
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lab.config import InputError
 from ddpm_lab.metrics import (
     RunningStatistics,
     Statistics,
@@ -13,9 +12,10 @@ from ddpm_lab.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    manifold,
     statistics,
 )
+from ddpm_lab.neighbours import manifold
+from ddpm_lab.settings import InputError
 
 
 def normal(n, d, mean=0.0, scale=1.0, seed=0):
@@ -160,27 +160,27 @@ def test_precision_and_recall_know_which_is_which():
     real = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
     generated = torch.linspace(0, 0.1, 101, dtype=torch.float64)[:, None]
     found = manifold(generated, real)
-    assert found.precision == 1.0
-    assert found.recall < 0.15
-    assert found.coverage < 0.2
-    assert manifold(real, generated).precision < 0.15
-    assert manifold(real, generated).recall == 1.0
+    assert found.precision.value == 1.0
+    assert found.recall.value < 0.15
+    assert found.coverage.value < 0.2
+    assert manifold(real, generated).precision.value < 0.15
+    assert manifold(real, generated).recall.value == 1.0
 
 
 def test_equal_sets_are_wholly_covered():
     features = normal(50, 4)
     found = manifold(features, features)
-    assert (found.precision, found.recall, found.coverage) == (1.0, 1.0, 1.0)
-    assert found.density >= 1
+    assert (found.precision.value, found.recall.value, found.coverage.value) == (1.0, 1.0, 1.0)
+    assert found.density.value >= 1
 
 
 def test_density_and_coverage_by_hand():
     """Real at 0, 1, 2, 3 (k = 1: balls of radius 1); one generated at 0.5, one far away, one at 1."""
     real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     found = manifold(torch.tensor([[0.5], [99.0], [1.0]]), real, k=1)
-    assert found.precision == pytest.approx(2 / 3)
-    assert found.density == pytest.approx((2 + 0 + 3) / 3)
-    assert found.coverage == pytest.approx(3 / 4)
+    assert found.precision.value == pytest.approx(2 / 3)
+    assert found.density.value == pytest.approx((2 + 0 + 3) / 3)
+    assert found.coverage.value == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize("block", [7, 1000])
@@ -190,9 +190,9 @@ def test_precision_and_recall_are_those_of_torch_fidelity(block):
     a, b = normal(80, 5, seed=1), 0.7 + normal(80, 5, seed=2)
     theirs = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
     found = manifold(a, b, block=block)
-    assert found.precision == pytest.approx(theirs["precision"], abs=1e-6)
-    assert found.recall == pytest.approx(theirs["recall"], abs=1e-6)
-    assert 0.05 < found.precision < 0.95
+    assert found.precision.value == pytest.approx(theirs["precision"], abs=1e-6)
+    assert found.recall.value == pytest.approx(theirs["recall"], abs=1e-6)
+    assert 0.05 < found.precision.value < 0.95
 
 
 def test_intervals_cover_as_they_say():

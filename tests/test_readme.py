@@ -16,10 +16,20 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+def python_examples(text):
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+
+
 def test_python_examples_run(capsys):
-    (example,) = [block for kind, block in BLOCKS if kind == "python"]
+    (example,) = python_examples(README)
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 20
+
+
+def test_the_example_of_scores_runs(capsys):
+    (example,) = python_examples((Path(__file__).parent.parent / "docs" / "scores.md").read_text())
+    exec(compile(example, "scores.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("FD-rows (n=360) {'value': ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab import checkpoint, cost, run
+from ddpm_lab import checkpoint, cost, load, run
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
-from ddpm_lab.config import InputError, load_recipe
-from ddpm_lab.log import read_log
+from ddpm_lab.config import load_recipe
+from ddpm_lab.files import locked
+from ddpm_lab.log import read_lines
 from ddpm_lab.run import RunError, train
+from ddpm_lab.settings import InputError
 
 from .conftest import tree_hash
 
@@ -48,7 +50,7 @@ def test_a_run_has_the_documented_files(tiny_run):
 
 
 def test_the_log_says_what_it_should(tiny_run):
-    log = read_log(tiny_run)
+    log = read_lines(tiny_run / "log.jsonl")
     assert [entry["step"] for entry in log] == [2, 4, 6, 8, 10, 12]
     for entry in log:
         assert entry["images"] == 8 * entry["step"]
@@ -90,12 +92,12 @@ def test_killed_runs_end_in_the_same_bits(tmp_path, tiny_recipe):
         wait_for_log(process, killed, lines)
         process.send_signal(signal.SIGKILL)
         finish(process)
-        deaths.append(len(read_log(killed)))
+        deaths.append(len(read_lines(killed / "log.jsonl")))
     assert finish(start(tiny_recipe, killed, *steps)) == 0
     assert deaths == sorted(set(deaths)), f"a kill came before the run had gone on: {deaths}"
     assert deaths[-1] < 40, f"the last kill came too late to prove anything: {deaths}"
     assert weights(killed, 40) == weights(whole, 40)
-    for entry, other in zip(read_log(killed), read_log(whole), strict=True):
+    for entry, other in zip(read_lines(killed / "log.jsonl"), read_lines(whole / "log.jsonl"), strict=True):
         for name in ("step", "images", "loss", "loss_by_t", "grad_norm", "lr"):
             assert entry[name] == other[name]
 
@@ -110,7 +112,7 @@ def test_interrupting_writes_a_checkpoint(tmp_path, tiny_recipe, number):
     assert process.returncode == 130, err
     (step,) = checkpoint_steps(tmp_path)[-1:]
     assert err.splitlines()[-1] == f"error: stopped at step {step}; its checkpoint is written, the same command goes on"
-    assert read_log(tmp_path)[-1]["step"] == step
+    assert read_lines(tmp_path / "log.jsonl")[-1]["step"] == step
 
 
 def test_resuming_at_another_interval_changes_nothing(tmp_path, tiny_recipe, tiny_run):
@@ -136,11 +138,13 @@ def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_rec
     with (copy / "log.jsonl").open("a") as stream:
         stream.write('{"step": 13, "lo')
     train(tiny(tiny_recipe), copy, device="cpu")
-    assert [e["step"] for e in read_log(copy)] == [2, 4, 6, 8, 10, 12]
+    assert [e["step"] for e in read_lines(copy / "log.jsonl")] == [2, 4, 6, 8, 10, 12]
     assert weights(copy, 12) == weights(tiny_run, 12)
     lines = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
     same = ("step", "loss", "loss_by_t", "validation_loss")
-    assert [[e.get(n) for n in same] for e in lines] == [[e.get(n) for n in same] for e in read_log(tiny_run)]
+    assert [[e.get(n) for n in same] for e in lines] == [
+        [e.get(n) for n in same] for e in read_lines(tiny_run / "log.jsonl")
+    ]
 
 
 def test_what_it_will_cost_is_said_first(tmp_path, tiny_recipe):
@@ -195,7 +199,7 @@ def test_more_steps_are_refused_where_the_decay_depends_on_them(tmp_path, tiny_r
 
 
 def test_another_process_is_refused(tmp_path, tiny_recipe):
-    with run._locked(tmp_path), pytest.raises(InputError, match="being written by another process"):
+    with locked(tmp_path, "--run"), pytest.raises(InputError, match="being written by another process"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
 
 
@@ -283,3 +287,31 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, 
     monkeypatch.undo()
     train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert weights(tmp_path, 12) == weights(tiny_run, 12)
+
+
+def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_path, monkeypatch):
+    """Scores at the steps asked for; the weights are those of a run that scores nothing; none twice, none lost."""
+    config = load_recipe(str(tiny_recipe))
+    evaluation = dataclasses.replace(config.evaluation, score_every=5, score_images=30)
+    config = dataclasses.replace(config, evaluation=evaluation)
+    run.train(config, tmp_path / "scored", device="cpu")
+    scores = read_lines(tmp_path / "scored" / "scores.jsonl")
+    assert [line["step"] for line in scores] == [5, 10, 12]
+    for line in scores:
+        assert line["fid_label"] == "FD-classifier (n=30)"
+        assert line["num_images"] == 30
+        assert line["fid"]["value"] > line["floor"]["fid"]
+    assert scores[-1]["weights_sha256"] == load(tmp_path / "scored", device="cpu").weights_sha256
+    for line in scores:
+        assert (line["weights"], line["sampler"], line["num_steps"]) == ("ema", "ddim", 2)
+    name = "checkpoints/step_00000012/model.safetensors"
+    assert (tmp_path / "scored" / name).read_bytes() == (tiny_run / name).read_bytes()
+
+    # A kill at step 10, after its score and before a checkpoint: the score of step 10 is cut, and comes again.
+    shutil.rmtree(tmp_path / "scored" / "checkpoints" / "step_00000012")
+    run.train(config, tmp_path / "scored", device="cpu")
+    again = read_lines(tmp_path / "scored" / "scores.jsonl")
+    unchanging = ("step", "fid", "kid", "inception_score", "images")
+    assert [[line[n] for n in unchanging] for line in again] == [[line[n] for n in unchanging] for line in scores]
+    assert again[0]["seconds"] == scores[0]["seconds"]
+    assert again[1]["seconds"] != scores[1]["seconds"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ddpm_lab.config import InputError
 from ddpm_lab.diffusion import prediction_target
 from ddpm_lab.samplers import ddim_sample, ddim_steps, ddpm_sample, ddpm_steps
 from ddpm_lab.schedule import cosine_schedule, linear_schedule
+from ddpm_lab.settings import InputError
 
 SAMPLERS = {
     "ddpm beta": lambda *a, **k: ddpm_sample(*a, variance="beta", **k),

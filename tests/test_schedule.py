@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_lab.config import InputError
 from ddpm_lab.schedule import NoiseSchedule, cosine_schedule, linear_schedule, sampling_timesteps
+from ddpm_lab.settings import InputError
 
 
 def test_linear_betas_of_the_paper():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_lab.config import InputError, load_recipe, recipe_names
+from ddpm_lab.config import load_recipe, recipe_names
+from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet, build_unet, timestep_embedding
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddpm_lab.config import Config as Config
-    from ddpm_lab.config import InputError as InputError
     from ddpm_lab.config import load_recipe as load_recipe
     from ddpm_lab.data import load_images as load_images
     from ddpm_lab.diffusion import diffusion_loss as diffusion_loss
     from ddpm_lab.diffusion import q_sample as q_sample
+    from ddpm_lab.evaluation import evaluate as evaluate
+    from ddpm_lab.metrics import frechet_distance as frechet_distance
+    from ddpm_lab.metrics import statistics as statistics
     from ddpm_lab.samplers import ddim_sample as ddim_sample
     from ddpm_lab.samplers import ddim_steps as ddim_steps
     from ddpm_lab.samplers import ddpm_sample as ddpm_sample
@@ -21,15 +23,19 @@ if TYPE_CHECKING:
     from ddpm_lab.schedule import NoiseSchedule as NoiseSchedule
     from ddpm_lab.schedule import cosine_schedule as cosine_schedule
     from ddpm_lab.schedule import linear_schedule as linear_schedule
+    from ddpm_lab.settings import InputError as InputError
     from ddpm_lab.trained import load as load
     from ddpm_lab.unet import UNet as UNet
 
 _MODULES = {
-    "config": ("Config", "InputError", "load_recipe"),
+    "config": ("Config", "load_recipe"),
     "data": ("load_images",),
     "diffusion": ("diffusion_loss", "q_sample"),
+    "evaluation": ("evaluate",),
+    "metrics": ("frechet_distance", "statistics"),
     "trained": ("load",),
     "samplers": ("ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
+    "settings": ("InputError",),
     "schedule": ("NoiseSchedule", "cosine_schedule", "linear_schedule"),
     "unet": ("UNet",),
 }

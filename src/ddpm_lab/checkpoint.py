@@ -19,8 +19,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
-from ddpm_lab.config import InputError
 from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
+from ddpm_lab.settings import InputError
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -160,6 +160,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         for index, (key, parameter) in enumerate(parameters.items())
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def parameters_sha256(module: nn.Module) -> str:
+    """SHA-256 of the file that a checkpoint would hold a network's parameters in."""
+    return hashlib.sha256(tensor_bytes(_state(module))).hexdigest()
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

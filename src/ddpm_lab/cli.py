@@ -11,13 +11,15 @@ import sys
 import typing
 import warnings
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from ddpm_lab.config import Config, InputError, SamplingConfig, read_recipe
+from ddpm_lab.config import Config, SamplingConfig, ScoringConfig, read_recipe
+from ddpm_lab.settings import InputError
 
 DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]
 Device = Annotated[
@@ -121,7 +123,8 @@ def sample(
     """Draw images from a trained network.
 
     Args:
-        out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C).
+        out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C), or a folder of PNGs, which a
+            second call goes on filling.
         num_images: how many; image i of a seed is the same in any number.
         weights: the moving average of the parameters (ema), or the parameters themselves (raw).
         checkpoint: step of a checkpoint of a run folder; unset: the newest.
@@ -129,6 +132,82 @@ def sample(
     from ddpm_lab.generation import sample_to_file
 
     print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
+
+
+@app.command
+def classifier(
+    dataset: Literal["mnist", "cifar10", "digits"],
+    /,
+    *,
+    out: Path,
+    num_epochs: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Train the small feature network of a data set; stopped, the same command goes on from the last whole epoch.
+
+    Args:
+        dataset: whose images and labels.
+        out: folder for classifier.safetensors, which `ddpm evaluate --features` takes.
+        num_epochs: passes over the training images; unset: 15 for mnist, 40 for cifar10 and digits.
+        seed: of weights, order and distortions.
+    """
+    from ddpm_lab.classifier import train_classifier
+
+    train_classifier(dataset, out, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=_say)
+
+
+@app.command
+def evaluate(
+    source: Annotated[str, Parameter(help="a model as for sample; or DATASET:SPLIT, an .npz, a folder of images")],
+    /,
+    *,
+    reference: str | None = None,
+    features: str = "inception",
+    num_images: int | None = None,
+    scoring: Annotated[ScoringConfig, Parameter(name="*")] = ScoringConfig(),  # noqa: B008 (frozen)
+    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    inception_weights: Path | None = None,
+    image_size: int | None = None,
+    pairs: Path | None = None,
+    scores: Path | None = None,
+    json: bool = False,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Score a model or images against real ones: a table, and a record that says all the numbers depend on.
+
+    Sampled images and features are kept in the cache (DDPM_CACHE_DIR), so that a command that was stopped goes on, and
+    a second one with other metrics is quick.
+
+    Args:
+        reference: DATASET:SPLIT (mnist:train, cifar10:test, ...), a folder of images, an .npz of images, or an .npz of
+            statistics (mu, sigma); unset: the images the model was trained on.
+        features: inception (FID as published), classifier (the packaged one of the data set), or a folder that
+            `ddpm classifier` made.
+        num_images: how many; unset: 1000 of a model, all of a collection. Published FIDs take 50000.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+        inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else fetched and verified.
+        image_size: pixels to which the images of folders are cropped and scaled; unset: they have one size already.
+        pairs: FILE.png for the samples nearest to training images, each above its neighbour (with memorisation).
+        scores: FILE.jsonl that the record is added to; unset: scores.jsonl of the run, where the source is one.
+        json: print the record, one line, in place of the table.
+    """
+    from ddpm_lab.scores import evaluate_source, score_table
+
+    record = evaluate_source(
+        source, reference, features, num_images, scoring, sampling,
+        weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
+        pairs=pairs, scores=scores, device=device, data_dir=data_dir,
+    )  # fmt: skip
+    if json:
+        print(dumps(record))
+    else:
+        print("\n".join(score_table(record)))
 
 
 @app.command

@@ -6,14 +6,13 @@ Nothing here imports torch, so that the command line answers at once.
 
 import dataclasses
 import json
-import sys
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
+
+from ddpm_lab.settings import InputError, SettingsGroup, require
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["eps", "x_0", "v"]
@@ -22,95 +21,11 @@ Decay = Literal["constant", "linear", "cosine"]
 Sampler = Literal["ddim", "ddpm"]
 Spacing = Literal["uniform", "quadratic"]
 Variance = Literal["beta", "beta_tilde"]
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used: the message says what, where, and what would be valid, in one line."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, hint)
-
-
-def _wording(hint: Any) -> str:
-    """How an annotation reads in an error: 'int or nothing', 'linear, cosine'."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_wording(option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if origin is tuple:
-        return f"a list of {_wording(typing.get_args(hint)[0])}"
-    return {
-        type(None): "nothing",
-        int: "a whole number",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-    }[hint]
+Features = Literal["classifier", "inception"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
-    """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
-
-    def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            _require(_fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
-        self._check()
-
-    @classmethod
-    def _label(cls) -> str:
-        return cls.__name__.removesuffix("Config").lower()
-
-    @classmethod
-    def _prefix(cls) -> str:
-        return cls._label() + "."
-
-    def _check(self) -> None:
-        raise NotImplementedError
-
-    def _at_most(self, high: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(value is None or value <= high, f"{self._prefix()}{name} must be at most {high}, not {value}")
-
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(value is None or value >= low, f"{self._prefix()}{name} must be at least {low}, not {value}")
-
-    @classmethod
-    def from_dict(cls, values: object) -> Self:
-        """Build the group from parsed JSON or TOML; an unknown key is refused, naming the known."""
-        _require(isinstance(values, dict), f"{cls._label()} must be a table of settings, not {type(values).__name__}")
-        assert isinstance(values, dict)
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            _require(key in known, f"{cls._label()} has no setting {key!r}; it has {', '.join(known)}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(_Group):
+class DataConfig(SettingsGroup):
     """Which images."""
 
     dataset: str = "mnist"
@@ -121,17 +36,17 @@ class DataConfig(_Group):
     """side in pixels to which the images of a folder are cropped and scaled; unset: they all have one size already"""
 
     def _check(self) -> None:
-        _require(self.dataset != "", "data.dataset must name a data set or a folder, and is empty")
+        require(self.dataset != "", "data.dataset must name a data set or a folder, and is empty")
         self._at_least(1, "image_size")
         self._at_most(4096, "image_size")
-        _require(
+        require(
             self.image_size is None or self.dataset not in ("mnist", "cifar10", "digits"),
             f"data.image_size applies to a folder of images; {self.dataset} has its own size",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Group):
+class ModelConfig(SettingsGroup):
     """The U-Net of Ho et al. 2020, appendix B."""
 
     base_channels: int = 128
@@ -155,30 +70,30 @@ class ModelConfig(_Group):
         self._at_least(1, "num_blocks", "attention_head_channels", "norm_groups", "patch_size")
         self._at_most(64, "num_blocks", "patch_size")
         self._at_most(4096, "base_channels")
-        _require(
+        require(
             self.base_channels >= 4 and self.base_channels % 4 == 0 and self.base_channels % self.norm_groups == 0,
             f"model.base_channels must be a positive multiple of 4 and of model.norm_groups ({self.norm_groups}), "
             f"not {self.base_channels}",
         )
         levels = len(self.channel_multipliers)
-        _require(
+        require(
             1 <= levels <= 8 and all(1 <= m <= 64 for m in self.channel_multipliers),
             f"model.channel_multipliers must be 1 to 8 whole numbers from 1 to 64, not {self.channel_multipliers}",
         )
-        _require(
+        require(
             all(0 <= level < levels for level in self.attention_levels),
             f"model.attention_levels must lie in 0..{levels - 1}, not {self.attention_levels}",
         )
-        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
         head = self.attention_head_channels
         if head is not None:
             widths = {self.base_channels * self.channel_multipliers[i] for i in (*self.attention_levels, levels - 1)}
             bad = sorted(w for w in widths if w % head)
-            _require(not bad, f"model.attention_head_channels of {head} does not divide the {bad[:1]} channels there")
+            require(not bad, f"model.attention_head_channels of {head} does not divide the {bad[:1]} channels there")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(_Group):
+class DiffusionConfig(SettingsGroup):
     """The forward process and what the network predicts."""
 
     num_timesteps: int = 1000
@@ -210,17 +125,17 @@ def check_chain(num_timesteps: int, schedule: str, rescale_betas: bool | None) -
         InputError: T outside 2 .. 10,000; rescaled linear betas at T <= 20 (the last would be 1 or more);
             `rescale_betas` given for the cosine schedule, which has no such choice.
     """
-    _require(
+    require(
         isinstance(num_timesteps, int) and 2 <= num_timesteps <= 10_000,
         f"diffusion.num_timesteps must be a whole number from 2 to 10000, not {num_timesteps}",
     )
     if schedule == "cosine":
-        _require(
+        require(
             rescale_betas is None,
             "diffusion.rescale_betas does not apply to the cosine schedule, which is defined for every T; leave it out",
         )
     elif rescale_betas is not False:
-        _require(
+        require(
             num_timesteps > 20,
             f"diffusion.num_timesteps of {num_timesteps} with rescaled linear betas would need a beta of "
             f"{20 / num_timesteps:g}; take more than 20, --diffusion.no-rescale-betas, or the cosine schedule",
@@ -228,7 +143,7 @@ def check_chain(num_timesteps: int, schedule: str, rescale_betas: bool | None) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Group):
+class TrainingConfig(SettingsGroup):
     """Algorithm 1 and how long."""
 
     num_steps: int = 800_000
@@ -262,13 +177,13 @@ class TrainingConfig(_Group):
         self._at_most(65_536, "batch_size")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
-            _require(value > 0, f"training.{name} must be above 0, not {value}")
-        _require(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
+            require(value > 0, f"training.{name} must be above 0, not {value}")
+        require(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
         object.__setattr__(self, "warmup_steps", min(self.warmup_steps, self.num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(_Group):
+class EvaluationConfig(SettingsGroup):
     """What is looked at while training goes on; none of it changes the weights."""
 
     validate_every: int = 5_000
@@ -280,15 +195,24 @@ class EvaluationConfig(_Group):
     sample_images: int = 64
     """images in a sample grid"""
     sample_steps: int = 50
-    """DDIM steps of a sample grid"""
+    """DDIM steps of a sample grid, and of images that are scored"""
+    score_every: int = 0
+    """steps between scores (Frechet distance, Inception Score, KID) in scores.jsonl; 0: none"""
+    score_images: int = 1_000
+    """images sampled for each score; so few that scores compare with each other only"""
+    score_features: Features = "classifier"
+    """the network that scores are taken over: that of the data set, or Inception"""
 
     def _check(self) -> None:
         self._at_least(1, "validate_every", "validation_images", "sample_every", "sample_images", "sample_steps")
+        self._at_least(0, "score_every")
+        self._at_least(20, "score_images")
         self._at_most(16_384, "sample_images")
+        self._at_most(50_000, "score_images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(_Group):
+class SamplingConfig(SettingsGroup):
     """How images are drawn from a trained network."""
 
     sampler: Sampler = "ddim"
@@ -314,12 +238,48 @@ class SamplingConfig(_Group):
         self._at_least(1, "num_steps", "batch_size")
         self._at_least(0, "seed")
         self._at_most(65_536, "batch_size")
-        _require(self.eta is None or 0 <= self.eta <= 1, f"eta must be from 0 to 1, not {self.eta}")
-        _require(self.eta is None or self.sampler == "ddim", f"eta applies to the ddim sampler, not to {self.sampler}")
-        _require(
+        require(self.eta is None or 0 <= self.eta <= 1, f"eta must be from 0 to 1, not {self.eta}")
+        require(self.eta is None or self.sampler == "ddim", f"eta applies to the ddim sampler, not to {self.sampler}")
+        require(
             self.variance is None or self.sampler == "ddpm",
             f"variance applies to the ddpm sampler, not to {self.sampler}",
         )
+
+
+METRICS = ("fid", "is", "kid", "prdc", "memorisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig(SettingsGroup):
+    """Which scores, and how."""
+
+    metrics: tuple[str, ...] = ("fid", "is", "kid", "prdc")
+    """fid (Frechet distance), is (Inception Score), kid, prdc (precision, recall, density, coverage), memorisation"""
+    is_splits: int = 10
+    """parts whose Inception Scores are averaged, 10 in the literature"""
+    kid_subsets: int = 100
+    """pairs of random subsets that KID averages"""
+    kid_subset_size: int | None = None
+    """images in each; unset: the smaller of 1000 and the number of images"""
+    bootstrap: int = 50
+    """resamplings behind the 95 % intervals; 0: no intervals"""
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return ""
+
+    def _check(self) -> None:
+        listed = tuple(metric for item in self.metrics for metric in item.split(","))  # "fid,is" is "fid", "is"
+        object.__setattr__(self, "metrics", listed)
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        require(
+            bool(self.metrics) and not unknown,
+            f"metrics must be some of {', '.join(METRICS)}, not {', '.join(map(repr, unknown)) or 'none'}",
+        )
+        self._at_least(1, "is_splits", "kid_subsets")
+        self._at_least(2, "kid_subset_size")
+        self._at_most(10_000, "kid_subsets", "is_splits", "bootstrap", "kid_subset_size")
+        require(self.bootstrap == 0 or self.bootstrap >= 2, f"bootstrap must be 0 or from 2, not {self.bootstrap}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +293,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.evaluation.sample_steps <= self.diffusion.num_timesteps,
             f"evaluation.sample_steps of {self.evaluation.sample_steps} exceeds "
             f"diffusion.num_timesteps of {self.diffusion.num_timesteps}",
@@ -346,16 +306,16 @@ class Config:
         Raises:
             InputError: unknown group or setting, wrong type, value out of range.
         """
-        _require(isinstance(values, dict), f"a config must be a table of groups, not {type(values).__name__}")
+        require(isinstance(values, dict), f"a config must be a table of groups, not {type(values).__name__}")
         assert isinstance(values, dict)
         groups = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         for name in values:
-            _require(name in groups, f"there is no group {name!r}; the groups are {', '.join(groups)}")
-        return cls(**{name: typing.cast(Any, groups[name]).from_dict(group) for name, group in values.items()})
+            require(name in groups, f"there is no group {name!r}; the groups are {', '.join(groups)}")
+        return cls(**{name: cast(Any, groups[name]).from_dict(group) for name, group in values.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The settings as plain JSON values, a table per group; `from_dict` reads it back."""
-        return typing.cast(dict[str, dict[str, Any]], json.loads(json.dumps(dataclasses.asdict(self))))
+        return cast(dict[str, dict[str, Any]], json.loads(json.dumps(dataclasses.asdict(self))))
 
 
 def recipe_names() -> list[str]:

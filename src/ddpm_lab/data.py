@@ -11,28 +11,23 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar, cast
+from typing import IO, cast
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ddpm_lab.config import InputError
 from ddpm_lab.download import download
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-T = TypeVar("T")
+from ddpm_lab.files import cache_dir
+from ddpm_lab.image_folder import open_folder
+from ddpm_lab.settings import InputError
 
 DATASETS = ("mnist", "cifar10", "digits")
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,7 @@ MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
+ADVICE = "give --data-dir (or DDPM_DATA_DIR) a folder that holds it"
 CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 
@@ -111,9 +107,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def default_data_dir() -> Path:
     """DDPM_DATA_DIR where it is set, else the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("DDPM_DATA_DIR") or user_cache_path("ddpm-lab") / "data")
+    return Path(os.environ.get("DDPM_DATA_DIR") or cache_dir() / "data")
 
 
 def load_images(
@@ -178,64 +172,15 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[:, None], digits.target[chosen]
 
 
-def _read_folder(folder: Path, split: str, image_size: int | None) -> np.ndarray:
-    if not folder.is_dir():
-        raise InputError(f"no data set {str(folder)!r}: name one of {', '.join(DATASETS)}, or a folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
-    if len(paths) < 2:
-        raise InputError(
-            f"folder {folder} holds {len(paths)} images; at least 2 are needed ({' '.join(IMAGE_ENDINGS)})"
-        )
-    # One size and one number of channels for the folder, whichever split is asked for; headers are enough to tell.
-    headers = [_read_picture(path, lambda opened: (_mode(opened), opened.size)) for path in paths]
-    first = headers[0][1]
-    for path, (_, size) in zip(paths, headers, strict=True):
-        if image_size is None and (size[0] != size[1] or size != first):
-            raise InputError(
-                f"image {path} is {size[0]} x {size[1]}, the first one is {first[0]} x {first[1]}; "
-                "give --data.image-size to crop and scale all to one square size"
-            )
-    mode = "L" if all(mode == "L" for mode, _ in headers) else "RGB"
-    order = np.random.RandomState(0).permutation(len(paths))
-    test = order[: max(len(paths) // 20, 1)]
-    chosen = test if split == "test" else order[len(test) :]
-    stacked = np.stack(
-        [_read_picture(paths[i], lambda opened: np.asarray(_fitted(opened, mode, image_size))) for i in chosen]
-    )
-    return stacked[:, None] if mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
-
-
-def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
-    """Open an image and read from it what is wanted; whatever is wrong with the file is told by its name."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise InputError(f"image {path} has pixels of mode {opened.mode}; 8 bits a channel are needed")
-            return read(opened)
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _mode(picture: "Image.Image") -> str:
-    """'L' for grey, 'RGB' for all else."""
-    return "L" if picture.mode in ("1", "L", "LA") else "RGB"
-
-
-def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
-    """Pixels of the mode wanted; cropped to the centre square and scaled where a size is asked for."""
-    from PIL import Image
-
-    converted = picture.convert(_mode(picture)).convert(mode)
-    if image_size is None:
-        return converted
-    side = min(converted.size)
-    left, top = (converted.width - side) // 2, (converted.height - side) // 2
-    square = converted.crop((left, top, left + side, top + side))
-    return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
+def _read_folder(path: Path, split: str, image_size: int | None) -> np.ndarray:
+    if not path.is_dir():
+        raise InputError(f"no data set {str(path)!r}: name one of {', '.join(DATASETS)}, or a folder of images")
+    folder = open_folder(path, image_size, "--data.image-size")
+    if len(folder) < 2:
+        raise InputError(f"folder {path} holds one image; training needs at least 2")
+    order = np.random.RandomState(0).permutation(len(folder))
+    num_test = max(len(folder) // 20, 1)
+    return folder.read(order[:num_test] if split == "test" else order[num_test:])
 
 
 def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
@@ -298,10 +243,10 @@ def fetch(dataset: str, data_dir: Path | None = None) -> None:
             if dataset == "mnist":
                 for file in missing:
                     urls = [f"{mirror}{file.name}.gz" for mirror in MNIST_MIRRORS]
-                    download(urls, folder / f"{file.name}.gz", partial(_read_verified, file=file))
+                    download(urls, folder / f"{file.name}.gz", partial(_read_verified, file=file), ADVICE)
             elif missing:
                 archive = folder / CIFAR10_ARCHIVE.rpartition("/")[2]
-                download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder))
+                download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder), ADVICE)
                 archive.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -10,7 +10,7 @@ from ddpm_lab.config import SamplingConfig, load_recipe
 from ddpm_lab.data import load_images
 from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.images import image_grid, save_png
-from ddpm_lab.log import read_log
+from ddpm_lab.log import read_lines
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.run import train
 from ddpm_lab.trained import load
@@ -44,7 +44,7 @@ def run_demo(out: Path, device: str, say: Callable[[str], object]) -> None:
         with progress(f"sampling ({name})", NUM_IMAGES * steps, "evaluations") as advance:
             rows[name] = torch.cat(list(generate(trained, NUM_IMAGES, sampling, on_step=advance)))
 
-    validated = [entry for entry in read_log(run_dir) if "validation_loss" in entry]
+    validated = [entry for entry in read_lines(run_dir / "log.jsonl") if "validation_loss" in entry]
     say("images seen   training loss   validation loss")
     for entry in validated:
         say(f"{entry['images']:11,}   {entry['loss']:13.4f}   {entry['validation_loss']:15.4f}")

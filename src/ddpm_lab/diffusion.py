@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import InputError, Prediction
+from ddpm_lab.config import Prediction
 from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, H, W), t (B,) int64) -> (B, C, H, W)
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import requests
 
-from ddpm_lab.config import InputError
 from ddpm_lab.progress import progress
+from ddpm_lab.settings import InputError
 
 ANSWER_SECONDS = 15.0  # for all mirrors together to begin to answer, name look-up included
 STALL_SECONDS = 20.0  # between two pieces of a download that has begun
@@ -17,7 +17,7 @@ STALL_SECONDS = 20.0  # between two pieces of a download that has begun
 T = TypeVar("T")
 
 
-def download(urls: list[str], path: Path, verify: Callable[[Path], object]) -> None:
+def download(urls: list[str], path: Path, verify: Callable[[Path], object], advice: str) -> None:
     """Fetch a file from the first of several addresses that gives it.
 
     What has arrived is kept beside it as `.part`, and the next call asks only for the rest.
@@ -27,8 +27,9 @@ def download(urls: list[str], path: Path, verify: Callable[[Path], object]) -> N
         path: where it ends up, once whole and verified.
         verify: raises InputError where a file is not the one that was asked for; it is then deleted, and the next
             address tried.
+        advice: what to do where there is no network, the end of the message.
     Raises:
-        InputError: no address gave it; the message names the addresses and where to put the file by hand.
+        InputError: no address gave it; the message names the addresses.
     """
     part = path.with_name(path.name + ".part")
     complete = path.with_name(f"{path.stem}.unverified{path.suffix}")
@@ -46,8 +47,7 @@ def download(urls: list[str], path: Path, verify: Callable[[Path], object]) -> N
         except (requests.RequestException, TimeoutError) as error:
             reasons.append(f"{url} ({_reason(error)})")
     raise InputError(
-        f"{path.name} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; "
-        "go online, or give --data-dir (or DDPM_DATA_DIR) a folder that holds it"
+        f"{path.name} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; go online, or {advice}"
     )
 
 

@@ -7,9 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddpm_lab.config import InputError
+from ddpm_lab.settings import InputError
 
 TEMPORARY_PREFIX = ".partial-"
+
+
+def cache_dir() -> Path:
+    """DDPM_CACHE_DIR where it is set, else the user's cache folder; all in it can be deleted, and is made again."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("DDPM_CACHE_DIR") or user_cache_path("ddpm-lab"))
 
 
 def temporary_path(path: Path) -> Path:
@@ -38,6 +45,35 @@ def replace_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         write_durably(temporary, content)
     flush_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder and hold it for this process; the system lets go when the process ends, however it ends.
+
+    Args:
+        option: the flag that named it, for messages.
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{option} {folder} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{folder} is being written by another process; wait for it, or name another {option}"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_durably(path: Path, content: bytes) -> None:

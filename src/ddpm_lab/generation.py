@@ -4,23 +4,29 @@ Image i of seed s draws all its noise from a generator seeded by (s, i), on the 
 Batches always have the same number of rows, so that at one batch size an image is the same bit for bit in any number.
 """
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import InputError, SamplingConfig
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_uint8
-from ddpm_lab.images import check_writable, image_grid, save_npz, save_png, visible_scale
+from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
+from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
+from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel, Weights, load
 
 MAX_GRID_IMAGES = 16_384
+SAMPLING = "sampling.json"  # in a folder of samples
 
 
 class ImageNoise:
@@ -87,14 +93,16 @@ def generate(
     num_images: int,
     config: SamplingConfig,
     on_step: Callable[[int], object] = lambda rows: None,
+    begin: int = 0,
 ) -> Iterator[Tensor]:
-    """Sample images 0 .. num_images - 1 of a seed, batch by batch.
+    """Sample images begin .. num_images - 1 of a seed, batch by batch.
 
     Args:
         trained: the network and its process.
         num_images: at least 1.
         config: sampler, steps, seed, batch size.
         on_step: called after each step of each batch with the number of images wanted of it.
+        begin: a multiple of the batch size.
     Yields:
         uint8 (b, C, H, W) on the CPU, `batch_size` images at most.
     Raises:
@@ -104,7 +112,7 @@ def generate(
         raise InputError(f"num_images must be at least 1, not {num_images}")
     sampler = build_sampler(trained, config)
     device = next(trained.model.parameters()).device
-    for first in range(0, num_images, config.batch_size):
+    for first in range(begin, num_images, config.batch_size):
         wanted = min(config.batch_size, num_images - first)
         noise = ImageNoise(config.seed, range(first, first + config.batch_size), trained.image_shape, device)
         x_0 = noise(-1)
@@ -112,6 +120,58 @@ def generate(
             x_0 = step.x_s
             on_step(wanted)
         yield to_uint8(x_0[:wanted]).cpu()
+
+
+def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, config: SamplingConfig) -> int:
+    """Sample into a folder of PNGs, `00000000.png` and on, continuing where an earlier call was stopped.
+
+    `sampling.json` in it says of which weights and settings the images are; more images of the same are added to those
+    that are there.
+
+    Args:
+        folder: made where it does not exist.
+        trained, num_images, config: see `generate`.
+    Returns:
+        How many images there were before.
+    Raises:
+        InputError: the folder holds something else, or images of other weights or settings.
+    """
+    identity = sampling_identity(trained, config)
+    if folder.is_dir() and not (folder / SAMPLING).exists():
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if others:
+            raise InputError(f"--out {folder} holds {others[0]} but no {SAMPLING}: name an empty or new folder")
+    with locked(folder, "--out"):
+        record = folder / SAMPLING
+        if not record.exists():
+            replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
+        held = read_json(record)
+        if held != identity:
+            names = [name for name in identity if not isinstance(held, dict) or held.get(name) != identity[name]]
+            raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            leftover.unlink(missing_ok=True)
+        there = {path.name for path in folder.glob("*.png")}
+        done = next((i for i in range(num_images) if _png_name(i) not in there), num_images)
+        begin = done // config.batch_size * config.batch_size if done < num_images else num_images
+        evaluations = build_sampler(trained, config).num_steps
+        with progress("sampling", num_images * evaluations, "evaluations", begin * evaluations) as advance:
+            index = begin
+            for batch in generate(trained, num_images, config, on_step=advance, begin=begin):
+                for image in batch:
+                    save_png(folder / _png_name(index), image_array(image))
+                    index += 1
+    return done
+
+
+def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
+    """What decides which images come out: the weights and the settings."""
+    settings = dataclasses.asdict(config) | {"num_steps": build_sampler(trained, config).num_steps}
+    return {"weights_sha256": trained.weights_sha256, "step": trained.step, **settings}
+
+
+def _png_name(index: int) -> str:
+    return f"{index:08d}.png"
 
 
 def sample_to_file(
@@ -124,18 +184,20 @@ def sample_to_file(
     checkpoint: int | None = None,
     device: str = "auto",
 ) -> str:
-    """Sample into a PNG grid or an .npz.
+    """Sample into a PNG grid, an .npz, or a folder of PNGs.
 
     Args:
         source, weights, checkpoint, device: see `trained.load`.
-        out: ends in .png or .npz; replaced once the new one is whole.
+        out: ends in .png or .npz, and is replaced once the new one is whole; or a folder, to which images are added.
         num_images, config: see `generate`.
     Returns:
         A line that says what was made.
     Raises:
         InputError: a source, setting or path that cannot be used; told before any work.
     """
-    check_writable(out, (".png", ".npz"))
+    folder = out.is_dir() or out.suffix == ""
+    if not folder:
+        check_writable(out, (".png", ".npz"))
     grid = out.suffix.lower() == ".png"
     if not 1 <= num_images <= (MAX_GRID_IMAGES if grid else 10_000_000):
         limit = f"{MAX_GRID_IMAGES} in one picture (more go into an .npz)" if grid else "10000000"
@@ -143,14 +205,24 @@ def sample_to_file(
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
     begun = time.monotonic()
-    with progress("sampling", num_images * sampler.num_steps, "evaluations") as advance:
+    if folder:
+        before = sample_to_folder(trained, out, num_images, config)
+        made = f"{num_images} images" + (f" ({before} were there)" if before else "")
+    else:
+        made = f"{num_images} images"
+        _sample_to_file(trained, out, num_images, config, grid)
+    return (
+        f"{out}: {made} of {source} at step {trained.step} ({weights}), {config.sampler}, "
+        f"{sampler.num_steps} of {trained.schedule.num_timesteps} steps, seed {config.seed}, "
+        f"{duration(time.monotonic() - begun)}"
+    )
+
+
+def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: SamplingConfig, grid: bool) -> None:
+    evaluations = num_images * build_sampler(trained, config).num_steps
+    with progress("sampling", evaluations, "evaluations") as advance:
         batches = generate(trained, num_images, config, on_step=advance)
         if grid:
             save_png(out, image_grid(torch.cat(list(batches)), scale=visible_scale(trained.image_shape[1])))
         else:
             save_npz(out, batches, num_images)
-    return (
-        f"{out}: {num_images} images of {source} at step {trained.step} ({weights}), {config.sampler}, "
-        f"{sampler.num_steps} of {trained.schedule.num_timesteps} steps, seed {config.seed}, "
-        f"{duration(time.monotonic() - begun)}"
-    )

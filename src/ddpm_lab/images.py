@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ddpm_lab.config import InputError
 from ddpm_lab.files import replacing, temporary_path
+from ddpm_lab.settings import InputError
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: int = 2) -> np.ndarray:
@@ -34,6 +34,12 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: 
         canvas[top : top + H, left : left + W] = image
     canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
     return canvas[:, :, 0] if C == 1 else canvas
+
+
+def image_array(image: Tensor) -> np.ndarray:
+    """One image, (C, H, W) uint8, as a picture: (H, W) for grey, (H, W, 3) for colour."""
+    picture = image.permute(1, 2, 0).cpu().numpy()
+    return picture[:, :, 0] if picture.shape[2] == 1 else picture
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
@@ -67,7 +73,7 @@ def save_npz(path: Path, batches: Iterable[Tensor], num_images: int) -> None:
             raise ValueError(f"{written} images came, {num_images} were announced")
 
 
-def check_writable(path: Path, endings: tuple[str, ...]) -> None:
+def check_writable(path: Path, endings: tuple[str, ...], option: str = "--out") -> None:
     """Refuse an output path before any work is done for it.
 
     Raises:
@@ -75,17 +81,17 @@ def check_writable(path: Path, endings: tuple[str, ...]) -> None:
             where a file should be.
     """
     if path.suffix.lower() not in endings:
-        raise InputError(f"--out {path} must end in {' or '.join(endings)}")
+        raise InputError(f"{option} {path} must end in {' or '.join(endings)}")
     if path.is_dir():
-        raise InputError(f"--out {path} is a folder; name a file")
+        raise InputError(f"{option} {path} is a folder; name a file")
     if not path.parent.is_dir():
-        raise InputError(f"--out {path}: folder {path.parent} does not exist")
+        raise InputError(f"{option} {path}: folder {path.parent} does not exist")
     try:
         probe = temporary_path(path)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error
 
 
 def visible_scale(image_size: int, at_least: int = 56) -> int:

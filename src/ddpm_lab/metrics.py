@@ -1,12 +1,13 @@
-"""Scores from features: Frechet distance, Inception Score, KID, precision, recall, density, coverage; their intervals.
+"""Scores from features: Frechet distance, Inception Score, KID; and intervals.
 
 Images become features elsewhere; here features, (N, d), become statistics, and statistics or features a number.
 Nothing here knows which network made them: over the FID network's features the Frechet distance is "FID", over others
 it is not.
 Invariant: statistics are float64 with ddof 1, and no score is ever NaN: what cannot be computed is refused by name.
+Features may lie in a memory-mapped file: no function here makes a float64 copy of all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import InputError
+from ddpm_lab.settings import InputError
+
+BLOCK = 1024  # rows that are held in float64 at once
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Statistics:
     """Mean and covariance of features.
 
     Attributes:
-        num_images: N, at least 2.
+        num_images: N, at least 2; None: unknown, of statistics from a file.
         mean: (d,) float64.
         cov: (d, d) float64, symmetric, ddof 1.
     """
 
-    num_images: int
+    num_images: int | None
     mean: Tensor
     cov: Tensor
 
@@ -42,7 +45,13 @@ class Statistics:
 
     @cached_property
     def factor(self) -> Tensor:
-        """F with F F^T = cov, (d, r) float64, r the rank; computed once, for a reference serves many comparisons."""
+        """F with F F^T = cov, (d, r) float64; computed once, for a reference serves many comparisons.
+
+        Cholesky's where the covariance is positive definite, an order of magnitude faster; else from eigenvectors.
+        """
+        cholesky, failed = torch.linalg.cholesky_ex(self.cov)
+        if not failed:
+            return torch.as_tensor(cholesky)
         eigenvalues, eigenvectors = torch.linalg.eigh(self.cov)
         kept = eigenvalues > eigenvalues[-1].clamp(min=0) * len(eigenvalues) * torch.finfo(torch.float64).eps
         factor: Tensor = eigenvectors[:, kept] * eigenvalues[kept].sqrt()
@@ -66,8 +75,7 @@ class RunningStatistics:
         Raises:
             InputError: another number of features, or values that are not finite.
         """
-        batch = _checked(features, len(self._mean))
-        if len(batch):
+        for batch in blocks(checked(features, len(self._mean))):
             mean = batch.mean(0)
             centred = batch - mean
             self._add(len(batch), mean, centred.T @ centred)
@@ -95,11 +103,21 @@ class RunningStatistics:
         return Statistics(self.num_images, self._mean.clone(), self._scatter / (self.num_images - 1))
 
 
-def statistics(features: Tensor) -> Statistics:
-    """Mean and covariance of features, (N, d) of any float dtype, N at least 2."""
-    running = RunningStatistics(_checked(features).shape[1])
-    running.update(features)
-    return running.finish()
+def statistics(features: Tensor, indices: Tensor | None = None) -> Statistics:
+    """Mean and covariance of features, (N, d) of any float dtype, N at least 2; of chosen rows, where these are given.
+
+    Raises:
+        InputError: fewer than 2 rows, or values that are not finite.
+    """
+    features = checked(features)
+    chosen = torch.arange(len(features)) if indices is None else indices
+    running = RunningStatistics(features.shape[1])
+    for part in torch.split(chosen, BLOCK):
+        running.update(features[part])
+    found = running.finish()
+    if len(chosen) < features.shape[1]:  # the images themselves are a factor, smaller and more exact than cov's
+        vars(found)["factor"] = ((features[chosen].double() - found.mean) / float(np.sqrt(len(chosen) - 1))).T
+    return found
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -122,29 +140,39 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * shared)
 
 
-def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(
+    logits: Tensor, splits: int = 10, seed: int = 2020, indices: Tensor | None = None
+) -> tuple[float, float]:
     """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016, arXiv:1606.03498), over splits.
 
     Args:
         logits: (N, K), before the softmax; K is what the score can reach at most.
         splits: the images are shuffled and scored in this many parts; 1: all together.
         seed: of the shuffling.
+        indices: (M,) int64, rows to use; None: all.
     Returns:
         Mean and standard deviation over the splits (0 for one).
     Raises:
         InputError: more splits than images.
     """
-    logits = _checked(logits)
-    N = len(logits)
+    logits = checked(logits)
+    chosen = torch.arange(len(logits)) if indices is None else indices
+    N = len(chosen)
     if not 1 <= splits <= N:
         raise InputError(f"splits must be from 1 to the {N} images, not {splits}")
-    order = np.random.RandomState(seed).permutation(N)
-    log_p = logits[torch.from_numpy(order)].log_softmax(1)
+    order = chosen[torch.from_numpy(np.random.RandomState(seed).permutation(N))]
     scores = []
     for i in range(splits):
-        part = log_p[i * N // splits : (i + 1) * N // splits]
-        log_marginal = part.logsumexp(0) - np.log(len(part))
-        scores.append(float((part.exp() * (part - log_marginal)).sum(1).mean().exp()))
+        part = order[i * N // splits : (i + 1) * N // splits]
+        # E[KL(p(y|x) || p(y))] = H(p(y)) - E[H(p(y|x))], so that sums over blocks are enough
+        total, negative_entropy = torch.zeros(logits.shape[1], dtype=torch.float64), 0.0
+        for rows in torch.split(part, BLOCK):
+            p = logits[rows].double().softmax(1)
+            total += p.sum(0)
+            negative_entropy += float(torch.xlogy(p, p).sum())
+        marginal = total / len(part)
+        divergence = negative_entropy / len(part) - float(torch.xlogy(marginal, marginal).sum())
+        scores.append(float(np.exp(divergence)))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -163,8 +191,8 @@ def kernel_distance(
     Raises:
         InputError: dimensions differ, or a subset larger than a set or below 2.
     """
-    a = _checked(a)
-    b = _checked(b, a.shape[1])
+    a = checked(a)
+    b = checked(b, a.shape[1])
     limit = min(len(a), len(b))
     size = min(1000, limit) if subset_size is None else subset_size
     if not 2 <= size <= limit or subsets < 1:
@@ -172,8 +200,8 @@ def kernel_distance(
     generator = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        x = a[torch.from_numpy(generator.choice(len(a), size, replace=False))]
-        y = b[torch.from_numpy(generator.choice(len(b), size, replace=False))]
+        x = a[torch.from_numpy(generator.choice(len(a), size, replace=False))].double()
+        y = b[torch.from_numpy(generator.choice(len(b), size, replace=False))].double()
         xx, yy, xy = (_cubic_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
         values.append(float(within - 2 * xy.mean()))
@@ -184,60 +212,37 @@ def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-@dataclass(frozen=True)
-class Manifold:
-    """How two sets of features lie in each other's neighbourhoods; each in [0, 1] but density, which may exceed 1.
+def kernel_distance_deviation(a: Tensor, b: Tensor, replicates: int = 50, seed: int = 0, at_most: int = 5000) -> float:
+    """Bootstrap standard deviation of the squared MMD of all images of `a` from `b`, which is held fixed.
 
-    Attributes:
-        precision: share of generated images inside the balls of the real ones (quality).
-        recall: share of real images inside the balls of the generated ones (variety).
-        density: mean number of real balls a generated image lies in, over k.
-        coverage: share of real images whose ball holds a generated one.
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 1000) -> Manifold:
-    """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
-
-    The ball of an image reaches to its k-th nearest neighbour in its own set. Memory is block x N distances at a time.
+    Counts of the images drawn weigh the kernel matrix, which is computed once, block by block, for all replicates;
+    pairs of an image with itself are left out, so that repeats do not bias it.
 
     Args:
-        generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
-        k: neighbours.
-        block: images whose distances are held at once.
-    Raises:
-        InputError: dimensions differ, or a set of k images or fewer.
+        a, b: features, (N, d) and (M, d).
+        at_most: of each set this many images are used; the deviation is scaled to N by the square root.
     """
-    generated = _checked(generated)
-    real = _checked(real, generated.shape[1])
-    if min(len(generated), len(real)) <= k or k < 1:
-        raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
-    real_radius, generated_radius = (_radii(features, k, block) for features in (real, generated))
-    in_real, held_by_real, recalled = 0, 0, 0
-    covered = torch.zeros(len(real), dtype=torch.bool)
-    for part in torch.split(generated, block):
-        inside = torch.cdist(part, real) <= real_radius  # (block, M)
-        in_real += int(inside.any(1).sum())
-        held_by_real += int(inside.sum())
-        covered |= inside.any(0)
-    for part in torch.split(real, block):
-        recalled += int((torch.cdist(part, generated) <= generated_radius).any(1).sum())
-    return Manifold(
-        precision=in_real / len(generated),
-        recall=recalled / len(real),
-        density=held_by_real / (k * len(generated)),
-        coverage=float(covered.double().mean()),
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (
+        features[torch.randperm(len(features), generator=generator)[:at_most]]
+        for features in (checked(a), checked(b, a.shape[1]))
     )
-
-
-def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Distance of each to its k-th nearest other, (N,)."""
-    return torch.cat([torch.cdist(part, features).kthvalue(k + 1).values for part in torch.split(features, block)])
+    draws = torch.randint(len(x), (replicates, len(x)), generator=generator)
+    counts = torch.zeros(replicates, len(x), dtype=torch.float64)
+    counts.scatter_add_(1, draws, torch.ones(1, 1, dtype=torch.float64).expand_as(draws))
+    within = torch.zeros(replicates, dtype=torch.float64)
+    across = torch.zeros(replicates, dtype=torch.float64)
+    first = 0
+    for part in blocks(x):
+        weights = counts[:, first : first + len(part)]
+        kernel = torch.cat([_cubic_kernel(part, other) for other in blocks(x)], dim=1)
+        kernel[torch.arange(len(part)), torch.arange(first, first + len(part))] = 0
+        within += ((weights @ kernel) * counts).sum(1)
+        across += weights @ torch.stack([_cubic_kernel(part, other).sum(1) for other in blocks(y)]).sum(0)
+        first += len(part)
+    pairs = len(x) ** 2 - counts.square().sum(1)
+    values = within / pairs - 2 * across / (len(x) * len(y))
+    return float(values.std()) * float(np.sqrt(len(x) / len(a)))
 
 
 @dataclass(frozen=True)
@@ -246,12 +251,12 @@ class Interval:
 
     Attributes:
         value: the estimate from all images.
-        low, high: value -+ z bootstrap standard deviations.
+        low, high: value -+ z bootstrap standard deviations; None where they were not asked for.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def bootstrap_interval(
@@ -277,6 +282,13 @@ def bootstrap_interval(
     return Interval(value, value - half, value + half)
 
 
+def mean_interval(values: Tensor, z: float = 1.96) -> Interval:
+    """Mean of a measure of each image, (N,), -+ z times what the bootstrap's deviation of a mean tends to."""
+    values = values.double()
+    half = z * float(values.std(correction=0)) / len(values) ** 0.5
+    return Interval(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
+
+
 def extrapolated_frechet_distance(features: Tensor, reference: Statistics, sizes: int = 10, seed: int = 0) -> float:
     """The Frechet distance extrapolated to infinitely many images (Chong and Forsyth 2020, arXiv:1911.07023).
 
@@ -286,23 +298,32 @@ def extrapolated_frechet_distance(features: Tensor, reference: Statistics, sizes
     Raises:
         InputError: fewer than 20 images.
     """
-    features = _checked(features)
+    features = checked(features)
     if len(features) < 20:
         raise InputError(f"an extrapolation needs at least 20 images, not {len(features)}")
     generator = torch.Generator().manual_seed(seed)
     counts = np.linspace(len(features) // 2, len(features), sizes).astype(int)
     distances = [
-        frechet_distance(statistics(features[torch.randperm(len(features), generator=generator)[:count]]), reference)
+        frechet_distance(statistics(features, torch.randperm(len(features), generator=generator)[:count]), reference)
         for count in counts
     ]
     return float(np.polyfit(1 / counts, distances, 1)[1])
 
 
-def _checked(features: Tensor, num_features: int | None = None) -> Tensor:
-    """Features as float64, refused where they are not (N, d) or not finite."""
+def checked(features: Tensor, num_features: int | None = None) -> Tensor:
+    """Features as they are, on the CPU, refused where they are not (N, d) or not finite."""
     if features.ndim != 2 or (num_features is not None and features.shape[1] != num_features):
         wanted = "(N, d)" if num_features is None else f"(N, {num_features})"
         raise InputError(f"features must be {wanted}, not {tuple(features.shape)}")
-    if not bool(features.isfinite().all()):
+    if not features.is_floating_point():
+        raise InputError(f"features must be floating-point numbers, not {features.dtype}")
+    if not all(bool(part.isfinite().all()) for part in torch.split(features, BLOCK)):
         raise InputError("features hold values that are not finite")
-    return features.detach().cpu().double()
+    return features.detach().cpu()
+
+
+def blocks(features: Tensor, block: int = BLOCK) -> Iterator[Tensor]:
+    """Rows in float64, some at a time."""
+    for part in torch.split(features, block):
+        if len(part):
+            yield part.double()

@@ -1,6 +1,6 @@
 """A run: a folder that training writes, continues and can always be continued from.
 
-    config.json   log.jsonl   checkpoints/step_00010000/   samples/step_00010000.png
+    config.json   log.jsonl   scores.jsonl   checkpoints/step_00010000/   samples/step_00010000.png
 
 `train` drives `training_loop`, and does between its steps all that training itself does not know about. Invariant: the
 newest checkpoint is whole, and the log ends at or after it; on resume what is later is cut, and comes again.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ddpm_lab.checkpoint import (
@@ -32,15 +31,16 @@ from ddpm_lab.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from ddpm_lab.config import Config, InputError, SamplingConfig
+from ddpm_lab.config import Config, SamplingConfig
 from ddpm_lab.cost import training_cost
 from ddpm_lab.data import ImageSet, load_images
-from ddpm_lab.files import TEMPORARY_PREFIX, replace_atomically
+from ddpm_lab.files import TEMPORARY_PREFIX, locked, replace_atomically
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
-from ddpm_lab.log import append_line, cut_log
+from ddpm_lab.log import append_line, cut_lines, read_lines
 from ddpm_lab.progress import progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel, read_run_record
 from ddpm_lab.training import (
     TrainingState,
@@ -52,6 +52,7 @@ from ddpm_lab.training import (
 )
 from ddpm_lab.unet import build_unet
 
+LOG, SCORES = "log.jsonl", "scores.jsonl"
 BANDS = 10  # of timesteps, in loss_by_t
 FREE_TO_CHANGE = {"training": ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"), "evaluation": None}
 
@@ -109,20 +110,25 @@ def train(
     record = _run_record(config, training_set)
     _check_agreement(run_dir, record)
 
-    with _locked(run_dir):
+    with locked(run_dir, "--run"):
         _check_agreement(run_dir, record)
         steps = checkpoint_steps(run_dir)
         if steps:
             _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
         if _read_text(run_dir / "config.json") != _as_json(record):
             replace_atomically(run_dir / "config.json", _as_json(record).encode())
-        seconds = cut_log(run_dir, state.step)
+        logged = cut_lines(run_dir / LOG, state.step)
+        cut_lines(run_dir / SCORES, state.step)
+        seconds = float(logged[-1]["seconds"]) if logged else 0.0
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
             return checkpoint_path(run_dir, state.step)
         beginning = f"continues from step {state.step}" if state.step else "starts"
         say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
-        session = _Session(config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds)
+        scorer = _scorer(config, training_set, data_dir, on)
+        session = _Session(
+            config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds, scorer
+        )
         try:
             session.run(training_set.images.to(on))
         except OSError as error:
@@ -146,12 +152,14 @@ class _Session:
         training_set: ImageSet,
         record: dict[str, Any],
         seconds: float,
+        scorer: Callable[[TrainedModel], dict[str, Any]] | None,
     ) -> None:
         self.config, self.run_dir, self.state, self.schedule = config, run_dir, state, schedule
         self.held_out = held_out[: config.evaluation.validation_images]
         channels, height, width = training_set.images.shape[1:]
         self.image_shape = (channels, height, width)
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
+        self.scorer = scorer
 
     def run(self, images: Tensor) -> None:
         """Train to the end, logging, validating, sampling and saving when each is due."""
@@ -163,6 +171,8 @@ class _Session:
         ):
             if state.step and state.step % evaluation.sample_every == 0 and not self._grid_path().exists():
                 self._sample_grid()  # a kill came between the checkpoint and its picture
+            if state.step and self._scoring(state.step) and not self._scored():
+                self._score()
             for step in training_loop(state, self.schedule, images, self.config):
                 interval.steps.append(step)
                 k, last = step.step, step.step == training.num_steps
@@ -170,19 +180,22 @@ class _Session:
                 saving = k % training.checkpoint_every == 0 or last or stopping
                 validating = k % evaluation.validate_every == 0 or last
                 sampling = k % evaluation.sample_every == 0 or last
-                logging = k % training.log_every == 0 or saving or validating
+                scoring = self._scoring(k)
+                logging = k % training.log_every == 0 or saving or validating or sampling or scoring
                 if logging:
                     line = self._summary(interval)
                     if validating:
                         line["validation_loss"] = self._validation_loss()
-                    append_line(self.run_dir, line)
+                    append_line(self.run_dir / LOG, line)
                     advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
                 if saving:
                     save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
                     remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
                 if sampling:
                     self._sample_grid()
-                if logging:
+                if scoring:
+                    self._score()
+                if logging:  # what was drawn and scored since is not counted as time of training
                     interval = Interval([], time.monotonic())
                 advance(1)
                 if stopping and not last:
@@ -229,16 +242,40 @@ class _Session:
     def _grid_path(self) -> Path:
         return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
 
-    def _sample_grid(self) -> None:
-        evaluation = self.config.evaluation
-        trained = TrainedModel(
+    def _trained(self) -> TrainedModel:
+        return TrainedModel(
             str(self.run_dir), self.config, self.state.ema, self.schedule, self.image_shape, self.state.step,
             "ema", self.run_dir, self.record,
         )  # fmt: skip
+
+    def _scoring(self, step: int) -> bool:
+        every = self.config.evaluation.score_every
+        return every > 0 and (step % every == 0 or step == self.config.training.num_steps)
+
+    def _scored(self) -> bool:
+        return any(line["step"] == self.state.step for line in read_lines(self.run_dir / SCORES))
+
+    def _score(self) -> None:
+        assert self.scorer is not None
+        append_line(self.run_dir / SCORES, self.scorer(self._trained()))
+
+    def _sample_grid(self) -> None:
+        evaluation = self.config.evaluation
         sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
-        images = torch.cat(list(generate(trained, evaluation.sample_images, sampling)))
+        images = torch.cat(list(generate(self._trained(), evaluation.sample_images, sampling)))
         self._grid_path().parent.mkdir(exist_ok=True)
         save_png(self._grid_path(), image_grid(images, scale=visible_scale(self.image_shape[1])))
+
+
+def _scorer(
+    config: Config, training_set: ImageSet, data_dir: Path | None, device: torch.device
+) -> Callable[[TrainedModel], dict[str, Any]] | None:
+    """What scores a network in the course of a run: built at its start, so that what is amiss is told then."""
+    if config.evaluation.score_every == 0:
+        return None
+    from ddpm_lab.scores import training_scorer
+
+    return training_scorer(config, training_set, data_dir, device)
 
 
 def _last_step(run_dir: Path) -> str:
@@ -326,25 +363,6 @@ def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
                 )
     if old_record["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process; the system lets go when the process ends, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"run {run_dir} is being written by another process; wait for it, or name another --run"
-        ) from error
-    except OSError as error:
-        raise InputError(f"--run {run_dir} cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import InputError, Prediction, Spacing, Variance
+from ddpm_lab.config import Prediction, Spacing, Variance
 from ddpm_lab.diffusion import Model, posterior, predict_x_0_eps
 from ddpm_lab.schedule import NoiseSchedule, sampling_timesteps
+from ddpm_lab.settings import InputError
 
 Noise = Callable[[int], Tensor]  # step i = 0, 1, ... -> standard normal noise, (B, C, H, W)
 

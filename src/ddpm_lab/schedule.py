@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import DiffusionConfig, InputError, Spacing, check_chain
+from ddpm_lab.config import DiffusionConfig, Spacing, check_chain
+from ddpm_lab.settings import InputError
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,23 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, read_meta
-from ddpm_lab.config import Config, InputError
+from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, parameters_sha256, read_meta
+from ddpm_lab.config import Config
 from ddpm_lab.files import read_json
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.settings import InputError
 from ddpm_lab.training import resolve_device
 from ddpm_lab.unet import UNet, build_unet
 
 Weights = Literal["ema", "raw"]
+WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class TrainedModel:
     weights: Weights
     folder: Path
     record: dict[str, Any]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the file the parameters came from, or, in the midst of training, of the file they would be saved to."""
+        if not (self.folder / "meta.json").is_file():
+            return parameters_sha256(self.model)
+        return str(read_meta(self.folder)["sha256"][WEIGHT_FILES[self.weights]])
 
 
 def packaged_names() -> list[str]:
@@ -133,7 +143,7 @@ def load(
     with torch.device("meta"):
         model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
     model = model.to_empty(device=on)
-    load_parameters(model, folder, "ema.safetensors" if weights == "ema" else "model.safetensors")
+    load_parameters(model, folder, WEIGHT_FILES[weights])
     return TrainedModel(
         name=str(source),
         config=config,

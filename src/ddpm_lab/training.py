@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.config import Config, InputError, Prediction, TrainingConfig
+from ddpm_lab.config import Config, Prediction, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses
 from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet
 
 PERMUTATION, STEP, VALIDATION = 0, 1, 2  # what a random stream is for; with the seed and an index it names the stream

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_lab.config import InputError, ModelConfig
+from ddpm_lab.config import ModelConfig
+from ddpm_lab.settings import InputError
 
 NORM_EPS = 1e-6
 

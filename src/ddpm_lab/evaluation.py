@@ -1,0 +1,376 @@
+"""`ddpm evaluate`: images against a reference, as a record that says all that its numbers depend on.
+
+A score is never a bare number: the record names the images, the reference, the network, the settings, and the floor,
+which is what real images that were not trained on score in the same way. Invariant: a score is a function of the images
+and the settings; caches change how long it takes, and nothing else.
+"""
+
+import hashlib
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lab.config import SamplingConfig, ScoringConfig
+from ddpm_lab.feature_store import Features, features_of
+from ddpm_lab.features import FeatureNetwork, classifier_network, describe_shape, inception_network
+from ddpm_lab.files import cache_dir
+from ddpm_lab.generation import sample_to_folder, sampling_identity
+from ddpm_lab.image_stream import ImageStream, open_images, tensor_stream
+from ddpm_lab.images import image_grid, save_png, visible_scale
+from ddpm_lab.metrics import (
+    Interval,
+    Statistics,
+    bootstrap_interval,
+    extrapolated_frechet_distance,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kernel_distance_deviation,
+    statistics,
+)
+from ddpm_lab.neighbours import manifold, nearest
+from ddpm_lab.progress import progress
+from ddpm_lab.settings import InputError
+from ddpm_lab.trained import TrainedModel
+
+SCORES = (
+    "fid", "fid_extrapolated", "inception_score", "inception_score_whole", "kid",
+    "precision", "recall", "density", "coverage",
+)  # fmt: skip
+SURE = 0.9  # of its class: how probable the classifier must find it
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with.
+
+    Attributes:
+        name: as the user named it.
+        images: or None, where only statistics are known.
+        given: statistics from a file, or None.
+        sha256: of the images' pixels, or of the file.
+    """
+
+    name: str
+    images: ImageStream | None
+    given: Statistics | None
+    sha256: str
+
+    def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
+        """Real images that are not in the reference: the other split of its data set, or None where there is none."""
+        if self.images is None or self.images.dataset is None:
+            return None
+        other = open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
+        return other.take(min(num_images, other.num_images))
+
+
+def open_reference(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Reference:
+    """Open a reference.
+
+    Args:
+        name: see `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
+    Raises:
+        InputError: no such images, or unreadable ones; statistics that are none.
+    """
+    given = _read_statistics(Path(name)) if name.endswith(".npz") and Path(name).is_file() else None
+    if given is not None:
+        return Reference(name, None, given, hashlib.sha256(Path(name).read_bytes()).hexdigest())
+    images = open_images(name, data_dir, image_size)
+    return Reference(name, images, None, images.sha256)
+
+
+def _read_statistics(path: Path) -> Statistics | None:
+    """Statistics in an .npz, or None where it holds something else."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
+            if "mu" not in held or "sigma" not in held:
+                return None
+            mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
+    except Exception as error:  # whatever a damaged archive makes numpy raise
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    try:
+        found = Statistics(None, mean, cov)
+    except InputError as error:
+        raise InputError(f"{path}: mu and sigma are no statistics: {error}") from error
+    if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) or bool((cov.diagonal() < 0).any()):
+        raise InputError(f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
+    return found
+
+
+def feature_network(
+    features: str, shape: tuple[int, int, int], reference: Reference | None, weights: Path | None, device: str
+) -> FeatureNetwork:
+    """The network that a name stands for.
+
+    Args:
+        features: 'inception', 'classifier' (that of the reference's data set, else the one that takes such images), or
+            the folder or file that `ddpm classifier` made.
+        shape: (C, H, W) of the images.
+        weights: of Inception; None: see `inception_network`.
+    Raises:
+        InputError: there is none, or its weights are damaged.
+    """
+    if features == "inception":
+        return inception_network(weights, device)
+    if features != "classifier":
+        return classifier_network(features, device)
+    if reference is not None and reference.images is not None and reference.images.dataset is not None:
+        return classifier_network(reference.images.dataset, device)
+    by_shape = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (1, 8, 8): "digits"}
+    if shape not in by_shape:
+        raise InputError(f"no packaged classifier takes images of {shape}; give --features inception, or a folder")
+    return classifier_network(by_shape[shape], device)
+
+
+def generated_images(trained: TrainedModel, num_images: int, config: SamplingConfig) -> ImageStream:
+    """Sample what is to be scored, into the cache: what an earlier call has made is not made again."""
+    identity = sampling_identity(trained, config)
+    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
+    folder = cache_dir() / "generated" / key
+    sample_to_folder(trained, folder, num_images, config)
+    return open_images(str(folder)).take(num_images)
+
+
+def evaluate(
+    images: ImageStream | Tensor,
+    reference: Reference | str | None,
+    network: FeatureNetwork,
+    config: ScoringConfig = ScoringConfig(),  # noqa: B008 (frozen)
+    *,
+    data_dir: Path | None = None,
+    pairs: Path | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """Score images.
+
+    Args:
+        images: a stream, or (N, C, H, W) uint8.
+        reference: or its name, see `open_reference`; None where only the Inception Score is asked for.
+        network: see `features`.
+        config: which scores, and their settings.
+        data_dir: see `data.load_images`.
+        pairs: where to save a picture of the samples nearest to training images; None: nowhere.
+        keep: whether the features of the images stay in the cache.
+    Returns:
+        The record: each score as {value, low, high} or None, and all that they depend on, ready for JSON.
+    Raises:
+        InputError: images, reference, network and settings do not fit each other.
+    """
+    stream = tensor_stream("images", images) if isinstance(images, Tensor) else images
+    compared = open_reference(reference, data_dir) if isinstance(reference, str) else reference
+    check_scoring(stream.name, stream.num_images, stream.shape, compared, network, config)
+    floor = compared.floor(stream.num_images, data_dir) if compared is not None else None
+    found = features_of(stream, network)
+    against = features_of(compared.images, network) if compared is not None and compared.images is not None else None
+    known = compared.given if compared is not None else None
+    if against is not None and "fid" in config.metrics:
+        known = against.statistics()
+    if known is not None and len(known.mean) != found.values.shape[1]:
+        raise InputError(
+            f"reference {compared.name if compared else ''} has statistics of {len(known.mean)} features, "
+            f"and {network.name} has {found.values.shape[1]}: they are of another network"
+        )
+    floor_scores = None
+    if floor is not None:
+        values = _scores(features_of(floor, network), against, known, config, intervals=False)
+        floor_scores = {
+            **{name: interval and interval["value"] for name, interval in values.items()},
+            "images": floor.name,
+            "num_images": floor.num_images,
+        }
+    record: dict[str, Any] = _scores(found, against, known, config, intervals=config.bootstrap > 0)
+    record["fid_label"] = fid_label(network, stream.num_images)
+    record["num_images"] = stream.num_images
+    record["images"] = {"name": stream.name, "sha256": stream.sha256}
+    record["reference"] = compared and {
+        "name": compared.name,
+        "split": compared.images.split if compared.images is not None else None,
+        "num_images": compared.images.num_images if compared.images is not None else None,
+        "sha256": compared.sha256,
+    }
+    record["features"] = {
+        "name": network.name,
+        "sha256": network.sha256,
+        "library": network.library,
+        "version": network.version,
+        "num_features": found.values.shape[1],
+        "num_classes": None if found.logits is None else found.logits.shape[1],
+        **network.details,
+    }
+    record["floor"] = floor_scores
+    if found.logits is not None and network.distance == "FD-classifier":
+        record["classes"] = class_shares(found.logits)
+    if "memorisation" in config.metrics and floor is not None and against is not None:
+        held_out = features_of(open_images(floor.name, data_dir), network)
+        record["memorisation"], closest = memorisation(found, against, held_out)
+        if pairs is not None and compared is not None and compared.images is not None:
+            rows = [_pick(stream, [i for i, *_ in closest]), _pick(compared.images, [j for _, j, _ in closest])]
+            save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
+    if not keep:
+        shutil.rmtree(found.folder)
+    record["scoring"] = asdict(config)
+    record["versions"] = {name: version(name) for name in ("ddpm-lab", "torch", "numpy", "torch-fidelity")} | {
+        "python": platform.python_version()
+    }
+    return record
+
+
+def check_scoring(
+    name: str,
+    num_images: int,
+    shape: tuple[int, int, int],
+    reference: Reference | None,
+    network: FeatureNetwork,
+    config: ScoringConfig,
+) -> None:
+    """Refuse, before any work, what cannot be scored.
+
+    Args:
+        name, num_images, shape: of the images, which need not exist yet; shape is (C, H, W).
+    Raises:
+        InputError: they do not fit the reference, the network or the settings.
+    """
+    if num_images < 2:
+        raise InputError(f"{name} holds {num_images} image{'s' * (num_images != 1)}; scores need at least 2")
+    network.check(name, shape)
+    comparing = [metric for metric in config.metrics if metric != "is"]
+    if "is" in config.metrics and config.is_splits > num_images:
+        raise InputError(f"--is-splits of {config.is_splits} exceeds the {num_images} images of {name}")
+    if reference is None:
+        if comparing:
+            raise InputError(f"{', '.join(comparing)} need a --reference")
+        return
+    if reference.images is None:
+        missing = [metric for metric in comparing if metric != "fid"]
+        if missing:
+            raise InputError(
+                f"reference {reference.name} holds statistics only, and {', '.join(missing)} need its images; "
+                "give --metrics fid,is"
+            )
+    else:
+        network.check(reference.name, reference.images.shape)
+        if shape != reference.images.shape:
+            raise InputError(
+                f"{name} holds images of {describe_shape(shape)}, and {reference.name} of "
+                f"{describe_shape(reference.images.shape)}: they must be alike (--image-size brings a folder to a size)"
+            )
+    if "memorisation" in config.metrics and (reference.images is None or reference.images.split != "train"):
+        raise InputError(
+            f"memorisation needs the training images and the test images as reference: mnist:train, cifar10:train or "
+            f"digits:train, not {reference.name}"
+        )
+    if "prdc" in config.metrics and num_images < 4:
+        raise InputError(f"prdc needs at least 4 images, not {num_images}; give more, or leave it out of --metrics")
+    limit = min(num_images, reference.images.num_images if reference.images is not None else num_images)
+    if "kid" in config.metrics and (config.kid_subset_size or 2) > limit:
+        raise InputError(f"--kid-subset-size of {config.kid_subset_size} exceeds the {limit} images there are")
+
+
+def fid_label(network: FeatureNetwork, num_images: int) -> str:
+    """What the Frechet distance is called: with the number of images wherever there are fewer than 50,000."""
+    return network.distance if num_images >= 50_000 else f"{network.distance} (n={num_images:,})"
+
+
+def _scores(
+    found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig, intervals: bool
+) -> dict[str, Any]:
+    """The scores asked for, each {value, low, high}; None for those not asked for, and for what is not known."""
+    N = len(found.values)
+    scores: dict[str, Any] = dict.fromkeys(SCORES)
+
+    def put(name: str, interval: Interval | float) -> None:
+        whole = interval if isinstance(interval, Interval) else Interval(interval, None, None)
+        scores[name] = asdict(whole)
+
+    if "fid" in config.metrics:
+        assert known is not None
+
+        with progress("Frechet distances", config.bootstrap + 1 if intervals else 1, "distances") as advance:
+
+            def distance(rows: Tensor) -> float:
+                value = frechet_distance(statistics(found.values, rows), known)
+                advance(1)
+                return value
+
+            put("fid", bootstrap_interval(distance, N, config.bootstrap) if intervals else distance(torch.arange(N)))
+        if found.values.shape[1] < N // 2 and N >= 20:  # the line in 1/n holds once the covariance is of full rank
+            put("fid_extrapolated", extrapolated_frechet_distance(found.values, known))
+    if "is" in config.metrics:
+        logits = found.logits
+        if logits is None:
+            raise InputError("the Inception Score needs a network that gives logits; leave is out of the metrics")
+        for name, splits in (("inception_score", min(config.is_splits, N)), ("inception_score_whole", 1)):
+
+            def score(rows: Tensor, splits: int = splits) -> float:
+                assert logits is not None
+                return inception_score(logits, splits, indices=rows)[0]
+
+            put(name, bootstrap_interval(score, N, config.bootstrap) if intervals else score(torch.arange(N)))
+    if "kid" in config.metrics:
+        assert against is not None
+        size = min(config.kid_subset_size or 1000, N, len(against.values))
+        value, _ = kernel_distance(found.values, against.values, config.kid_subsets, size)
+        half = 1.96 * kernel_distance_deviation(found.values, against.values, config.bootstrap) if intervals else None
+        put("kid", value if half is None else Interval(value, value - half, value + half))
+    if "prdc" in config.metrics:
+        assert against is not None
+        n = min(N, len(against.values))
+        generated, real = (_subset(features.values, n) for features in (found, against))
+        for name, interval in asdict(manifold(generated, real)).items():
+            put(name, Interval(**interval) if intervals else interval["value"])
+    return scores
+
+
+def _subset(features: Tensor, n: int, seed: int = 0) -> Tensor:
+    """n rows chosen at random, all of them where there are no more."""
+    if n == len(features):
+        return features
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def class_shares(logits: Tensor) -> dict[str, Any]:
+    """What the classifier sees: the share of images it puts into each class, and of those it is sure of."""
+    probability, label = logits.double().softmax(1).max(1)
+    counts = torch.bincount(label, minlength=logits.shape[1])
+    return {
+        "shares": (counts / len(label)).tolist(),
+        "sure": float((probability > SURE).double().mean()),
+        "sure_above": SURE,
+    }
+
+
+def memorisation(found: Features, training: Features, held_out: Features) -> tuple[dict[str, Any], list[Any]]:
+    """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
+
+    Returns:
+        What the record says, and the 16 closest as [index, index of its nearest training image, distance].
+    """
+    distances, neighbours = nearest(found.values, training.values)
+    usual = nearest(held_out.values, training.values)[0]
+    threshold = float(torch.quantile(usual, 0.01))
+    closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
+    return {
+        "nearer_than_test": float((distances < threshold).double().mean()),
+        "expected": 0.01,
+        "threshold": threshold,
+        "median_distance": float(distances.median()),
+        "median_distance_of_test": float(usual.median()),
+        "closest": closest,
+    }, closest
+
+
+def _pick(images: ImageStream, indices: list[int]) -> Tensor:
+    """Some images of a stream, in the order of the indices."""
+    found: dict[int, Tensor] = {}
+    first = 0
+    for batch in images.batches():
+        found |= {i: batch[i - first] for i in indices if first <= i < first + len(batch)}
+        first += len(batch)
+    return torch.stack([found[i] for i in indices])

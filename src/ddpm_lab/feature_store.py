@@ -1,0 +1,138 @@
+"""Features computed once: kept in the cache under the hash of the images and of the network.
+
+Extraction appends to files as it goes and goes on where it was stopped; features are read back as mapped memory, so
+that neither making nor using them needs memory that grows with the number of images.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from ddpm_lab.features import FeatureNetwork
+from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing
+from ddpm_lab.image_stream import BATCH, ImageStream
+from ddpm_lab.metrics import Statistics, statistics
+from ddpm_lab.progress import progress
+from ddpm_lab.settings import InputError
+
+FEATURES, LOGITS, META, STATISTICS = "features.f32", "logits.f32", "meta.json", "statistics.npz"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network sees in some images.
+
+    Attributes:
+        values: (N, d) float32, mapped from a file.
+        logits: (N, K) float32, mapped from a file, or None.
+        folder: where they lie.
+    """
+
+    values: Tensor
+    logits: Tensor | None
+    folder: Path
+
+    def statistics(self) -> Statistics:
+        """Mean, covariance and its factor, kept beside the features for the next time."""
+        path = self.folder / STATISTICS
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                found = Statistics(len(self.values), *(torch.from_numpy(held[name]) for name in ("mean", "cov")))
+                vars(found)["factor"] = torch.from_numpy(held["factor"])
+                return found
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or damaged: made anew
+            made = statistics(self.values)
+            with replacing(path) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, mean=made.mean.numpy(), cov=made.cov.numpy(), factor=made.factor.numpy())
+            return made
+
+
+def features_of(images: ImageStream, network: FeatureNetwork) -> Features:
+    """Features and logits of all images, from the cache where they are known.
+
+    Raises:
+        InputError: images the network was not made for, or features that are not finite.
+    """
+    network.check(images.name, images.shape)
+    key = hashlib.sha256(f"{images.sha256} {network.sha256} {network.name}".encode()).hexdigest()[:40]
+    folder = cache_dir() / "features" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
+        try:
+            return _open(folder, images.num_images)
+        except (OSError, ValueError, KeyError):  # absent, or damaged
+            shutil.rmtree(folder, ignore_errors=True)
+            _extract(images, network, folder)
+            return _open(folder, images.num_images)
+
+
+def _open(folder: Path, num_images: int) -> Features:
+    meta = json.loads((folder / META).read_text())
+    classes = meta["num_classes"]
+    return Features(
+        values=_mapped(folder / FEATURES, num_images, meta["num_features"]),
+        logits=_mapped(folder / LOGITS, num_images, classes) if classes else None,
+        folder=folder,
+    )
+
+
+def _mapped(path: Path, rows: int, columns: int) -> Tensor:
+    return torch.from_numpy(np.memmap(path, np.float32, "c", shape=(rows, columns)))
+
+
+def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None:
+    """Append features batch by batch in a temporary folder, which takes its name once all are there."""
+    partial = folder.with_name(TEMPORARY_PREFIX + folder.name)
+    partial.mkdir(exist_ok=True)
+    done = _rows_done(partial)
+    position = 0
+    with (
+        (partial / FEATURES).open("ab") as features_file,
+        (partial / LOGITS).open("ab") as logits_file,
+        progress(f"features of {images.name}", images.num_images, "images", start=done) as advance,
+    ):
+        for chunk in images.batches():
+            for batch in torch.split(chunk, network.batch_size):
+                position += len(batch)
+                if position <= done:
+                    continue
+                features, logits = network(batch)
+                if not bool(features.isfinite().all()):
+                    raise InputError(f"features {network.name} of {images.name} are not finite")
+                if position == len(batch):
+                    meta = {
+                        "num_features": features.shape[1],
+                        "num_classes": 0 if logits is None else logits.shape[1],
+                        "network": network.name,
+                        "images": images.name,
+                    }
+                    replace_atomically(partial / META, (json.dumps(meta, indent=2) + "\n").encode())
+                if logits is not None:
+                    logits_file.write(logits.numpy().tobytes())
+                    logits_file.flush()
+                features_file.write(features.numpy().tobytes())
+                features_file.flush()
+                advance(len(batch))
+    partial.rename(folder)
+
+
+def _rows_done(partial: Path) -> int:
+    """Whole chunks of images an earlier extraction left behind; what is beyond them is cut off."""
+    try:
+        meta = json.loads((partial / META).read_text())
+        rows = (partial / FEATURES).stat().st_size // (4 * int(meta["num_features"])) // BATCH * BATCH
+    except (OSError, ValueError, KeyError):
+        meta, rows = {"num_features": 0, "num_classes": 0}, 0
+    for name, columns in ((FEATURES, meta["num_features"]), (LOGITS, meta["num_classes"])):
+        (partial / name).touch()
+        os.truncate(partial / name, 4 * rows * columns)
+    return rows

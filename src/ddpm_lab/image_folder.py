@@ -1,0 +1,110 @@
+"""Folders of image files, read by name and never trusted: any fault is told with the file it is in."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ddpm_lab.settings import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Image files of one size.
+
+    Attributes:
+        paths: in the order of their names.
+        mode: 'L' where all are grey, else 'RGB'.
+        image_size: side in pixels.
+        resized: whether each is cropped to its centre square and scaled to that side.
+    """
+
+    paths: tuple[Path, ...]
+    mode: str
+    image_size: int
+    resized: bool
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Iterable[int]) -> np.ndarray:
+        """Decode some of the images, (N, C, H, W) uint8.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        size = self.image_size if self.resized else None
+        stacked = np.stack(
+            [_read_picture(self.paths[i], lambda opened: np.asarray(_fitted(opened, self.mode, size))) for i in indices]
+        )
+        return stacked[:, None] if self.mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+
+
+def open_folder(folder: Path, image_size: int | None, option: str) -> ImageFolder:
+    """List the images of a folder, searched to any depth, and read their headers.
+
+    Args:
+        image_size: crop to the centre square and scale to this side in pixels; None: they all have one size already.
+        option: the flag that sets it, for messages.
+    Raises:
+        InputError: no images, unreadable ones, or several sizes and no image_size.
+    """
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+    )
+    if not paths:
+        raise InputError(f"folder {folder} holds no images ({' '.join(IMAGE_ENDINGS)})")
+    headers = [_read_picture(path, lambda opened: (_mode(opened), opened.size)) for path in paths]
+    first = headers[0][1]
+    for path, (_, size) in zip(paths, headers, strict=True):
+        if image_size is None and (size[0] != size[1] or size != first):
+            raise InputError(
+                f"image {path} is {size[0]} x {size[1]}, the first one is {first[0]} x {first[1]}; "
+                f"give {option} to crop and scale all to one square size"
+            )
+    mode = "L" if all(mode == "L" for mode, _ in headers) else "RGB"
+    return ImageFolder(tuple(paths), mode, image_size or first[0], image_size is not None)
+
+
+def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
+    """Open an image and read from it what is wanted; whatever is wrong with the file is told by its name."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise InputError(f"image {path} has pixels of mode {opened.mode}; 8 bits a channel are needed")
+            return read(opened)
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _mode(picture: "Image.Image") -> str:
+    """'L' for grey, 'RGB' for all else."""
+    return "L" if picture.mode in ("1", "L", "LA") else "RGB"
+
+
+def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
+    """Pixels of the mode wanted; cropped to the centre square and scaled where a size is asked for."""
+    from PIL import Image
+
+    converted = picture.convert(_mode(picture)).convert(mode)
+    if image_size is None:
+        return converted
+    side = min(converted.size)
+    left, top = (converted.width - side) // 2, (converted.height - side) // 2
+    square = converted.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.LANCZOS)

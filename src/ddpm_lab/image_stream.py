@@ -1,0 +1,161 @@
+"""Images to be scored or compared with, read in order and a batch at a time: memory does not grow with their number."""
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lab.data import DATASETS, load_images
+from ddpm_lab.image_folder import ImageFolder, open_folder
+from ddpm_lab.settings import InputError
+
+ARRAYS = ("images", "arr_0")  # names under which an .npz holds images: ours, and the one other projects use
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Images in a fixed order.
+
+    Attributes:
+        name: as the user named them.
+        num_images: N.
+        shape: (C, H, W).
+        read: gives the first n of them, (b, C, H, W) uint8 at a time.
+        dataset, split: where they are of a known data set.
+    """
+
+    name: str
+    num_images: int
+    shape: tuple[int, int, int]
+    read: Callable[[int], Iterator[Tensor]]
+    dataset: str | None = None
+    split: str | None = None
+
+    def batches(self) -> Iterator[Tensor]:
+        """All images in order."""
+        return self.read(self.num_images)
+
+    def take(self, num_images: int) -> "ImageStream":
+        """The first of them.
+
+        Raises:
+            InputError: more than there are, or fewer than one.
+        """
+        if not 1 <= num_images <= self.num_images:
+            raise InputError(f"num_images must be from 1 to the {self.num_images} of {self.name}, not {num_images}")
+        return replace(self, num_images=num_images)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the pixels in order, channels first, after the shape."""
+        digest = hashlib.sha256(str((self.num_images, *self.shape)).encode())
+        for batch in self.batches():
+            digest.update(batch.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: str | None = None) -> ImageStream:
+    """Images in memory, (N, C, H, W) uint8.
+
+    Raises:
+        InputError: another shape or type, or no images.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise InputError(f"{name} must be (N, 1 or 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}")
+    channels, height, width = images.shape[1:]
+    return ImageStream(
+        name, len(images), (channels, height, width), lambda n: iter(torch.split(images[:n], BATCH)), dataset, split
+    )
+
+
+def open_images(name: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageStream:
+    """Open images by name.
+
+    Args:
+        name: 'mnist:train' and its like, an .npz that holds `images` (or `arr_0`), uint8 (N, H, W, C), or a folder.
+        data_dir: see `data.load_images`.
+        image_size: for folders: crop to the centre square and scale to this side in pixels.
+    Raises:
+        InputError: no such images, or unreadable ones.
+    """
+    dataset, _, split = name.partition(":")
+    if dataset in DATASETS and (split or not Path(name).exists()):
+        if split not in ("train", "test"):
+            raise InputError(f"{name!r}: a data set is named with its split, {dataset}:train or {dataset}:test")
+        return tensor_stream(name, load_images(dataset, split, data_dir).images, dataset, split)
+    path = Path(name)
+    if path.is_dir():
+        folder = open_folder(path, image_size, "--image-size")
+        channels = 1 if folder.mode == "L" else 3
+        shape = (channels, folder.image_size, folder.image_size)
+        return ImageStream(name, len(folder), shape, partial(_read_folder, folder))
+    if path.is_file() and path.suffix == ".npz":
+        return _open_npz(path)
+    if path.is_file():
+        raise InputError(f"{name} is neither an .npz nor a folder of images")
+    raise InputError(
+        f"no images {name!r}: give DATASET:SPLIT (mnist:train, cifar10:test, ...), an .npz, or a folder of images"
+    )
+
+
+def _read_folder(folder: ImageFolder, num_images: int) -> Iterator[Tensor]:
+    for first in range(0, num_images, BATCH):
+        yield torch.from_numpy(folder.read(range(first, min(first + BATCH, num_images))))
+
+
+def _open_npz(path: Path) -> ImageStream:
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        array = next((array for array in ARRAYS if f"{array}.npy" in names), None)
+        if array is None:
+            held = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
+            raise InputError(f"{path} must hold `images`, uint8 (N, H, W, C); it holds {held}")
+        with archive.open(f"{array}.npy") as stream:
+            shape, column_major, dtype = _array_header(stream)
+            if archive.getinfo(f"{array}.npy").file_size - stream.tell() != dtype.itemsize * int(np.prod(shape)):
+                raise InputError(f"{path} is damaged: {array} is not as long as its shape {shape} says")
+    if dtype != np.uint8:
+        raise InputError(
+            f"{path} holds {array} of type {dtype}; images must be uint8, 0 .. 255 (round them as you mean it first)"
+        )
+    if len(shape) != 4 or shape[3] not in (1, 3) or shape[1] != shape[2] or min(shape) < 1 or column_major:
+        raise InputError(f"{path} holds {array} of shape {shape}; images must be square, (N, H, W, 1 or 3)")
+    N, H, W, C = shape
+    return ImageStream(str(path), N, (C, H, W), partial(_read_npz, path, f"{array}.npy", (H, W, C)))
+
+
+def _read_npz(path: Path, member: str, shape: tuple[int, int, int], num_images: int) -> Iterator[Tensor]:
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        _array_header(stream)
+        for first in range(0, num_images, BATCH):
+            count = min(BATCH, num_images - first)
+            content = stream.read(count * int(np.prod(shape)))
+            batch = np.frombuffer(content, np.uint8).reshape(count, *shape)
+            yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Any fault of the file met inside is told by its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error

@@ -1,0 +1,87 @@
+"""Scores from who is near whom: precision, recall, density, coverage, and the nearest training image.
+
+Distances are Euclidean, in float64, and computed a block at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_lab.metrics import Interval, blocks, checked, mean_interval
+from ddpm_lab.settings import InputError
+
+
+@dataclass(frozen=True)
+class Manifold:
+    """How two sets of features lie in each other's neighbourhoods; each in [0, 1] but density, which may exceed 1.
+
+    Attributes:
+        precision: share of generated images inside the balls of the real ones (quality).
+        recall: share of real images inside the balls of the generated ones (variety).
+        density: mean number of real balls a generated image lies in, over k.
+        coverage: share of real images whose ball holds a generated one.
+    """
+
+    precision: Interval
+    recall: Interval
+    density: Interval
+    coverage: Interval
+
+
+def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> Manifold:
+    """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
+
+    The ball of an image reaches to its k-th nearest neighbour in its own set. Memory is block x N distances at a time.
+    Each measure is a mean over images, and its interval is that of the mean, the balls being held fixed.
+
+    Args:
+        generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
+        k: neighbours.
+        block: images whose distances are held at once.
+    Raises:
+        InputError: dimensions differ, or a set of k images or fewer.
+    """
+    generated = checked(generated)
+    real = checked(real, generated.shape[1])
+    if min(len(generated), len(real)) <= k or k < 1:
+        raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
+    real_radius, generated_radius = (_radii(features, k, block) for features in (real, generated))
+    holders = []
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    for part in blocks(generated, block):
+        inside = _distances(part, real) <= real_radius  # (block, M)
+        holders.append(inside.sum(1))
+        covered |= inside.any(0)
+    recalled = [(_distances(part, generated) <= generated_radius).any(1) for part in blocks(real, block)]
+    held = torch.cat(holders)
+    return Manifold(
+        precision=mean_interval(held > 0),
+        recall=mean_interval(torch.cat(recalled)),
+        density=mean_interval(held / k),
+        coverage=mean_interval(covered),
+    )
+
+
+def _radii(features: Tensor, k: int, block: int) -> Tensor:
+    """Distance of each to its k-th nearest other, (N,)."""
+    return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in blocks(features, block)])
+
+
+def nearest(features: Tensor, others: Tensor, block: int = 250) -> tuple[Tensor, Tensor]:
+    """For each row the nearest of the others.
+
+    Returns:
+        Euclidean distances, (N,) float64, and indices into `others`, (N,) int64.
+    Raises:
+        InputError: dimensions differ.
+    """
+    features = checked(features)
+    others = checked(others, features.shape[1])
+    found = [_distances(part, others).min(1) for part in blocks(features, block)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def _distances(part: Tensor, features: Tensor) -> Tensor:
+    """Euclidean distances of a few rows to all, (b, N) float64."""
+    return torch.cat([torch.cdist(part, other) for other in blocks(features)], dim=1)

@@ -1,0 +1,255 @@
+"""Scores of a model or of images: sampling where needed, the record, where it is kept, and the table people read."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
+from ddpm_lab.data import DATASETS, ImageSet
+from ddpm_lab.evaluation import (
+    SURE,
+    Reference,
+    check_scoring,
+    evaluate,
+    feature_network,
+    generated_images,
+    open_reference,
+)
+from ddpm_lab.generation import build_sampler, generate
+from ddpm_lab.image_stream import open_images, tensor_stream
+from ddpm_lab.images import check_writable
+from ddpm_lab.log import append_line
+from ddpm_lab.settings import InputError
+from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
+from ddpm_lab.training import resolve_device
+
+MODEL_FIELDS = (
+    "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "variance",
+    "num_timesteps", "schedule", "beta_convention", "seed", "batch_size",
+)  # fmt: skip
+DEFAULT_NUM_IMAGES = 1_000
+
+
+def evaluate_source(
+    source: str,
+    reference: str | None,
+    features: str,
+    num_images: int | None,
+    scoring: ScoringConfig,
+    sampling: SamplingConfig,
+    *,
+    weights: Weights = "ema",
+    checkpoint: int | None = None,
+    inception_weights: Path | None = None,
+    image_size: int | None = None,
+    pairs: Path | None = None,
+    scores: Path | None = None,
+    device: str = "auto",
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Score a model, or images, against a reference.
+
+    Args:
+        source: a model, see `trained.load`; or images, see `image_stream.open_images`.
+        reference: see `evaluation.open_reference`; None: the images a model was trained on.
+        features: 'inception', 'classifier', or the folder of a classifier.
+        num_images: how many; None: 1,000 of a model, all of a collection.
+        scoring, sampling: settings; those of sampling are for models.
+        weights, checkpoint: of a model.
+        inception_weights, image_size, pairs, data_dir: see `evaluation`.
+        scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
+    Returns:
+        The record.
+    Raises:
+        InputError: anything of it that does not exist or does not fit.
+    """
+    begun = time.monotonic()
+    on = str(resolve_device(device))
+    if pairs is not None:
+        check_writable(pairs, (".png",), "--pairs")
+        if "memorisation" not in scoring.metrics:
+            raise InputError("--pairs is a picture of memorisation; add it to --metrics")
+    if scores is not None:
+        check_writable(scores, (".jsonl",), "--scores")
+    if _is_images(source):
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint is for a run, and {source} holds images")
+        images = open_images(source, data_dir, image_size)
+        images = images if num_images is None else images.take(num_images)
+        compared = None if reference is None else open_reference(reference, data_dir, image_size)
+        network = feature_network(features, images.shape, compared, inception_weights, on)
+        record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
+        record |= {"source": source, **dict.fromkeys(MODEL_FIELDS)}
+    else:
+        trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
+        build_sampler(trained, sampling)
+        named = reference or _own_reference(trained)
+        compared = open_reference(named, data_dir, image_size or trained.config.data.image_size)
+        network = feature_network(features, trained.image_shape, compared, inception_weights, on)
+        wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
+        check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
+        images = generated_images(trained, wanted, sampling)
+        record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
+        record |= {"source": source, **model_record(trained, sampling)}
+        scores = scores or _scores_file(trained)
+    record["seconds"] = time.monotonic() - begun
+    if scores is not None:
+        append_line(scores, record)
+    return record
+
+
+def _is_images(source: str) -> bool:
+    """Whether a name stands for images rather than for a model.
+
+    Raises:
+        InputError: for nothing at all.
+    """
+    path = Path(source)
+    if source.partition(":")[0] in DATASETS and ":" in source:
+        return True
+    if source in packaged_names():
+        return False
+    if not path.exists():
+        raise InputError(
+            f"no model or images {source!r}: give a run or checkpoint folder, the name of packaged weights "
+            f"({', '.join(packaged_names())}), DATASET:SPLIT, an .npz, or a folder of images"
+        )
+    return not any((path / name).is_file() for name in ("config.json", "meta.json"))
+
+
+def _own_reference(trained: TrainedModel) -> str:
+    """The images a model was trained on."""
+    dataset = trained.config.data.dataset
+    return f"{dataset}:train" if dataset in DATASETS else dataset
+
+
+def _scores_file(trained: TrainedModel) -> Path | None:
+    """`scores.jsonl` of the run that a checkpoint belongs to."""
+    run_dir = trained.folder.parent.parent
+    return run_dir / "scores.jsonl" if (run_dir / "config.json").is_file() else None
+
+
+def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
+    """What a record says of the model and of how it was sampled."""
+    num_steps = build_sampler(trained, sampling).num_steps
+    diffusion = trained.config.diffusion
+    return {
+        "step": trained.step,
+        "weights": trained.weights,
+        "weights_sha256": trained.weights_sha256,
+        "sampler": sampling.sampler,
+        "num_steps": num_steps,
+        "num_evaluations": num_steps,
+        "eta": (sampling.eta or 0.0) if sampling.sampler == "ddim" else None,
+        "spacing": sampling.spacing,
+        "variance": sampling.variance if sampling.sampler == "ddpm" else None,
+        "num_timesteps": diffusion.num_timesteps,
+        "schedule": diffusion.schedule,
+        "beta_convention": diffusion.beta_convention,
+        "seed": sampling.seed,
+        "batch_size": sampling.batch_size,
+    }
+
+
+def training_scorer(
+    config: Config, training_set: ImageSet, data_dir: Path | None, device: torch.device
+) -> Callable[[TrainedModel], dict[str, Any]]:
+    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM.
+
+    Raises:
+        InputError: no network for such images, told before training starts.
+    """
+    evaluation, dataset = config.evaluation, config.data.dataset
+    known = dataset in DATASETS
+    stream = tensor_stream(
+        training_set.name, training_set.images, dataset if known else None, "train" if known else None
+    )
+    reference = Reference(training_set.name, stream, None, stream.sha256)
+    network = feature_network(evaluation.score_features, stream.shape, reference, None, str(device))
+    scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=0)
+    sampling = SamplingConfig(num_steps=evaluation.sample_steps)
+
+    def score(trained: TrainedModel) -> dict[str, Any]:
+        begun = time.monotonic()
+        images = torch.cat(list(generate(trained, evaluation.score_images, sampling)))
+        name = f"images of step {trained.step}"
+        record = evaluate(tensor_stream(name, images), reference, network, scoring, data_dir=data_dir, keep=False)
+        record |= {"source": trained.name, **model_record(trained, sampling)}
+        return record | {"seconds": time.monotonic() - begun}
+
+    return score
+
+
+ROWS = (
+    ("inception_score", "Inception Score"),
+    ("inception_score_whole", "Inception Score, whole"),
+    ("kid", "KID"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("density", "density"),
+    ("coverage", "coverage"),
+)
+
+
+def score_table(record: dict[str, Any]) -> list[str]:
+    """A record as lines for a person, with the floor beside each score."""
+    features, reference, floor = record["features"], record["reference"], record["floor"]
+    lines = [_images_line(record)]
+    if reference is not None:
+        count = f" ({reference['num_images']:,} images)" if reference["num_images"] else " (statistics)"
+        lines.append(f"against {reference['name']}{count}")
+    classes = f", {features['num_classes']} classes" if features["num_classes"] else ""
+    accuracy = f", right for {features['test_accuracy']:.2%} of test images" if "test_accuracy" in features else ""
+    lines += [f"features: {features['name']}, {features['num_features']} of them{classes}{accuracy}", ""]
+    names = {
+        "fid": record["fid_label"],
+        "fid_extrapolated": f"{record['fid_label'].partition(' (')[0]}, extrapolated to infinite n",
+        **dict(ROWS),
+    }
+    names["inception_score"] += f", {record['scoring']['is_splits']} splits"
+    width = max(len(name) for name in names.values())
+    lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {'floor':>10}".rstrip())
+    for key, name in names.items():
+        score = record[key]
+        if score is None:
+            continue
+        known = score["low"] is not None
+        interval = f"{_number(score['low'])} .. {_number(score['high'])}" if known else ""
+        beside = _number(floor[key]) if floor is not None and floor[key] is not None else ""
+        lines.append(f"{name:{width}}  {_number(score['value']):>10}  {interval:>24}  {beside:>10}".rstrip())
+    lines.append("")
+    if floor is not None:
+        lines.append(
+            f"floor: {floor['num_images']:,} images of {floor['images']}, real ones outside the reference, scored alike"
+        )
+    if record["scoring"]["bootstrap"]:
+        lines.append("intervals cover the choice of images, not the training seed")
+    if "classes" in record:
+        shares = " ".join(f"{share:.1%}" for share in record["classes"]["shares"])
+        lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure")
+    if "memorisation" in record:
+        memorisation = record["memorisation"]
+        lines.append(
+            f"memorisation: {memorisation['nearer_than_test']:.2%} lie nearer to a training image than 1 % of the test "
+            f"images do (median distance {_number(memorisation['median_distance'])}, of test images "
+            f"{_number(memorisation['median_distance_of_test'])})"
+        )
+    return lines
+
+
+def _images_line(record: dict[str, Any]) -> str:
+    count = f"{record['source']}: {record['num_images']:,} images"
+    if record["sampler"] is None:
+        return count
+    return (
+        f"{count} at step {record['step']} ({record['weights']}), {record['sampler']}, {record['num_steps']} of "
+        f"{record['num_timesteps']} steps ({record['beta_convention']} betas), seed {record['seed']}"
+    )
+
+
+def _number(value: float) -> str:
+    """Four significant digits, without an exponent where that is short."""
+    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.2e}"

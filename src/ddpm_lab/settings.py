@@ -1,0 +1,97 @@
+"""Groups of settings: frozen dataclasses that refuse a wrong type or value on construction, in a user's words.
+
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what, where, and what would be valid, in one line."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, hint)
+
+
+def _wording(hint: Any) -> str:
+    """How an annotation reads in an error: 'int or nothing', 'linear, cosine'."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wording(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if origin is tuple:
+        return f"a list of {_wording(typing.get_args(hint)[0])}"
+    return {
+        type(None): "nothing",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+    }[hint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsGroup:
+    """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            require(_fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
+        self._check()
+
+    @classmethod
+    def _label(cls) -> str:
+        return cls.__name__.removesuffix("Config").lower()
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return cls._label() + "."
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+    def _at_most(self, high: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value <= high, f"{self._prefix()}{name} must be at most {high}, not {value}")
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value >= low, f"{self._prefix()}{name} must be at least {low}, not {value}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Build the group from parsed JSON or TOML; an unknown key is refused, naming the known."""
+        require(isinstance(values, dict), f"{cls._label()} must be a table of settings, not {type(values).__name__}")
+        assert isinstance(values, dict)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            require(key in known, f"{cls._label()} has no setting {key!r}; it has {', '.join(known)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})

@@ -1,0 +1,304 @@
+"""Whole scores: records, references of every kind, what is kept and continued, memorisation, and the command."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_lab import evaluation, feature_store, generation, load
+from ddpm_lab.cli import run_command
+from ddpm_lab.config import SamplingConfig, ScoringConfig
+from ddpm_lab.data import load_images
+from ddpm_lab.evaluation import evaluate, generated_images, memorisation, open_reference
+from ddpm_lab.feature_store import Features, features_of
+from ddpm_lab.features import classifier_network, module_network
+from ddpm_lab.image_stream import open_images, tensor_stream
+from ddpm_lab.images import save_npz
+from ddpm_lab.log import read_lines
+from ddpm_lab.metrics import statistics
+from ddpm_lab.settings import InputError
+
+from .conftest import tree_hash
+
+ALL = ScoringConfig(metrics=("fid", "is", "kid", "prdc", "memorisation"), bootstrap=5, kid_subsets=3)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return classifier_network("digits")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Pixels(torch.nn.Module):
+    """Four pixels as features; counts its calls, and may fail at one of them."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.calls, self.fail_at = 0, fail_at
+
+    def forward(self, images):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return images[:, 0, 3, 2:6].float() / 255, images.flatten(1).float()[:, :10] / 255
+
+
+def values(record):
+    return {name: record[name] and record[name]["value"] for name in evaluation.SCORES}
+
+
+def test_a_record_says_all_its_numbers_depend_on(digits):
+    record = evaluate(open_images("digits:test"), "digits:train", digits, ALL)
+    json.dumps(record, allow_nan=False)
+    for name in (
+        "fid",
+        "inception_score",
+        "inception_score_whole",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ):
+        score = record[name]
+        assert score["low"] <= score["value"] <= score["high"]
+    assert record["fid_label"] == "FD-classifier (n=360)"
+    assert record["reference"] == {
+        "name": "digits:train", "split": "train", "num_images": 1437, "sha256": open_images("digits:train").sha256,
+    }  # fmt: skip
+    assert {"name", "sha256", "library", "version", "num_features", "test_accuracy"} <= record["features"].keys()
+    assert sum(record["classes"]["shares"]) == pytest.approx(1)
+    assert record["floor"]["images"] == "digits:test"
+    for name in evaluation.SCORES:  # the images are the floor's own
+        assert record["floor"][name] == record[name]["value"]
+
+
+def test_real_images_are_near_and_noise_is_far(digits):
+    noise = torch.randint(0, 256, (360, 1, 8, 8), dtype=torch.uint8)
+    real, far = (
+        evaluate(images, "digits:train", digits, ALL) for images in (load_images("digits", "test").images, noise)
+    )
+    assert far["fid"]["value"] > 20 * real["fid"]["value"]
+    assert far["kid"]["value"] > 20 * abs(real["kid"]["value"])
+    assert far["precision"]["value"] < 0.5 < 0.8 < real["precision"]["value"]
+    assert far["inception_score"]["value"] < real["inception_score"]["value"]
+
+
+def test_every_kind_of_images_scores_the_same(digits, tmp_path):
+    """Tensor, data set, .npz of either name, folder of PNGs; and as references."""
+    images = load_images("digits", "test").images
+    save_npz(tmp_path / "ours.npz", iter(images.split(50)), len(images))
+    np.savez(tmp_path / "theirs.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "folder" / f"{i:04}.png")
+    named = ["digits:test", *(str(tmp_path / name) for name in ("ours.npz", "theirs.npz", "folder"))]
+    config = ScoringConfig(bootstrap=0)
+    records = [evaluate(open_images(name), "digits:train", digits, config) for name in named]
+    records += [evaluate(images, "digits:train", digits, config)]
+    assert all(values(record) == values(records[0]) for record in records)
+    training = load_images("digits", "train").images
+    against = [values(evaluate(training, name, digits, config)) for name in named]
+    assert all(found == against[0] for found in against)
+
+
+def test_statistics_in_a_file_serve_as_reference(digits, tmp_path):
+    """As others publish them: `mu` and `sigma`."""
+    found = statistics(digits(load_images("digits", "train").images)[0])
+    np.savez(tmp_path / "digits.npz", mu=found.mean.numpy(), sigma=found.cov.numpy())
+    config = ScoringConfig(metrics=("fid", "is"), bootstrap=0)
+    record = evaluate(open_images("digits:test"), str(tmp_path / "digits.npz"), digits, config)
+    other = evaluate(open_images("digits:test"), "digits:train", digits, config)
+    assert record["fid"]["value"] == pytest.approx(other["fid"]["value"], rel=1e-6)
+    assert record["floor"] is None
+    assert record["reference"]["num_images"] is None
+
+
+def test_folders_are_cropped_and_scaled_on_demand(tmp_path):
+    for i in range(4):
+        wide = np.zeros((20, 40, 3), np.uint8)
+        wide[:, 10:30] = 40 * i + 50
+        Image.fromarray(wide).save(tmp_path / f"{i}.png")
+    stream = open_images(str(tmp_path), image_size=8)
+    assert (stream.num_images, stream.shape) == (4, (3, 8, 8))
+    (batch,) = stream.batches()
+    assert [int(image.float().mean()) for image in batch] == [50, 90, 130, 170], "the middle, in the order of the names"
+    with pytest.raises(InputError, match="--image-size"):
+        open_images(str(tmp_path))
+
+
+def test_features_are_computed_once_and_continued(cache):
+    """Interrupted, they go on after the last whole chunk; whole, they are read back; damaged, they are made again."""
+    images = torch.randint(0, 256, (1700, 1, 8, 8), dtype=torch.uint8)
+    stream = tensor_stream("noise", images)
+    expected = images[:, 0, 3, 2:6].float() / 255
+    with pytest.raises(KeyboardInterrupt):
+        features_of(stream, module_network(Pixels(fail_at=13), batch_size=100))
+    again = Pixels()
+    found = features_of(stream, module_network(again, batch_size=100))
+    assert again.calls == 7, "1000 of 1700 were there"
+    assert torch.equal(found.values, expected)
+    assert found.logits is not None
+    assert torch.equal(found.logits, images.flatten(1).float()[:, :10] / 255)
+    third = Pixels()
+    assert torch.equal(features_of(stream, module_network(third)).values, expected)
+    assert third.calls == 0
+    with (found.folder / feature_store.FEATURES).open("r+b") as stored:
+        stored.truncate(100)
+    assert torch.equal(features_of(stream, module_network(third)).values, expected)
+
+
+def test_other_images_or_weights_have_other_features(cache, digits):
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    changed = images.clone()
+    changed[7, 0, 3, 3] ^= 1
+    folders = {
+        features_of(tensor_stream("a", x), n).folder
+        for x in (images, changed)
+        for n in (digits, module_network(Pixels()))
+    }
+    assert len(folders) == 4
+    assert features_of(tensor_stream("another name", images), digits).folder in folders
+
+
+def test_statistics_of_a_reference_are_kept(cache, digits):
+    found = features_of(open_images("digits:test"), digits)
+    made = found.statistics()
+    kept = found.statistics()
+    assert torch.equal(kept.factor, made.factor)
+    assert torch.equal(kept.cov, made.cov)
+    (found.folder / feature_store.STATISTICS).write_bytes(b"damaged")
+    assert torch.equal(found.statistics().cov, made.cov)
+
+
+def test_copies_of_training_images_are_found(digits, tmp_path):
+    """A generator that copies a third of its images: they lie nearer than held-out images ever do."""
+    training, test = (load_images("digits", split).images for split in ("train", "test"))
+    mixed = torch.cat([training[:50], test[:100]])
+    record = evaluate(
+        mixed, "digits:train", digits, ScoringConfig(metrics=("memorisation",)), pairs=tmp_path / "pairs.png"
+    )
+    found = record["memorisation"]
+    assert 50 / 150 <= found["nearer_than_test"] <= 50 / 150 + 0.03
+    assert all(i == j and distance < 1e-4 for i, j, distance in found["closest"])
+    picture = np.asarray(Image.open(tmp_path / "pairs.png"))
+    assert np.array_equal(picture[:56], picture[-56:]), "each above its neighbour, here the same image"
+
+
+def test_memorisation_is_one_percent_where_nothing_is_learned_by_heart():
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(n, 3, generator=generator) for n in (4000, 2000, 4000)]
+    sampled, training, held_out = (Features(draw, None, Path()) for draw in draws)
+    found, _ = memorisation(sampled, training, held_out)
+    assert found["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
+
+
+def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, monkeypatch):
+    trained = load(tiny_run, device="cpu")
+    config = SamplingConfig(num_steps=2, batch_size=4)
+    generation.sample_to_folder(trained, tmp_path / "whole", 11, config)
+    saved, made = generation.save_png, []
+
+    def stop_at_the_sixth(path, picture):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        saved(path, picture)
+
+    monkeypatch.setattr(generation, "save_png", stop_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
+    monkeypatch.setattr(generation, "save_png", saved)
+    assert generation.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
+    assert generation.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
+    assert tree_hash(tmp_path / "parts") == tree_hash(tmp_path / "whole")
+    assert len(list((tmp_path / "parts").glob("*.png"))) == 11
+    in_memory = torch.cat(list(generation.generate(trained, 11, config)))
+    on_disk = torch.cat(list(open_images(str(tmp_path / "parts")).batches()))
+    assert torch.equal(in_memory, on_disk)
+    with pytest.raises(InputError, match="images of another seed"):
+        generation.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
+
+
+def test_samples_are_kept_for_the_next_score(tiny_run, cache):
+    trained = load(tiny_run, device="cpu")
+    config = SamplingConfig(num_steps=2, batch_size=8)
+    first = generated_images(trained, 10, config)
+    files = tree_hash(cache)
+    more = generated_images(trained, 20, config)
+    assert files.items() <= tree_hash(cache).items()
+    assert torch.equal(torch.cat(list(first.batches())), torch.cat(list(more.batches()))[:10])
+    assert generated_images(trained, 10, config).sha256 == first.sha256
+
+
+def evaluate_command(run, *more, num_images=40):
+    settings = (
+        f"--features classifier --num-steps 2 --batch-size 32 --device cpu --bootstrap 3 --num-images {num_images}"
+    )
+    return ["evaluate", str(run), *settings.split(), *more]
+
+
+def test_the_command_prints_a_table_or_one_record(tiny_run, tmp_path, capsys, cache):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    assert run_command(evaluate_command(run)) == 0
+    table = capsys.readouterr().out
+    for words in ("FD-classifier (n=40)", "Inception Score, 10 splits", "floor: 40 images of digits:test", "seed 0",
+                  "ddim, 2 of 1000 steps (rescaled betas)"):  # fmt: skip
+        assert words in table
+    assert run_command(evaluate_command(run, "--json", "--metrics", "fid,is")) == 0
+    out = capsys.readouterr().out
+    record = json.loads(out)
+    assert len(out.splitlines()) == 1
+    assert record["kid"] is None
+    assert record["num_images"] == 40
+    expected = {"step": 12, "weights": "ema", "sampler": "ddim", "num_steps": 2, "num_evaluations": 2, "seed": 0,
+                "num_timesteps": 1000, "beta_convention": "rescaled"}  # fmt: skip
+    assert expected.items() <= record.items()
+    kept = read_lines(run / "scores.jsonl")
+    assert [line["kid"] is None for line in kept] == [False, True]
+    assert kept[1] == record
+    assert values(kept[0])["fid"] == values(kept[1])["fid"]
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(tiny_run, tmp_path, cache):
+    """SIGKILL while it samples: the same command finds what was made, and ends in the numbers of one never killed."""
+    command = [sys.executable, "-m", "ddpm_lab", *evaluate_command(tiny_run, "--json", num_images=600)]
+    command += ["--scores", str(tmp_path / "scores.jsonl")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(cache.rglob("*.png"))) < 40:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    there = len(list(cache.rglob("*.png")))
+    assert 40 <= there < 600
+    stamps = {path: path.stat().st_mtime_ns for path in sorted(cache.rglob("0*.png"))[:32]}
+    continued = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "what was there is not made again"
+    shutil.rmtree(cache)
+    whole = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert values(json.loads(continued.stdout)) == values(json.loads(whole.stdout))
+
+
+@pytest.mark.parametrize("reference", ["digits:train", "digits:test"])
+def test_the_floor_is_the_split_that_is_not_the_reference(reference):
+    opened = open_reference(reference)
+    floor = opened.floor(100, None)
+    assert floor is not None
+    assert {floor.name, reference} == {"digits:train", "digits:test"}
+    assert floor.num_images == 100
