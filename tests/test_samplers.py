@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddpm_lab.diffusion import prediction_target
 from ddpm_lab.samplers import ddim_sample, ddim_steps, ddpm_sample, ddpm_steps
 from ddpm_lab.schedule import cosine_schedule, linear_schedule
 from ddpm_lab.settings import InputError
+from ddpm_lab.solvers import dpmpp_sample, dpmpp_steps, heun_sample, heun_steps
 
 SAMPLERS = {
     "ddpm beta": lambda *a, **k: ddpm_sample(*a, variance="beta", **k),
@@ -18,6 +19,11 @@ SAMPLERS = {
     "ddim eta=0": ddim_sample,
     "ddim eta=0.5": lambda *a, **k: ddim_sample(*a, eta=0.5, **k),
     "ddim eta=1": lambda *a, **k: ddim_sample(*a, eta=1.0, **k),
+}
+SOLVERS = {
+    "dpmpp 2M": dpmpp_steps,
+    "dpmpp 2S": lambda *a, **k: dpmpp_steps(*a, singlestep=True, **k),
+    "heun": heun_steps,
 }
 
 
@@ -84,6 +90,96 @@ def test_ddim_converges_at_first_order():
     ]  # fmt: skip
     orders = [np.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders == pytest.approx([1, 1, 1], abs=0.15), (errors, orders)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("num_steps", [1, 3, 25])
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr"])
+def test_solvers_with_a_perfect_denoiser_bring_back_the_image(name, prediction, num_steps, spacing):
+    schedule = linear_schedule(50, False)
+    x_0 = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    model = knowing_model(schedule, x_0, prediction)
+    steps = list(SOLVERS[name](model, schedule, x_T, num_steps, spacing=spacing, prediction=prediction))
+    assert len(steps) == num_steps
+    torch.testing.assert_close(steps[-1].x_s, x_0, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_converge_at_second_order(name):
+    """Against the exact solution of the probability-flow ODE at the last timestep; twice the steps, a quarter."""
+    schedule, mean, deviation = linear_schedule(10_000), 0.3, 0.5
+    model = gaussian_model(schedule, mean, deviation)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+
+    def exact(t):
+        ab = schedule.alpha_bar_at(t)
+        return ab**0.5 * mean + (ab * deviation**2 + 1 - ab) ** 0.5 * z
+
+    errors = []
+    for n in (20, 40, 80):
+        steps = list(SOLVERS[name](model, schedule, exact(9999), n, clip_x_0=False))
+        assert steps[-1].t < 40
+        errors.append(float((steps[-1].x_t - exact(steps[-1].t)).abs().max()))
+    orders = [np.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert min(orders) > 1.8, (errors, orders)
+
+
+def test_first_steps_of_the_solvers_are_ddim():
+    """With one step, and at the first step of the multistep solver, nothing is known but one prediction."""
+    schedule, x_T = linear_schedule(50), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    for n in (1, 5):
+        implicit, multi = (
+            next(steps(odd_model, schedule, x_T, n, spacing="uniform")) for steps in (ddim_steps, dpmpp_steps)
+        )
+        torch.testing.assert_close(multi.x_s, implicit.x_s, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        heun_sample(odd_model, schedule, x_T, 1, spacing="uniform"), ddim_sample(odd_model, schedule, x_T, 1)
+    )
+    torch.testing.assert_close(  # singlestep ends, and so with one step is, two steps of first order
+        dpmpp_sample(odd_model, schedule, x_T, 1, singlestep=True, spacing="uniform"),
+        ddim_sample(odd_model, schedule, x_T, 2),
+    )
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("num_steps", [3, 10, 25])
+def test_every_state_of_dpmpp_is_that_of_diffusers(num_steps, clip):
+    """Its DPMSolverMultistepScheduler of order 2, lower_order_final, final sigma zero, at the same timesteps."""
+    schedule = linear_schedule(1000)
+    theirs = DPMSolverMultistepScheduler(
+        1000, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
+        euler_at_final=True, final_sigmas_type="zero", timestep_spacing="trailing",
+    )  # fmt: skip
+    ours_in(theirs, schedule).set_timesteps(num_steps)
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    steps = list(dpmpp_steps(odd_model, schedule, x, num_steps, spacing="uniform", clip_x_0=clip))
+    assert [step.t for step in steps] == theirs.timesteps.tolist()
+    theirs.sigmas = torch.tensor([*(((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[theirs.timesteps]), 0.0])
+    for step, t in zip(steps, theirs.timesteps, strict=True):
+        eps = odd_model(x, t.expand(2))
+        if clip:  # theirs has no plain clipping: give it the noise that belongs to the clipped image
+            ab = schedule.alpha_bar[t]
+            x_0 = ((x - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
+            eps = (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
+        x = theirs.step(eps, t, x).prev_sample.double()
+        torch.testing.assert_close(step.x_s, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "singlestep", "asked"), [(4, False, 4), (4, True, 8)])
+def test_dpmpp_asks_as_often_as_it_says(num_steps, singlestep, asked):
+    times = []
+
+    def model(x_t, t):
+        times.append(int(t[0]))
+        return x_t
+
+    dpmpp_sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps, singlestep=singlestep)
+    assert len(times) == len(set(times)) == asked
+    times.clear()
+    heun_sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps)
+    assert len(times) == 2 * num_steps - 1
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
@@ -220,6 +316,8 @@ def test_beta_with_few_steps_warns_and_is_not_the_default():
         lambda m, s, x: ddim_sample(m, s, x, 51),
         lambda m, s, x: ddim_sample(m, s, x, 10, spacing="cubic"),
         lambda m, s, x: ddpm_sample(m, s, x, 0),
+        lambda m, s, x: dpmpp_sample(m, s, x, 26, singlestep=True),
+        lambda m, s, x: heun_sample(m, s, x, 51),
         lambda m, s, x: ddpm_sample(m, s, x, variance="learned"),
         lambda m, s, x: ddpm_sample(m, s, x, prediction="noise"),
     ],

@@ -78,10 +78,10 @@ def test_impossible_chains_are_refused_by_name(make, words):
         make()
 
 
-@given(st.data(), st.integers(2, 3000), st.sampled_from(["uniform", "quadratic"]))
+@given(st.data(), st.integers(2, 3000), st.sampled_from(["uniform", "quadratic", "logsnr"]))
 def test_timesteps_are_distinct_and_start_at_the_noise(data, T, spacing):
-    num_steps = data.draw(st.integers(1, T))
-    timesteps = sampling_timesteps(T, num_steps, spacing)
+    num_steps = data.draw(st.integers(1, T if spacing != "logsnr" else min(T, 60)))
+    timesteps = sampling_timesteps(cosine_schedule(T), num_steps, spacing)
     assert len(timesteps) == num_steps
     assert timesteps[0] == T - 1
     assert timesteps[-1] >= 0
@@ -89,12 +89,23 @@ def test_timesteps_are_distinct_and_start_at_the_noise(data, T, spacing):
 
 
 def test_timesteps_by_hand():
-    assert sampling_timesteps(10, 10) == list(range(9, -1, -1))
-    assert sampling_timesteps(1000, 4) == [999, 749, 499, 249]
-    assert sampling_timesteps(1000, 5, "quadratic") == [999, 639, 359, 159, 39]
+    schedule = linear_schedule(1000)
+    assert sampling_timesteps(cosine_schedule(10), 10) == list(range(9, -1, -1))
+    assert sampling_timesteps(schedule, 4) == [999, 749, 499, 249]
+    assert sampling_timesteps(schedule, 5, "quadratic") == [999, 639, 359, 159, 39]
+    for spacing in ("uniform", "quadratic", "logsnr"):
+        assert sampling_timesteps(schedule, 1000, spacing) == list(range(999, -1, -1))
 
 
-@pytest.mark.parametrize(("num_steps", "spacing"), [(0, "uniform"), (11, "uniform"), (5, "cubic")])
+def test_logsnr_spacing_is_even_where_timesteps_are_dense():
+    schedule = linear_schedule(10_000)
+    timesteps = sampling_timesteps(schedule, 20, "logsnr")
+    assert (timesteps[0], timesteps[-1]) == (9999, 0)
+    gaps = schedule.snr[timesteps].log().diff()
+    assert float(gaps[:-3].std() / gaps.mean()) < 0.03
+
+
+@pytest.mark.parametrize(("num_steps", "spacing"), [(0, "uniform"), (11, "uniform"), (11, "logsnr"), (5, "cubic")])
 def test_impossible_timesteps_are_refused(num_steps, spacing):
     with pytest.raises(InputError):
-        sampling_timesteps(10, num_steps, spacing)
+        sampling_timesteps(cosine_schedule(10), num_steps, spacing)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ddpm_lab.schedule import cosine_schedule as cosine_schedule
     from ddpm_lab.schedule import linear_schedule as linear_schedule
     from ddpm_lab.settings import InputError as InputError
+    from ddpm_lab.solvers import dpmpp_sample as dpmpp_sample
+    from ddpm_lab.solvers import dpmpp_steps as dpmpp_steps
+    from ddpm_lab.solvers import heun_sample as heun_sample
+    from ddpm_lab.solvers import heun_steps as heun_steps
     from ddpm_lab.trained import load as load
     from ddpm_lab.unet import UNet as UNet
 
@@ -35,6 +39,7 @@ _MODULES = {
     "metrics": ("frechet_distance", "statistics"),
     "trained": ("load",),
     "samplers": ("ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
+    "solvers": ("dpmpp_sample", "dpmpp_steps", "heun_sample", "heun_steps"),
     "settings": ("InputError",),
     "schedule": ("NoiseSchedule", "cosine_schedule", "linear_schedule"),
     "unet": ("UNet",),

@@ -18,8 +18,8 @@ Schedule = Literal["linear", "cosine"]
 Prediction = Literal["eps", "x_0", "v"]
 Precision = Literal["auto", "float32", "bf16"]
 Decay = Literal["constant", "linear", "cosine"]
-Sampler = Literal["ddim", "ddpm"]
-Spacing = Literal["uniform", "quadratic"]
+Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
+Spacing = Literal["uniform", "quadratic", "logsnr"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
 
@@ -216,13 +216,18 @@ class SamplingConfig(SettingsGroup):
     """How images are drawn from a trained network."""
 
     sampler: Sampler = "ddim"
-    """ddim (Song et al. 2020; few steps) or ddpm (Algorithm 2 of Ho et al. 2020; best with all T)"""
+    """ddim (Song et al. 2020), ddpm (Algorithm 2 of Ho et al. 2020; best with all T), dpmpp (DPM-Solver++ of second
+    order; fewest evaluations) or heun (Karras et al. 2022)"""
     num_steps: int | None = None
-    """steps, each one evaluation of the network; unset: 50 for ddim, all T for ddpm"""
+    """steps, each one evaluation of the network, two for heun; unset: 50 for ddim, all T for ddpm, 20 for dpmpp, 10
+    for heun"""
     eta: float | None = None
     """ddim only: noise added on the way, from 0 (none, the default) to 1 (as ddpm with beta_tilde)"""
-    spacing: Spacing = "uniform"
-    """which timesteps fewer than T steps visit: evenly spaced, or denser near the image"""
+    spacing: Spacing | None = None
+    """which timesteps fewer than T steps visit: even in t (uniform), denser near the image (quadratic), even in the
+    signal-to-noise ratio's logarithm (logsnr); unset: logsnr for dpmpp and heun, else uniform"""
+    singlestep: bool = False
+    """dpmpp only: two evaluations a step in place of the memory of the step before"""
     variance: Variance | None = None
     """ddpm only: of the noise added at each step; unset: beta with all T steps, beta_tilde with fewer"""
     seed: int = 0
@@ -243,6 +248,10 @@ class SamplingConfig(SettingsGroup):
         require(
             self.variance is None or self.sampler == "ddpm",
             f"variance applies to the ddpm sampler, not to {self.sampler}",
+        )
+        require(
+            not self.singlestep or self.sampler == "dpmpp",
+            f"singlestep applies to the dpmpp sampler, not to {self.sampler}",
         )
 
 

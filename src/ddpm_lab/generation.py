@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import SamplingConfig
+from ddpm_lab.config import SamplingConfig, Spacing
 from ddpm_lab.data import to_uint8
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.settings import InputError
+from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.trained import TrainedModel, Weights, load
 
 MAX_GRID_IMAGES = 16_384
@@ -50,11 +51,15 @@ class Sampler:
     """A sampler's steps with its settings resolved for one network.
 
     Attributes:
-        num_steps: steps, and evaluations of the network, per image.
+        num_steps: per image.
+        num_evaluations: of the network, per image.
+        spacing: of the timesteps visited.
         steps: called as steps(x_T, noise).
     """
 
     num_steps: int
+    num_evaluations: int
+    spacing: Spacing
     steps: Callable[[Tensor, Callable[[int], Tensor]], Iterator[Step]]
 
 
@@ -65,27 +70,37 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         InputError: more steps than the network has timesteps.
     """
     T = trained.schedule.num_timesteps
-    num_steps = config.num_steps or (T if config.sampler == "ddpm" else min(50, T))
-    if num_steps > T:
+    usual = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
+    num_steps = config.num_steps or (max(usual // 2, 1) if config.singlestep else usual)
+    limit = T // 2 if config.singlestep else T
+    if num_steps > limit:
         raise InputError(
-            f"num_steps must be from 1 to the {T} timesteps {trained.name} was trained on, not {num_steps}"
+            f"num_steps must be from 1 to {'half ' * config.singlestep}the {T} timesteps {trained.name} was trained "
+            f"on, not {num_steps}"
         )
-    prediction = trained.config.diffusion.prediction
-    model, schedule, spacing = trained.model, trained.schedule, config.spacing
-    if config.sampler == "ddpm":
-        return Sampler(
-            num_steps,
-            lambda x_T, noise: ddpm_steps(
-                model, schedule, x_T, num_steps,
-                noise=noise, spacing=spacing, variance=config.variance, prediction=prediction,
-            ),
-        )  # fmt: skip
-    return Sampler(
-        num_steps,
-        lambda x_T, noise: ddim_steps(
-            model, schedule, x_T, num_steps, eta=config.eta or 0.0, noise=noise, spacing=spacing, prediction=prediction
-        ),
-    )
+    solving = config.sampler in ("dpmpp", "heun")
+    spacing: Spacing = config.spacing or ("logsnr" if solving else "uniform")
+    common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
+    own: dict[str, dict[str, Any]] = {
+        "ddpm": {"variance": config.variance},
+        "ddim": {"eta": config.eta or 0.0},
+        "dpmpp": {"singlestep": config.singlestep},
+        "heun": {},
+    }
+    steppers: dict[str, Callable[..., Iterator[Step]]] = {
+        "ddpm": ddpm_steps,
+        "ddim": ddim_steps,
+        "dpmpp": dpmpp_steps,
+        "heun": heun_steps,
+    }
+
+    def steps(x_T: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Step]:
+        drawn: dict[str, Any] = {} if solving else {"noise": noise}
+        settings = common | own[config.sampler] | drawn
+        return steppers[config.sampler](trained.model, trained.schedule, x_T, num_steps, **settings)
+
+    evaluations = {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}
+    return Sampler(num_steps, evaluations.get(config.sampler, num_steps), spacing, steps)
 
 
 def generate(
@@ -154,8 +169,8 @@ def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, confi
         there = {path.name for path in folder.glob("*.png")}
         done = next((i for i in range(num_images) if _png_name(i) not in there), num_images)
         begin = done // config.batch_size * config.batch_size if done < num_images else num_images
-        evaluations = build_sampler(trained, config).num_steps
-        with progress("sampling", num_images * evaluations, "evaluations", begin * evaluations) as advance:
+        steps = build_sampler(trained, config).num_steps
+        with progress("sampling", num_images * steps, "steps", begin * steps) as advance:
             index = begin
             for batch in generate(trained, num_images, config, on_step=advance, begin=begin):
                 for image in batch:
@@ -166,7 +181,8 @@ def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, confi
 
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
     """What decides which images come out: the weights and the settings."""
-    settings = dataclasses.asdict(config) | {"num_steps": build_sampler(trained, config).num_steps}
+    sampler = build_sampler(trained, config)
+    settings = dataclasses.asdict(config) | {"num_steps": sampler.num_steps, "spacing": sampler.spacing}
     return {"weights_sha256": trained.weights_sha256, "step": trained.step, **settings}
 
 
@@ -219,8 +235,8 @@ def sample_to_file(
 
 
 def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: SamplingConfig, grid: bool) -> None:
-    evaluations = num_images * build_sampler(trained, config).num_steps
-    with progress("sampling", evaluations, "evaluations") as advance:
+    steps = num_images * build_sampler(trained, config).num_steps
+    with progress("sampling", steps, "steps") as advance:
         batches = generate(trained, num_images, config, on_step=advance)
         if grid:
             save_png(out, image_grid(torch.cat(list(batches)), scale=visible_scale(trained.image_shape[1])))

@@ -37,7 +37,7 @@ class Step:
     x_0_hat: Tensor
 
 
-def _estimate(
+def estimate(
     model: Model, x_t: Tensor, t: int, alpha_bar_t: float, clip_x_0: bool, prediction: Prediction
 ) -> tuple[Tensor, Tensor]:
     """Ask the model at one timestep for all images: x_0_hat, eps_hat."""
@@ -46,9 +46,9 @@ def _estimate(
     return predict_x_0_eps(prediction, output, x_t, alpha_bar_t, clip_x_0)
 
 
-def _path(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> list[tuple[int, int, float, float]]:
+def path(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> list[tuple[int, int, float, float]]:
     """(t, s, alpha_bar_t, alpha_bar_s) of each step; s = -1 is the clean image."""
-    timesteps = sampling_timesteps(schedule.num_timesteps, num_steps, spacing)
+    timesteps = sampling_timesteps(schedule, num_steps, spacing)
     return [
         (t, s, schedule.alpha_bar_at(t), schedule.alpha_bar_at(s))
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True)
@@ -89,7 +89,7 @@ def ddpm_steps(
         InputError: num_steps out of range, unknown spacing, variance or prediction.
     """
     num_steps = schedule.num_timesteps if num_steps is None else num_steps
-    path = _path(schedule, num_steps, spacing)
+    way = path(schedule, num_steps, spacing)
     shortened = num_steps < schedule.num_timesteps
     if variance is None:
         variance = "beta_tilde" if shortened else "beta"
@@ -102,8 +102,8 @@ def ddpm_steps(
             stacklevel=2,
         )
     x_t = x_T
-    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(path):
-        x_0_hat, _ = _estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
+    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(way):
+        x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         x_s, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_s)
         if s >= 0:
             if variance == "beta":
@@ -142,10 +142,10 @@ def ddim_steps(
     """
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, not {eta}")
-    path = _path(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
+    way = path(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
     x_t = x_T
-    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(path):
-        x_0_hat, eps_hat = _estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
+    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(way):
+        x_0_hat, eps_hat = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)) ** 0.5
         x_s = alpha_bar_s**0.5 * x_0_hat + max(1 - alpha_bar_s - sigma**2, 0.0) ** 0.5 * eps_hat
         if s >= 0 and eta > 0:
@@ -154,7 +154,8 @@ def ddim_steps(
         x_t = x_s
 
 
-def _last_state(steps: Iterator[Step]) -> Tensor:
+def last_state(steps: Iterator[Step]) -> Tensor:
+    """Run a sampler to its end; what it arrives at."""
     for step in steps:
         x_0 = step.x_s
     return x_0
@@ -173,7 +174,7 @@ def ddpm_sample(
     prediction: Prediction = "eps",
 ) -> Tensor:
     """Run `ddpm_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return _last_state(
+    return last_state(
         ddpm_steps(
             model,
             schedule,
@@ -201,7 +202,7 @@ def ddim_sample(
     prediction: Prediction = "eps",
 ) -> Tensor:
     """Run `ddim_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return _last_state(
+    return last_state(
         ddim_steps(
             model,
             schedule,

@@ -99,30 +99,36 @@ def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     return linear_schedule(config.num_timesteps, rescale_betas=config.rescale_betas is not False)
 
 
-def sampling_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "uniform") -> list[int]:
+def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "uniform") -> list[int]:
     """The timesteps a sampler visits, from noise to image; after the last comes the clean image.
 
     Args:
-        num_timesteps: T.
+        schedule: of T timesteps.
         num_steps: how many, from 1 to T.
-        spacing: 'uniform' (every T / num_steps, the first T-1), or 'quadratic' (denser near the image; Song et al.
-            2020, arXiv:2010.02502, appendix D.2), with indices that would coincide moved up to the next free one.
+        spacing: 'uniform' (every T / num_steps, the first T-1), 'quadratic' (denser near the image; Song et al. 2020,
+            arXiv:2010.02502, appendix D.2), or 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1
+            to 0; Lu et al. 2022, arXiv:2206.00927); indices that would coincide move to the next free one.
     Returns:
         `num_steps` distinct integers, decreasing, the first T-1.
     Raises:
         InputError: num_steps outside 1 .. T, or an unknown spacing.
     """
-    if not 1 <= num_steps <= num_timesteps:
-        raise InputError(
-            f"num_steps must be from 1 to the {num_timesteps} timesteps the network was trained on, not {num_steps}"
-        )
+    T = schedule.num_timesteps
+    if not 1 <= num_steps <= T:
+        raise InputError(f"num_steps must be from 1 to the {T} timesteps the network was trained on, not {num_steps}")
     fractions = [(i + 1) / num_steps for i in range(num_steps)]  # (0, 1], increasing
-    if spacing == "quadratic":
-        fractions = [fraction**2 for fraction in fractions]
-    elif spacing != "uniform":
-        raise InputError(f"spacing must be uniform or quadratic, not {spacing!r}")
+    if spacing == "uniform":
+        wanted = [round(T * fraction) - 1 for fraction in fractions]
+    elif spacing == "quadratic":
+        wanted = [round(T * fraction**2) - 1 for fraction in fractions]
+    elif spacing == "logsnr":
+        falling = -schedule.snr.log()  # increasing in t
+        targets = torch.linspace(float(falling[0]), float(falling[-1]), num_steps, dtype=torch.float64)
+        wanted = [int((falling - target).abs().argmin()) for target in targets] if num_steps > 1 else [T - 1]
+    else:
+        raise InputError(f"spacing must be uniform, quadratic or logsnr, not {spacing!r}")
     increasing: list[int] = []
-    for fraction in fractions:
-        nearest = max(round(num_timesteps * fraction) - 1, 0)
-        increasing.append(max(nearest, increasing[-1] + 1) if increasing else nearest)
+    for index, nearest in enumerate(wanted):
+        free = max(nearest, increasing[-1] + 1) if increasing else max(nearest, 0)
+        increasing.append(min(free, T - num_steps + index))  # and leave room for those that follow
     return increasing[::-1]

@@ -27,8 +27,8 @@ from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
 MODEL_FIELDS = (
-    "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "variance",
-    "num_timesteps", "schedule", "beta_convention", "seed", "batch_size",
+    "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
+    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size",
 )  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
@@ -134,17 +134,18 @@ def _scores_file(trained: TrainedModel) -> Path | None:
 
 def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
     """What a record says of the model and of how it was sampled."""
-    num_steps = build_sampler(trained, sampling).num_steps
+    sampler = build_sampler(trained, sampling)
     diffusion = trained.config.diffusion
     return {
         "step": trained.step,
         "weights": trained.weights,
         "weights_sha256": trained.weights_sha256,
         "sampler": sampling.sampler,
-        "num_steps": num_steps,
-        "num_evaluations": num_steps,
+        "num_steps": sampler.num_steps,
+        "num_evaluations": sampler.num_evaluations,
         "eta": (sampling.eta or 0.0) if sampling.sampler == "ddim" else None,
-        "spacing": sampling.spacing,
+        "spacing": sampler.spacing,
+        "singlestep": sampling.singlestep,
         "variance": sampling.variance if sampling.sampler == "ddpm" else None,
         "num_timesteps": diffusion.num_timesteps,
         "schedule": diffusion.schedule,

@@ -1,0 +1,153 @@
+"""Few-step samplers: second-order solvers of the probability-flow ODE, in the form of `samplers`.
+
+With signal alpha = sqrt(alpha_bar), noise sigma = sqrt(1 - alpha_bar) and lambda = log(alpha / sigma), the ODE is
+linear but for what the network says; each solver integrates the linear part exactly. Both are deterministic: they ask
+for no noise. The way from the last timestep to the clean image is of first order, for there lambda is infinite.
+"""
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ddpm_lab.config import Prediction, Spacing
+from ddpm_lab.diffusion import Model
+from ddpm_lab.samplers import Step, estimate, last_state, path
+from ddpm_lab.schedule import NoiseSchedule
+
+
+def _log_snr(alpha_bar: float) -> float:
+    """lambda, half the logarithm of the signal-to-noise ratio; infinite for the clean image."""
+    return math.inf if alpha_bar == 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+def _towards(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float) -> Tensor:
+    """The ODE's exact way from t to s for a predicted image that stays the same (arXiv:2211.01095, eq. 9, order 1)."""
+    ratio = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))
+    return ratio * x_t + (math.sqrt(alpha_bar_s) - math.sqrt(alpha_bar_t) * ratio) * x_0
+
+
+def dpmpp_steps(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    num_steps: int = 20,
+    *,
+    clip_x_0: bool = True,
+    spacing: Spacing = "logsnr",
+    singlestep: bool = False,
+    prediction: Prediction = "eps",
+) -> Iterator[Step]:
+    """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095), step by step.
+
+    The predicted image is extrapolated along lambda: from the step before (multistep, 2M, algorithm 2: one evaluation
+    a step), or from a timestep on the way (singlestep, 2S, algorithm 1: two evaluations a step).
+
+    Args:
+        model: called as model(x_t, t), t (B,) int64 in [0, T).
+        x_T: standard normal noise, (B, C, H, W).
+        num_steps: from 1 to T; to T / 2 where singlestep.
+        clip_x_0: bring each predicted image into [-1, 1].
+        spacing: of all timesteps that are evaluated, see `sampling_timesteps`.
+        singlestep: take two evaluations a step in place of memory.
+        prediction: what the model predicts.
+    Yields:
+        num_steps `Step`s.
+    Raises:
+        InputError: num_steps out of range, unknown spacing or prediction.
+    """
+    x_t = x_T
+    if singlestep:
+        way = path(schedule, 2 * num_steps, spacing)
+        for (t, m, alpha_bar_t, alpha_bar_m), (_, s, _, alpha_bar_s) in zip(way[::2], way[1::2], strict=True):
+            x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
+            x_m = _towards(x_0_hat, x_t, alpha_bar_t, alpha_bar_m)
+            middle, _ = estimate(model, x_m, m, alpha_bar_m, clip_x_0, prediction)
+            if s < 0:
+                x_s = middle
+            else:
+                start, end = _log_snr(alpha_bar_t), _log_snr(alpha_bar_s)
+                r = (_log_snr(alpha_bar_m) - start) / (end - start)
+                x_s = _towards(x_0_hat + (middle - x_0_hat) / (2 * r), x_t, alpha_bar_t, alpha_bar_s)
+            yield Step(t, x_t, x_s, x_0_hat)
+            x_t = x_s
+        return
+    before, lambda_before = None, math.nan
+    for t, s, alpha_bar_t, alpha_bar_s in path(schedule, num_steps, spacing):
+        x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
+        lambda_t = _log_snr(alpha_bar_t)
+        extrapolated = x_0_hat
+        if before is not None and s >= 0:
+            r = (lambda_t - lambda_before) / (_log_snr(alpha_bar_s) - lambda_t)
+            extrapolated = x_0_hat + (x_0_hat - before) / (2 * r)
+        x_s = _towards(extrapolated, x_t, alpha_bar_t, alpha_bar_s)
+        yield Step(t, x_t, x_s, x_0_hat)
+        x_t, before, lambda_before = x_s, x_0_hat, lambda_t
+
+
+def heun_steps(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    num_steps: int = 10,
+    *,
+    clip_x_0: bool = True,
+    spacing: Spacing = "logsnr",
+    prediction: Prediction = "eps",
+) -> Iterator[Step]:
+    """Heun's method on d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
+
+    A step goes along the noise predicted at t, then along the mean of that and the noise predicted where it led: two
+    evaluations a step, but for the last, which ends at the clean image and has one.
+
+    Args:
+        num_steps: from 1 to T; 2 num_steps - 1 evaluations.
+        the rest: as in `dpmpp_steps`.
+    Yields:
+        num_steps `Step`s.
+    Raises:
+        InputError: num_steps out of range, unknown spacing or prediction.
+    """
+    x_t = x_T
+    for t, s, alpha_bar_t, alpha_bar_s in path(schedule, num_steps, spacing):
+        x_0_hat, eps_t = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
+        scale = (alpha_bar_s / alpha_bar_t) ** 0.5
+        distance = (1 - alpha_bar_s) ** 0.5 - scale * (1 - alpha_bar_t) ** 0.5
+        x_s = scale * x_t + distance * eps_t
+        if s >= 0:
+            _, eps_s = estimate(model, x_s, s, alpha_bar_s, clip_x_0, prediction)
+            x_s = scale * x_t + distance * (eps_t + eps_s) / 2
+        yield Step(t, x_t, x_s, x_0_hat)
+        x_t = x_s
+
+
+def dpmpp_sample(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    num_steps: int = 20,
+    *,
+    clip_x_0: bool = True,
+    spacing: Spacing = "logsnr",
+    singlestep: bool = False,
+    prediction: Prediction = "eps",
+) -> Tensor:
+    """Run `dpmpp_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
+    settings = {"clip_x_0": clip_x_0, "spacing": spacing, "singlestep": singlestep, "prediction": prediction}
+    return last_state(dpmpp_steps(model, schedule, x_T, num_steps, **settings))  # type: ignore[arg-type]
+
+
+def heun_sample(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    num_steps: int = 10,
+    *,
+    clip_x_0: bool = True,
+    spacing: Spacing = "logsnr",
+    prediction: Prediction = "eps",
+) -> Tensor:
+    """Run `heun_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
+    return last_state(
+        heun_steps(model, schedule, x_T, num_steps, clip_x_0=clip_x_0, spacing=spacing, prediction=prediction)
+    )
