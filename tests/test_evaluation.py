@@ -302,3 +302,10 @@ def test_the_floor_is_the_split_that_is_not_the_reference(reference):
     assert floor is not None
     assert {floor.name, reference} == {"digits:train", "digits:test"}
     assert floor.num_images == 100
+    whole = opened.floor(10_000, None)
+    assert whole is not None
+    assert whole.num_images == open_images(floor.name).num_images
+    pool = [image.numpy().tobytes() for batch in whole.batches() for image in batch]
+    drawn = [image.numpy().tobytes() for batch in floor.batches() for image in batch]
+    assert set(drawn) <= set(pool)
+    assert drawn != pool[:100]
