@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,9 @@ def place(tmp_path, tiny_run, monkeypatch) -> Path:
     Path("good").mkdir()
     for name in ("a", "b"):
         Image.new("L", (9, 9)).save(f"good/{name}.png")
+    Path("colourful").mkdir()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save("colourful/a.png")
+    Image.new("RGB", (8, 8), (3, 3, 3)).save("colourful/b.png")
     Path("samples").mkdir()
     Path("samples/sampling.json").write_text(json.dumps(sampling_identity(load("run"), SamplingConfig())))
     _write_arrays()
@@ -92,6 +96,8 @@ def _write_arrays() -> None:
         "torn": {"images": np.random.default_rng(0).integers(0, 256, (99, 8, 8, 1)).astype(np.uint8)},
         "small": {"mu": np.zeros(5), "sigma": np.eye(5)},
         "mixed": {"mu": np.zeros(64), "sigma": np.eye(5)},
+        "scalar": {"mu": np.float64(0), "sigma": np.eye(64)},
+        "indefinite": {"mu": np.zeros(64), "sigma": np.eye(64) * -4 + 5},
         "crooked": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
     }
     for name, held in arrays.items():
@@ -107,6 +113,8 @@ def _write_weights() -> None:
     """Files given for the FID network's weights that are not, and a training of a classifier."""
     torch.save({"fc.weight": torch.zeros(3)}, "other.pth")
     torch.save([1, 2], "list.pth")
+    torch.save({0: torch.zeros(3)}, "numbered.pth")
+    Path("strange.pth").write_bytes(b"GIF89a" + bytes(range(200)))
     torch.save({"code": subprocess.run}, "code.pth")
     Path("torn.pth").write_bytes(Path("other.pth").read_bytes()[:500])
     Path("empty.pth").touch()
@@ -212,6 +220,14 @@ BAD_INPUTS = {
     "no such reference": ("evaluate digits:test --features classifier --reference nothing", "no images 'nothing'"),
     "statistics of another dimension": (STATISTICS.format("small.npz") + " --metrics fid", "of another network"),
     "statistics that are none": (STATISTICS.format("crooked.npz") + " --metrics fid", "must be symmetric"),
+    "statistics with no dimension": (STATISTICS.format("scalar.npz") + " --metrics fid", "are no statistics"),
+    "statistics of no covariance": (STATISTICS.format("indefinite.npz") + " --metrics fid", "an eigenvalue of -"),
+    "a reference of one image": (STATISTICS.format("one.npz"), "4 are the fewest"),
+    "images of size 0": (EVALUATE.format("good") + " --image-size 0", "from 1 to 4096"),
+    "colour images against grey": (EVALUATE.format("colourful") + " --metrics fid", "it is in colour"),
+    "images with no name": ("evaluate '' --reference digits:train", "no model or images ''"),
+    "Inception weights of strange bytes": (INCEPTION.format("strange.pth"), "truncated or no PyTorch file"),
+    "Inception weights without names": (INCEPTION.format("numbered.pth"), "no table of tensors"),
     "statistics of two shapes": (STATISTICS.format("mixed.npz") + " --metrics fid", "are no statistics"),
     "statistics without images": (STATISTICS.format("small.npz"), "holds statistics only"),
     "truncated statistics": (STATISTICS.format("torn.npz") + " --metrics fid", "torn.npz"),
@@ -255,7 +271,7 @@ BAD_INPUTS = {
 def test_bad_input_is_one_line_exit_code_2_and_harms_nothing(place, capsys, name, record_property):
     arguments, words = BAD_INPUTS[name]
     before = tree_hash(place)
-    code = run_command(arguments.split())
+    code = run_command(shlex.split(arguments))
     lines = capsys.readouterr().err.splitlines()
     with capsys.disabled():
         if os.environ.get("SHOW_BAD_INPUTS"):

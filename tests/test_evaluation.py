@@ -1,11 +1,13 @@
 """Whole scores: records, references of every kind, what is kept and continued, memorisation, and the command."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from ddpm_lab.feature_store import Features, features_of
 from ddpm_lab.features import classifier_network, module_network
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import save_npz
-from ddpm_lab.log import read_lines
+from ddpm_lab.log import append_line, read_lines
 from ddpm_lab.metrics import statistics
 from ddpm_lab.settings import InputError
 
@@ -56,6 +58,11 @@ class Pixels(torch.nn.Module):
         return images[:, 0, 3, 2:6].float() / 255, images.flatten(1).float()[:, :10] / 255
 
 
+def kept(module):
+    """A module whose features go into the cache, as those of the package's own networks do."""
+    return replace(module_network(module, batch_size=100), persistent=True)
+
+
 def values(record):
     return {name: record[name] and record[name]["value"] for name in evaluation.SCORES}
 
@@ -77,13 +84,14 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
         assert score["low"] <= score["value"] <= score["high"]
     assert record["fid_label"] == "FD-classifier (n=360)"
     assert record["reference"] == {
-        "name": "digits:train", "split": "train", "num_images": 1437, "sha256": open_images("digits:train").sha256,
+        "name": "digits:train", "dataset": "digits", "split": "train", "num_images": 1437, 
+        "sha256": open_images("digits:train").sha256,
     }  # fmt: skip
     assert {"name", "sha256", "library", "version", "num_features", "test_accuracy"} <= record["features"].keys()
     assert sum(record["classes"]["shares"]) == pytest.approx(1)
     assert record["floor"]["images"] == "digits:test"
     for name in evaluation.SCORES:  # the images are the floor's own
-        assert record["floor"][name] == record[name]["value"]
+        assert record["floor"][name] == values(record)[name]
 
 
 def test_real_images_are_near_and_noise_is_far(digits):
@@ -146,19 +154,40 @@ def test_features_are_computed_once_and_continued(cache):
     stream = tensor_stream("noise", images)
     expected = images[:, 0, 3, 2:6].float() / 255
     with pytest.raises(KeyboardInterrupt):
-        features_of(stream, module_network(Pixels(fail_at=13), batch_size=100))
+        features_of(stream, kept(Pixels(fail_at=13)))
     again = Pixels()
-    found = features_of(stream, module_network(again, batch_size=100))
+    found = features_of(stream, kept(again))
     assert again.calls == 7, "1000 of 1700 were there"
     assert torch.equal(found.values, expected)
     assert found.logits is not None
     assert torch.equal(found.logits, images.flatten(1).float()[:, :10] / 255)
     third = Pixels()
-    assert torch.equal(features_of(stream, module_network(third)).values, expected)
+    assert torch.equal(features_of(stream, kept(third)).values, expected)
     assert third.calls == 0
-    with (found.folder / feature_store.FEATURES).open("r+b") as stored:
-        stored.truncate(100)
-    assert torch.equal(features_of(stream, module_network(third)).values, expected)
+    for damage in (
+        lambda f: os.truncate(f / feature_store.FEATURES, 100),
+        lambda f: (f / "meta.json").write_text("[]"),
+    ):
+        damage(found.folder)
+        assert torch.equal(features_of(stream, kept(third)).values, expected)
+
+
+def test_features_of_python_modules_are_never_kept(cache):
+    """Their code is in no hash: two modules alike in name and weights may compute different things."""
+
+    class Power(torch.nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.k = k
+
+        def forward(self, images):
+            return images[:, 0, 3, 2:6].float() ** self.k
+
+    stream = open_images("digits:test")
+    one, two = (features_of(stream, module_network(Power(k))) for k in (1, 2))
+    assert torch.equal(one.values**2, two.values)
+    assert one.statistics().num_images == 360
+    assert not list((cache / "features").iterdir())
 
 
 def test_other_images_or_weights_have_other_features(cache, digits):
@@ -242,6 +271,66 @@ def test_samples_are_kept_for_the_next_score(tiny_run, cache):
     assert files.items() <= tree_hash(cache).items()
     assert torch.equal(torch.cat(list(first.batches())), torch.cat(list(more.batches()))[:10])
     assert generated_images(trained, 10, config).sha256 == first.sha256
+
+
+def test_samples_of_another_process_are_others(tiny_run, tmp_path, cache):
+    """The same weights under another schedule, and settings that are said and unsaid alike."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run, other)
+    record = json.loads((other / "config.json").read_text())
+    record["config"]["diffusion"] |= {"schedule": "cosine", "rescale_betas": None}
+    (other / "config.json").write_text(json.dumps(record))
+    config = SamplingConfig(num_steps=2, batch_size=8)
+    linear, cosine = (generated_images(load(path, device="cpu"), 8, config) for path in (tiny_run, other))
+    assert linear.sha256 != cosine.sha256
+    said = generated_images(load(tiny_run, device="cpu"), 8, replace(config, eta=0.0, spacing="uniform"))
+    assert said.name == linear.name
+
+
+def test_a_damaged_sample_in_the_cache_is_made_again(tiny_run, cache):
+    trained, config = load(tiny_run, device="cpu"), SamplingConfig(num_steps=2, batch_size=4)
+    sha256 = generated_images(trained, 10, config).sha256
+    (picture,) = cache.rglob("00000005.png")
+    picture.write_bytes(picture.read_bytes()[:40])
+    assert generated_images(trained, 10, config).sha256 == sha256
+
+
+def test_some_of_a_collection_are_drawn_at_random(tmp_path):
+    """Sorted by class, the first ones would be of one class only; the draw is the same whatever holds the images."""
+    digits_test = load_images("digits", "test")
+    order = digits_test.labels.argsort()
+    images, labels = digits_test.images[order], digits_test.labels[order]
+    stream = tensor_stream("sorted", images)
+    drawn = torch.cat(list(stream.draw(100).batches()))
+    lookup = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    assert len({lookup[image.numpy().tobytes()] for image in drawn}) == 10
+    assert len({image.numpy().tobytes() for image in drawn}) == 100
+    long = tensor_stream("long", torch.arange(7000).remainder(251).to(torch.uint8).view(-1, 1, 1, 1))
+    sizes = [len(batch) for batch in long.draw(1234).batches()]
+    assert sizes == [500, 500, 234]
+    assert stream.draw(360) is stream
+
+
+def test_grey_images_saved_in_colour_are_grey(digits, tmp_path):
+    images = load_images("digits", "test").images[:30]
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / f"{i:03}.png")
+    stream = open_images(str(tmp_path), channels=1)
+    assert torch.equal(torch.cat(list(stream.batches())), images)
+    assert open_images(str(tmp_path)).shape == (3, 8, 8)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "zzz.png")
+    with pytest.raises(InputError, match=r"zzz\.png"):
+        list(open_images(str(tmp_path), channels=1).batches())
+
+
+def test_a_record_after_a_torn_line_is_whole(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    append_line(path, {"step": 1, "seconds": 1.0})
+    with path.open("a") as stream:
+        stream.write('{"step": 2, "sec')
+    append_line(path, {"step": 3, "seconds": 1.0})
+    append_line(path, {"step": 4, "seconds": 1.0})
+    assert [line["step"] for line in read_lines(path)] == [1, 3, 4]
 
 
 def evaluate_command(run, *more, num_images=40):

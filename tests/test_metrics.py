@@ -12,6 +12,7 @@ from ddpm_lab.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    kernel_distance_deviation,
     statistics,
 )
 from ddpm_lab.neighbours import manifold
@@ -155,6 +156,21 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0 < max(values)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_deviation_of_kernel_distances_is_that_of_new_draws(shift):
+    """Of the squared MMD of all of N images from a fixed reference, estimated from one draw alone."""
+    reference, N = normal(400, 8, seed=10_000), 200
+
+    def squared_mmd(a):
+        return kernel_distance(a, reference[:N], subsets=1, subset_size=N)[0]
+
+    real = np.std([squared_mmd(normal(N, 8, shift, seed=s)) for s in range(200)])
+    told = [kernel_distance_deviation(normal(N, 8, shift, seed=s), reference[:N]) for s in range(20)]
+    assert np.mean(told) == pytest.approx(real, rel=0.3)
+    larger = kernel_distance_deviation(normal(4 * N, 8, shift), reference[:N], at_most=N)
+    assert larger == pytest.approx(np.mean(told) / 2, rel=0.4), "scaled where not all are used"
+
+
 def test_precision_and_recall_know_which_is_which():
     """Generated images crowd one corner of the real ones: all are good, and little is covered."""
     real = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
@@ -222,6 +238,7 @@ def test_intervals_cover_as_they_say():
         (lambda: frechet_distance(statistics(normal(9, 3)), statistics(normal(9, 4))), "3 and 4 features"),
         (lambda: Statistics(2, torch.zeros(2).double(), torch.zeros(3, 3).double()), r"cov \(d, d\)"),
         (lambda: Statistics(2, torch.zeros(2), torch.zeros(2, 2)), "float64"),
+        (lambda: Statistics(2, torch.tensor(0.0).double(), torch.zeros(1, 1).double()), r"cov \(d, d\)"),
         (lambda: inception_score(torch.zeros(5, 3)), "splits"),
         (lambda: kernel_distance(normal(5, 3), normal(5, 3), subset_size=6), "2 to 5 images"),
         (lambda: kernel_distance(normal(5, 3), normal(5, 4)), r"\(N, 3\)"),

@@ -22,8 +22,8 @@ from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
 from ddpm_lab.files import locked
 from ddpm_lab.log import read_lines
-from ddpm_lab.run import RunError, train
-from ddpm_lab.settings import InputError
+from ddpm_lab.run import train
+from ddpm_lab.settings import InputError, RunError
 
 from .conftest import tree_hash
 
@@ -314,4 +314,12 @@ def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_pa
     unchanging = ("step", "fid", "kid", "inception_score", "images")
     assert [[line[n] for n in unchanging] for line in again] == [[line[n] for n in unchanging] for line in scores]
     assert again[0]["seconds"] == scores[0]["seconds"]
+
+    # A kill after the last checkpoint, before its picture and its score: the same command makes both.
+    (tmp_path / "scored" / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again[:2]))
+    (tmp_path / "scored" / "samples" / "step_00000012.png").unlink()
+    run.train(config, tmp_path / "scored", device="cpu")
+    last = read_lines(tmp_path / "scored" / "scores.jsonl")
+    assert [line["fid"] for line in last] == [line["fid"] for line in scores]
+    assert (tmp_path / "scored" / "samples" / "step_00000012.png").is_file()
     assert again[1]["seconds"] != scores[1]["seconds"]

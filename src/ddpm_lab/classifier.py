@@ -8,6 +8,7 @@ Invariant: epoch e is a function of (settings, weights, momentum, e), so a kille
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ddpm_lab.data import ImageSet, load_images, to_float
 from ddpm_lab.files import locked, replace_atomically
 from ddpm_lab.progress import progress
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.training import PERMUTATION, STEP, autocast, random_seed, resolve_device, resolve_precision
 
 WEIGHTS = "classifier.safetensors"
@@ -187,6 +188,11 @@ def train_classifier(
         with progress(f"classifier of {dataset}", settings.num_epochs, "epochs", start=state.epoch) as advance:
             while state.epoch < settings.num_epochs:
                 loss = state.train_epoch(dtype)
+                if not math.isfinite(loss):
+                    raise RunError(
+                        f"the loss is not finite in epoch {state.epoch} (seed {settings.seed}); "
+                        f"{out / STATE} holds the last good one"
+                    )
                 state.save()
                 advance(1, f"loss {loss:.4f}")
         weights = {  # matrices and kernels in half precision, the small rest as it is

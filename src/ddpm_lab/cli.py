@@ -139,7 +139,7 @@ def classifier(
     dataset: Literal["mnist", "cifar10", "digits"],
     /,
     *,
-    out: Path,
+    out: Path | None = None,
     num_epochs: int | None = None,
     seed: int = 0,
     device: Device = "auto",
@@ -149,13 +149,14 @@ def classifier(
 
     Args:
         dataset: whose images and labels.
-        out: folder for classifier.safetensors, which `ddpm evaluate --features` takes.
+        out: folder for classifier.safetensors (unset: runs/classifier-DATASET), which `ddpm evaluate --features` takes.
         num_epochs: passes over the training images; unset: 15 for mnist, 40 for cifar10 and digits.
         seed: of weights, order and distortions.
     """
     from ddpm_lab.classifier import train_classifier
 
-    train_classifier(dataset, out, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=_say)
+    folder = out or Path(f"runs/classifier-{dataset}")
+    train_classifier(dataset, folder, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=_say)
 
 
 @app.command
@@ -188,7 +189,8 @@ def evaluate(
             statistics (mu, sigma); unset: the images the model was trained on.
         features: inception (FID as published), classifier (the packaged one of the data set), or a folder that
             `ddpm classifier` made.
-        num_images: how many; unset: 1000 of a model, all of a collection. Published FIDs take 50000.
+        num_images: how many; unset: 1000 of a model, all of a collection (fewer are drawn at random). Published FIDs
+            take 50000.
         weights: the moving average of the parameters (ema), or the parameters themselves (raw).
         checkpoint: step of a checkpoint of a run folder; unset: the newest.
         inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else fetched and verified.
@@ -202,7 +204,7 @@ def evaluate(
     record = evaluate_source(
         source, reference, features, num_images, scoring, sampling,
         weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
-        pairs=pairs, scores=scores, device=device, data_dir=data_dir,
+        pairs=pairs, scores=scores, device=device, data_dir=data_dir, begin=_tell_warnings,
     )  # fmt: skip
     if json:
         print(dumps(record))
@@ -274,7 +276,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _run_failure(error: RuntimeError) -> int:
-    from ddpm_lab.run import Interrupted, RunError
+    from ddpm_lab.run import Interrupted
+    from ddpm_lab.settings import RunError
 
     if isinstance(error, Interrupted):
         return _fail(130, str(error))

@@ -7,7 +7,6 @@ and the settings; caches change how long it takes, and nothing else.
 
 import hashlib
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from ddpm_lab.feature_store import Features, features_of
 from ddpm_lab.features import FeatureNetwork, classifier_network, describe_shape, inception_network
 from ddpm_lab.files import cache_dir
 from ddpm_lab.generation import sample_to_folder, sampling_identity
+from ddpm_lab.image_folder import unreadable
 from ddpm_lab.image_stream import ImageStream, open_images, tensor_stream
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.metrics import (
@@ -35,7 +35,7 @@ from ddpm_lab.metrics import (
     kernel_distance_deviation,
     statistics,
 )
-from ddpm_lab.neighbours import manifold, nearest
+from ddpm_lab.neighbours import manifold, nearest, radii
 from ddpm_lab.progress import progress
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel
@@ -64,21 +64,16 @@ class Reference:
     sha256: str
 
     def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
-        """Real images that are not in the reference: the other split of its data set, or None where there is none.
-
-        A seeded draw, not the first of them: the first half of MNIST's test images is the easier one.
-        """
+        """Real images that are not in the reference: the other split of its data set, or None where there is none."""
         if self.images is None or self.images.dataset is None:
             return None
         other = open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
-        if num_images >= other.num_images:
-            return other
-        order = torch.randperm(other.num_images, generator=torch.Generator().manual_seed(0))[:num_images]
-        chosen = torch.cat(list(other.batches()))[order]
-        return tensor_stream(other.name, chosen, other.dataset, other.split)
+        return other.draw(min(num_images, other.num_images))
 
 
-def open_reference(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Reference:
+def open_reference(
+    name: str, data_dir: Path | None = None, image_size: int | None = None, channels: int | None = None
+) -> Reference:
     """Open a reference.
 
     Args:
@@ -89,7 +84,7 @@ def open_reference(name: str, data_dir: Path | None = None, image_size: int | No
     given = _read_statistics(Path(name)) if name.endswith(".npz") and Path(name).is_file() else None
     if given is not None:
         return Reference(name, None, given, hashlib.sha256(Path(name).read_bytes()).hexdigest())
-    images = open_images(name, data_dir, image_size)
+    images = open_images(name, data_dir, image_size, channels)
     return Reference(name, images, None, images.sha256)
 
 
@@ -108,6 +103,9 @@ def _read_statistics(path: Path) -> Statistics | None:
         raise InputError(f"{path}: mu and sigma are no statistics: {error}") from error
     if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) or bool((cov.diagonal() < 0).any()):
         raise InputError(f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
+    eigenvalues = torch.linalg.eigvalsh(cov)
+    if float(eigenvalues[0]) < -1e-6 * float(eigenvalues[-1]):
+        raise InputError(f"{path}: sigma is no covariance: it has an eigenvalue of {float(eigenvalues[0]):.3g}")
     return found
 
 
@@ -141,8 +139,13 @@ def generated_images(trained: TrainedModel, num_images: int, config: SamplingCon
     identity = sampling_identity(trained, config)
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
-    sample_to_folder(trained, folder, num_images, config)
-    return open_images(str(folder)).take(num_images)
+    sample_to_folder(trained, folder, num_images, config, wait=True)
+    damaged = unreadable(folder)
+    if damaged:
+        for path in damaged:
+            path.unlink()
+        sample_to_folder(trained, folder, num_images, config, wait=True)
+    return open_images(str(folder), channels=trained.image_shape[0]).take(num_images)
 
 
 def evaluate(
@@ -174,8 +177,11 @@ def evaluate(
     compared = open_reference(reference, data_dir) if isinstance(reference, str) else reference
     check_scoring(stream.name, stream.num_images, stream.shape, compared, network, config)
     floor = compared.floor(stream.num_images, data_dir) if compared is not None else None
-    found = features_of(stream, network)
-    against = features_of(compared.images, network) if compared is not None and compared.images is not None else None
+    found = features_of(stream, network, keep)
+    comparing = set(config.metrics) - {"is"}
+    against = None
+    if comparing and compared is not None and compared.images is not None:
+        against = features_of(compared.images, network)
     known = compared.given if compared is not None else None
     if against is not None and "fid" in config.metrics:
         known = against.statistics()
@@ -195,9 +201,10 @@ def evaluate(
     record: dict[str, Any] = _scores(found, against, known, config, intervals=config.bootstrap > 0)
     record["fid_label"] = fid_label(network, stream.num_images)
     record["num_images"] = stream.num_images
-    record["images"] = {"name": stream.name, "sha256": stream.sha256}
+    record["images"] = {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from}
     record["reference"] = compared and {
         "name": compared.name,
+        "dataset": compared.images.dataset if compared.images is not None else None,
         "split": compared.images.split if compared.images is not None else None,
         "num_images": compared.images.num_images if compared.images is not None else None,
         "sha256": compared.sha256,
@@ -220,8 +227,6 @@ def evaluate(
         if pairs is not None and compared is not None and compared.images is not None:
             rows = [_pick(stream, [i for i, *_ in closest]), _pick(compared.images, [j for _, j, _ in closest])]
             save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
-    if not keep:
-        shutil.rmtree(found.folder)
     record["scoring"] = asdict(config)
     record["versions"] = {name: version(name) for name in ("ddpm-lab", "torch", "numpy", "torch-fidelity")} | {
         "python": platform.python_version()
@@ -244,6 +249,8 @@ def check_scoring(
     Raises:
         InputError: they do not fit the reference, the network or the settings.
     """
+    if reference is not None and reference.images is not None and reference.images.num_images < 4:
+        raise InputError(f"reference {reference.name} holds {reference.images.num_images} images; 4 are the fewest")
     if num_images < 2:
         raise InputError(f"{name} holds {num_images} image{'s' * (num_images != 1)}; scores need at least 2")
     network.check(name, shape)
@@ -307,7 +314,7 @@ def _scores(
                 return value
 
             put("fid", bootstrap_interval(distance, N, config.bootstrap) if intervals else distance(torch.arange(N)))
-        if found.values.shape[1] < N // 2 and N >= 20:  # the line in 1/n holds once the covariance is of full rank
+        if max(10 * found.values.shape[1], 20) <= N:  # with fewer the bias is no line in 1/n
             put("fid_extrapolated", extrapolated_frechet_distance(found.values, known))
     if "is" in config.metrics:
         logits = found.logits
@@ -323,9 +330,13 @@ def _scores(
     if "kid" in config.metrics:
         assert against is not None
         size = min(config.kid_subset_size or 1000, N, len(against.values))
-        value, _ = kernel_distance(found.values, against.values, config.kid_subsets, size)
-        half = 1.96 * kernel_distance_deviation(found.values, against.values, config.bootstrap) if intervals else None
-        put("kid", value if half is None else Interval(value, value - half, value + half))
+        value, spread = kernel_distance(found.values, against.values, config.kid_subsets, size)
+        if intervals:  # of the images drawn, and of the subsets drawn from them
+            deviation = kernel_distance_deviation(found.values, against.values, config.bootstrap)
+            half = 1.96 * float(np.hypot(deviation, spread / config.kid_subsets**0.5))
+            put("kid", Interval(value, value - half, value + half))
+        else:
+            put("kid", value)
     if "prdc" in config.metrics:
         assert against is not None
         n = min(N, len(against.values))
@@ -356,16 +367,21 @@ def class_shares(logits: Tensor) -> dict[str, Any]:
 def memorisation(found: Features, training: Features, held_out: Features) -> tuple[dict[str, Any], list[Any]]:
     """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
 
+    A generator of little variety, or of typical images only, has more of these without having copied anything; so it is
+    also told how many lie at less than half the distance that their training image has to its own nearest one.
+
     Returns:
         What the record says, and the 16 closest as [index, index of its nearest training image, distance].
     """
     distances, neighbours = nearest(found.values, training.values)
     usual = nearest(held_out.values, training.values)[0]
     threshold = float(torch.quantile(usual, 0.01))
+    lonely = radii(training.values[neighbours], training.values, 1)  # of each neighbour, to its own nearest one
     closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
     return {
         "nearer_than_test": float((distances < threshold).double().mean()),
-        "expected": 0.01,
+        "expected": 0.01,  # for images distributed as the held-out ones
+        "much_nearer": float((distances < lonely / 2).double().mean()),
         "threshold": threshold,
         "median_distance": float(distances.median()),
         "median_distance_of_test": float(usual.median()),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,25 +52,38 @@ class Features:
                 return found
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or damaged: made anew
             made = statistics(self.values)
+            if not self.folder.is_dir():
+                return made
             with replacing(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, mean=made.mean.numpy(), cov=made.cov.numpy(), factor=made.factor.numpy())
             return made
 
 
-def features_of(images: ImageStream, network: FeatureNetwork) -> Features:
+def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True) -> Features:
     """Features and logits of all images, from the cache where they are known.
 
+    Args:
+        keep: whether they go into the cache; never those of a network that is not persistent.
     Raises:
         InputError: images the network was not made for, or features that are not finite.
     """
     network.check(images.name, images.shape)
-    key = hashlib.sha256(f"{images.sha256} {network.sha256} {network.name}".encode()).hexdigest()[:40]
-    folder = cache_dir() / "features" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    store = cache_dir() / "features"
+    store.mkdir(parents=True, exist_ok=True)
+    if not (keep and network.persistent):
+        passing = store / f".passing-{uuid.uuid4().hex}"
+        try:
+            _extract(images, network, passing)
+            return _open(passing, images.num_images)
+        finally:  # what is mapped stays readable without its name
+            for left in store.glob(f"*{passing.name}"):
+                shutil.rmtree(left, ignore_errors=True)
+    key = hashlib.sha256(f"{images.sha256} {network.key}".encode()).hexdigest()[:40]
+    folder = store / key
     with FileLock(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
         try:
             return _open(folder, images.num_images)
-        except (OSError, ValueError, KeyError):  # absent, or damaged
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
             shutil.rmtree(folder, ignore_errors=True)
             _extract(images, network, folder)
             return _open(folder, images.num_images)
@@ -130,7 +144,7 @@ def _rows_done(partial: Path) -> int:
     try:
         meta = json.loads((partial / META).read_text())
         rows = (partial / FEATURES).stat().st_size // (4 * int(meta["num_features"])) // BATCH * BATCH
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         meta, rows = {"num_features": 0, "num_classes": 0}, 0
     for name, columns in ((FEATURES, meta["num_features"]), (LOGITS, meta["num_classes"])):
         (partial / name).touch()

@@ -6,7 +6,6 @@ Invariant: images enter as files hold them, uint8; what a network does to them f
 import hashlib
 import io
 import os
-import pickle
 import re
 import warnings
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ class FeatureNetwork:
         image_shape: (C, H, W) it takes, or None: any size, grey or colour.
         batch_size: images at a time.
         details: more for the record, such as its test accuracy.
+        persistent: whether its features may be kept: name, weights and version say all of what it computes.
     """
 
     name: str
@@ -54,6 +54,12 @@ class FeatureNetwork:
     image_shape: tuple[int, int, int] | None
     batch_size: int
     details: dict[str, Any]
+    persistent: bool = True
+
+    @property
+    def key(self) -> str:
+        """What decides its features."""
+        return f"{self.name} {self.sha256} {self.library} {self.version}"
 
     def check(self, name: str, shape: tuple[int, int, int]) -> None:
         """Refuse images that the network was not made for.
@@ -99,7 +105,8 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
 def module_network(module: nn.Module, name: str = "module", batch_size: int = 100) -> FeatureNetwork:
     """Any module from Python: (B, C, H, W) uint8 in, (B, d) out, or (B, d) and logits (B, K).
 
-    It is put into evaluation mode. Its hash is that of its parameters and buffers.
+    It is put into evaluation mode. Its hash is that of its parameters and buffers; what its code does is in no hash, so
+    its features are never kept.
     """
     digest = hashlib.sha256(type(module).__qualname__.encode())
     for key, tensor in sorted(module.state_dict().items()):
@@ -115,6 +122,7 @@ def module_network(module: nn.Module, name: str = "module", batch_size: int = 10
         image_shape=None,
         batch_size=batch_size,
         details={},
+        persistent=False,
     )
 
 
@@ -133,7 +141,7 @@ def classifier_network(which: str, device: torch.device | str = "cpu") -> Featur
     if not path.is_file():
         raise InputError(
             f"no classifier {which!r}: those of {', '.join(packaged_classifiers())} come with the package; others are "
-            "the folder that `ddpm classifier` made"
+            "the folder that `ddpm classifier` made; and there is inception"
         )
     trained = load_classifier(path)
     channels, height, width = trained.meta["image_shape"]
@@ -186,6 +194,8 @@ def inception_network(
     path = given or _downloaded_inception()
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
+    if given is None and digest != INCEPTION_SHA256:
+        raise InputError(f"{path} is damaged: its {len(content)} bytes are not the official file's; delete it")
     module = _build_inception(path, content, layer)
     name = "inception"
     if digest != INCEPTION_SHA256:
@@ -238,12 +248,13 @@ def _read(path: Path) -> bytes:
 def _build_inception(path: Path, content: bytes, layer: str) -> nn.Module:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever foreign bytes make the parser raise
         raise InputError(
             f"Inception weights {path} are truncated or no PyTorch file: {len(content)} bytes, "
             f"the official file has {INCEPTION_BYTES}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    entries = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
         raise InputError(f"Inception weights {path} hold no table of tensors")
     try:
         return _Inception(state, layer).eval()

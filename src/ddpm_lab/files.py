@@ -48,11 +48,12 @@ def replace_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def locked(folder: Path, option: str) -> Iterator[None]:
+def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
     """Make a folder and hold it for this process; the system lets go when the process ends, however it ends.
 
     Args:
         option: the flag that named it, for messages.
+        wait: until another process lets go of it, rather than refuse.
     Raises:
         InputError: another process holds it, or it cannot be written.
     """
@@ -63,7 +64,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise InputError(
             f"{folder} is being written by another process; wait for it, or name another {option}"

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import SamplingConfig, Spacing
+from ddpm_lab.config import SamplingConfig, Spacing, Variance
 from ddpm_lab.data import to_uint8
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
@@ -51,15 +52,15 @@ class Sampler:
     """A sampler's steps with its settings resolved for one network.
 
     Attributes:
+        config: with nothing left unset that the sampler uses.
         num_steps: per image.
         num_evaluations: of the network, per image.
-        spacing: of the timesteps visited.
         steps: called as steps(x_T, noise).
     """
 
+    config: SamplingConfig
     num_steps: int
     num_evaluations: int
-    spacing: Spacing
     steps: Callable[[Tensor, Callable[[int], Tensor]], Iterator[Step]]
 
 
@@ -78,15 +79,18 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             f"num_steps must be from 1 to {'half ' * config.singlestep}the {T} timesteps {trained.name} was trained "
             f"on, not {num_steps}"
         )
-    solving = config.sampler in ("dpmpp", "heun")
-    spacing: Spacing = config.spacing or ("logsnr" if solving else "uniform")
+    spacing: Spacing = config.spacing or ("logsnr" if config.sampler in ("dpmpp", "heun") else "uniform")
+    resolved = dataclasses.replace(config, num_steps=num_steps, spacing=spacing)
     common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
-    own: dict[str, dict[str, Any]] = {
-        "ddpm": {"variance": config.variance},
-        "ddim": {"eta": config.eta or 0.0},
-        "dpmpp": {"singlestep": config.singlestep},
-        "heun": {},
-    }
+    if config.sampler == "ddpm":
+        usual_variance: Variance = "beta" if num_steps == T else "beta_tilde"
+        resolved = dataclasses.replace(resolved, variance=config.variance or usual_variance)
+        own: dict[str, Any] = {"variance": resolved.variance}
+    elif config.sampler == "ddim":
+        resolved = dataclasses.replace(resolved, eta=config.eta or 0.0)
+        own = {"eta": resolved.eta}
+    else:
+        own = {"singlestep": config.singlestep} if config.sampler == "dpmpp" else {}
     steppers: dict[str, Callable[..., Iterator[Step]]] = {
         "ddpm": ddpm_steps,
         "ddim": ddim_steps,
@@ -95,12 +99,12 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     }
 
     def steps(x_T: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Step]:
-        drawn: dict[str, Any] = {} if solving else {"noise": noise}
-        settings = common | own[config.sampler] | drawn
+        drawn: dict[str, Any] = {"noise": noise} if config.sampler in ("ddpm", "ddim") else {}
+        settings = common | own | drawn
         return steppers[config.sampler](trained.model, trained.schedule, x_T, num_steps, **settings)
 
     evaluations = {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}
-    return Sampler(num_steps, evaluations.get(config.sampler, num_steps), spacing, steps)
+    return Sampler(resolved, num_steps, evaluations.get(config.sampler, num_steps), steps)
 
 
 def generate(
@@ -137,7 +141,9 @@ def generate(
         yield to_uint8(x_0[:wanted]).cpu()
 
 
-def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, config: SamplingConfig) -> int:
+def sample_to_folder(
+    trained: TrainedModel, folder: Path, num_images: int, config: SamplingConfig, wait: bool = False
+) -> int:
     """Sample into a folder of PNGs, `00000000.png` and on, continuing where an earlier call was stopped.
 
     `sampling.json` in it says of which weights and settings the images are; more images of the same are added to those
@@ -146,6 +152,7 @@ def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, confi
     Args:
         folder: made where it does not exist.
         trained, num_images, config: see `generate`.
+        wait: for another process that samples into it, rather than refuse.
     Returns:
         How many images there were before.
     Raises:
@@ -156,7 +163,7 @@ def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, confi
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others:
             raise InputError(f"--out {folder} holds {others[0]} but no {SAMPLING}: name an empty or new folder")
-    with locked(folder, "--out"):
+    with locked(folder, "--out", wait):
         record = folder / SAMPLING
         if not record.exists():
             replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
@@ -180,10 +187,16 @@ def sample_to_folder(trained: TrainedModel, folder: Path, num_images: int, confi
 
 
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
-    """What decides which images come out: the weights and the settings."""
-    sampler = build_sampler(trained, config)
-    settings = dataclasses.asdict(config) | {"num_steps": sampler.num_steps, "spacing": sampler.spacing}
-    return {"weights_sha256": trained.weights_sha256, "step": trained.step, **settings}
+    """What decides which images come out: weights, network, process, settings, and the version of the code."""
+    process = trained.config.to_dict()
+    return {
+        "weights_sha256": trained.weights_sha256,
+        "step": trained.step,
+        "model": process["model"],
+        "diffusion": process["diffusion"],
+        "version": version("ddpm-lab"),
+        **dataclasses.asdict(build_sampler(trained, config).config),
+    }
 
 
 def _png_name(index: int) -> str:

@@ -23,7 +23,7 @@ class ImageFolder:
 
     Attributes:
         paths: in the order of their names.
-        mode: 'L' where all are grey, else 'RGB'.
+        mode: what they are read as, 'L' or 'RGB'.
         image_size: side in pixels.
         resized: whether each is cropped to its centre square and scaled to that side.
     """
@@ -49,12 +49,13 @@ class ImageFolder:
         return stacked[:, None] if self.mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
 
-def open_folder(folder: Path, image_size: int | None, option: str) -> ImageFolder:
+def open_folder(folder: Path, image_size: int | None, option: str, channels: int | None = None) -> ImageFolder:
     """List the images of a folder, searched to any depth, and read their headers.
 
     Args:
         image_size: crop to the centre square and scale to this side in pixels; None: they all have one size already.
         option: the flag that sets it, for messages.
+        channels: 1 or 3, what to read them as; None: grey where all files are, else colour.
     Raises:
         InputError: no images, unreadable ones, or several sizes and no image_size.
     """
@@ -73,8 +74,19 @@ def open_folder(folder: Path, image_size: int | None, option: str) -> ImageFolde
                 f"image {path} is {size[0]} x {size[1]}, the first one is {first[0]} x {first[1]}; "
                 f"give {option} to crop and scale all to one square size"
             )
-    mode = "L" if all(mode == "L" for mode, _ in headers) else "RGB"
+    mode = "L" if channels == 1 or (channels is None and all(mode == "L" for mode, _ in headers)) else "RGB"
     return ImageFolder(tuple(paths), mode, image_size or first[0], image_size is not None)
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """Images of a folder that cannot be decoded."""
+    bad = []
+    for path in sorted(folder.glob("[!.]*.png")):
+        try:
+            _read_picture(path, lambda opened: opened.load())
+        except InputError:
+            bad.append(path)
+    return bad
 
 
 def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
@@ -98,10 +110,16 @@ def _mode(picture: "Image.Image") -> str:
 
 
 def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
-    """Pixels of the mode wanted; cropped to the centre square and scaled where a size is asked for."""
+    """Pixels of the mode wanted, grey only where planes are equal; the centre square, scaled, where a size is asked."""
     from PIL import Image
 
-    converted = picture.convert(_mode(picture)).convert(mode)
+    converted = picture.convert(_mode(picture))
+    if mode == "L" and converted.mode == "RGB":
+        red, green, blue = converted.split()
+        if not red.tobytes() == green.tobytes() == blue.tobytes():
+            raise ValueError("it is in colour, and grey images are asked for")
+        converted = red
+    converted = converted.convert(mode)
     if image_size is None:
         return converted
     side = min(converted.size)

@@ -32,6 +32,7 @@ class ImageStream:
         shape: (C, H, W).
         read: gives the first n of them, (b, C, H, W) uint8 at a time.
         dataset, split: where they are of a known data set.
+        drawn_from: how many there were before `draw`.
     """
 
     name: str
@@ -40,20 +41,36 @@ class ImageStream:
     read: Callable[[int], Iterator[Tensor]]
     dataset: str | None = None
     split: str | None = None
+    drawn_from: int | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """All images in order."""
         return self.read(self.num_images)
 
     def take(self, num_images: int) -> "ImageStream":
-        """The first of them.
+        """The first of them."""
+        return replace(self, num_images=num_images)
+
+    def draw(self, num_images: int, seed: int = 0) -> "ImageStream":
+        """Some of them at random: the first ones may well be of one class, or the easier ones, as in MNIST's test set.
 
         Raises:
             InputError: more than there are, or fewer than one.
         """
         if not 1 <= num_images <= self.num_images:
             raise InputError(f"num_images must be from 1 to the {self.num_images} of {self.name}, not {num_images}")
-        return replace(self, num_images=num_images)
+        if num_images == self.num_images:
+            return self
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+        chosen = order[:num_images].sort().values
+
+        def read(count: int) -> Iterator[Tensor]:
+            first, wanted = 0, chosen[:count]
+            for batch in self.batches():
+                yield batch[wanted[(wanted >= first) & (wanted < first + len(batch))] - first]
+                first += len(batch)
+
+        return replace(self, num_images=num_images, read=lambda count: _chunks(read(count)), drawn_from=self.num_images)
 
     @cached_property
     def sha256(self) -> str:
@@ -62,6 +79,19 @@ class ImageStream:
         for batch in self.batches():
             digest.update(batch.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _chunks(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same images, BATCH at a time."""
+    held: list[Tensor] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) >= BATCH:
+            joined = torch.cat(held)
+            yield joined[:BATCH]
+            held = [joined[BATCH:]]
+    if held and sum(map(len, held)):
+        yield torch.cat(held)
 
 
 def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: str | None = None) -> ImageStream:
@@ -78,16 +108,22 @@ def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: 
     )
 
 
-def open_images(name: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageStream:
+def open_images(
+    name: str, data_dir: Path | None = None, image_size: int | None = None, channels: int | None = None
+) -> ImageStream:
     """Open images by name.
 
     Args:
         name: 'mnist:train' and its like, an .npz that holds `images` (or `arr_0`), uint8 (N, H, W, C), or a folder.
         data_dir: see `data.load_images`.
         image_size: for folders: crop to the centre square and scale to this side in pixels.
+        channels: for folders: 1 or 3, what they are to be compared with; grey files become colour by repetition, and
+            colour files whose planes are equal become grey. None: as the files are.
     Raises:
         InputError: no such images, or unreadable ones.
     """
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise InputError(f"--image-size must be from 1 to 4096, not {image_size}")
     dataset, _, split = name.partition(":")
     if dataset in DATASETS and (split or not Path(name).exists()):
         if split not in ("train", "test"):
@@ -95,9 +131,8 @@ def open_images(name: str, data_dir: Path | None = None, image_size: int | None 
         return tensor_stream(name, load_images(dataset, split, data_dir).images, dataset, split)
     path = Path(name)
     if path.is_dir():
-        folder = open_folder(path, image_size, "--image-size")
-        channels = 1 if folder.mode == "L" else 3
-        shape = (channels, folder.image_size, folder.image_size)
+        folder = open_folder(path, image_size, "--image-size", channels)
+        shape = (1 if folder.mode == "L" else 3, folder.image_size, folder.image_size)
         return ImageStream(name, len(folder), shape, partial(_read_folder, folder))
     if path.is_file() and path.suffix == ".npz":
         return _open_npz(path)

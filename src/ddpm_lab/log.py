@@ -4,6 +4,7 @@ A kill may tear the last line; a torn line is no line.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add an entry."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+    """Add an entry; after a torn line it starts a new one."""
+    with path.open("ab+") as stream:
+        stream.seek(max(stream.seek(0, os.SEEK_END) - 1, 0))
+        torn = stream.read() not in (b"", b"\n")
+        stream.write(("\n" * torn + json.dumps(line) + "\n").encode())
 
 
 def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:

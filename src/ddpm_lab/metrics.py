@@ -35,8 +35,7 @@ class Statistics:
     cov: Tensor
 
     def __post_init__(self) -> None:
-        d = len(self.mean)
-        if self.mean.ndim != 1 or self.cov.shape != (d, d):
+        if self.mean.ndim != 1 or self.cov.shape != (len(self.mean), len(self.mean)):
             raise InputError(f"mean must be (d,), cov (d, d), not {tuple(self.mean.shape)}, {tuple(self.cov.shape)}")
         if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
             raise InputError(f"statistics must be float64, not {self.mean.dtype} and {self.cov.dtype}")
@@ -265,7 +264,8 @@ def bootstrap_interval(
     """Estimate +- z times the bootstrap standard deviation.
 
     Percentiles of the replicates would miss: drawing with replacement repeats images, which biases a Frechet distance
-    upward, so the replicates lie above the estimate they are to surround; their spread is right all the same.
+    upward, so the replicates lie above the estimate they are to surround. Their spread is about right for many more
+    images than features (20 times as many), and too wide for fewer: the interval errs on the safe side.
 
     Args:
         score: a number from indices, (N,) int64, of the images to use.
@@ -285,8 +285,8 @@ def bootstrap_interval(
 def mean_interval(values: Tensor, z: float = 1.96) -> Interval:
     """Mean of a measure of each image, (N,), -+ z times what the bootstrap's deviation of a mean tends to."""
     values = values.double()
-    half = z * float(values.std(correction=0)) / len(values) ** 0.5
-    return Interval(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
+    mean, half = float(values.mean()), z * float(values.std(correction=0)) / float(np.sqrt(len(values)))
+    return Interval(mean, max(mean - half, 0.0), mean + half)
 
 
 def extrapolated_frechet_distance(features: Tensor, reference: Statistics, sizes: int = 10, seed: int = 0) -> float:

@@ -33,7 +33,8 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> M
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
 
     The ball of an image reaches to its k-th nearest neighbour in its own set. Memory is block x N distances at a time.
-    Each measure is a mean over images, and its interval is that of the mean, the balls being held fixed.
+    Each measure is a mean over images, precision and density over generated ones, recall and coverage over real ones,
+    and its interval is that of such a mean, the balls being held fixed; so it is somewhat too narrow.
 
     Args:
         generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
@@ -46,7 +47,7 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> M
     real = checked(real, generated.shape[1])
     if min(len(generated), len(real)) <= k or k < 1:
         raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
-    real_radius, generated_radius = (_radii(features, k, block) for features in (real, generated))
+    real_radius, generated_radius = (radii(features, features, k, block) for features in (real, generated))
     holders = []
     covered = torch.zeros(len(real), dtype=torch.bool)
     for part in blocks(generated, block):
@@ -58,14 +59,14 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> M
     return Manifold(
         precision=mean_interval(held > 0),
         recall=mean_interval(torch.cat(recalled)),
-        density=mean_interval(held / k),
+        density=mean_interval(held.double() / k),
         coverage=mean_interval(covered),
     )
 
 
-def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Distance of each to its k-th nearest other, (N,)."""
-    return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in blocks(features, block)])
+def radii(members: Tensor, features: Tensor, k: int, block: int = 250) -> Tensor:
+    """Distance of each member of a set of features to its k-th nearest other, (N,) float64."""
+    return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in blocks(members, block)])
 
 
 def nearest(features: Tensor, others: Tensor, block: int = 250) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.log import append_line, cut_lines, read_lines
 from ddpm_lab.progress import progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.trained import TrainedModel, read_run_record
 from ddpm_lab.training import (
     TrainingState,
@@ -55,10 +55,6 @@ from ddpm_lab.unet import build_unet
 LOG, SCORES = "log.jsonl", "scores.jsonl"
 BANDS = 10  # of timesteps, in loss_by_t
 FREE_TO_CHANGE = {"training": ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"), "evaluation": None}
-
-
-class RunError(RuntimeError):
-    """A run cannot go on, through no fault of what the user typed; what was saved stays."""
 
 
 class Interrupted(RuntimeError):
@@ -122,15 +118,17 @@ def train(
         seconds = float(logged[-1]["seconds"]) if logged else 0.0
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
-            return checkpoint_path(run_dir, state.step)
-        beginning = f"continues from step {state.step}" if state.step else "starts"
-        say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
+        else:
+            beginning = f"continues from step {state.step}" if state.step else "starts"
+            say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
         scorer = _scorer(config, training_set, data_dir, on)
         session = _Session(
             config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds, scorer
         )
         try:
-            session.run(training_set.images.to(on))
+            session.catch_up()
+            if state.step < config.training.num_steps:
+                session.run(training_set.images.to(on))
         except OSError as error:
             raise RunError(
                 f"{run_dir} cannot be written at step {state.step}: {error.strerror or error}; "
@@ -161,6 +159,14 @@ class _Session:
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
         self.scorer = scorer
 
+    def catch_up(self) -> None:
+        """Draw and score what was due at the newest checkpoint, where a kill came before it."""
+        step, last = self.state.step, self.state.step == self.config.training.num_steps
+        if step and (last or step % self.config.evaluation.sample_every == 0) and not self._grid_path().exists():
+            self._sample_grid()
+        if step and self._scoring(step) and not self._scored():
+            self._score()
+
     def run(self, images: Tensor) -> None:
         """Train to the end, logging, validating, sampling and saving when each is due."""
         training, evaluation, state = self.config.training, self.config.evaluation, self.state
@@ -169,10 +175,6 @@ class _Session:
             _stop_signals() as stopped,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
-            if state.step and state.step % evaluation.sample_every == 0 and not self._grid_path().exists():
-                self._sample_grid()  # a kill came between the checkpoint and its picture
-            if state.step and self._scoring(state.step) and not self._scored():
-                self._score()
             for step in training_loop(state, self.schedule, images, self.config):
                 interval.steps.append(step)
                 k, last = step.step, step.step == training.num_steps
@@ -253,11 +255,21 @@ class _Session:
         return every > 0 and (step % every == 0 or step == self.config.training.num_steps)
 
     def _scored(self) -> bool:
-        return any(line["step"] == self.state.step for line in read_lines(self.run_dir / SCORES))
+        return any(
+            line["step"] == self.state.step and line.get("by") == "training"
+            for line in read_lines(self.run_dir / SCORES)
+        )
 
     def _score(self) -> None:
         assert self.scorer is not None
-        append_line(self.run_dir / SCORES, self.scorer(self._trained()))
+        try:
+            record = self.scorer(self._trained())
+        except OSError as error:
+            raise RunError(
+                f"step {self.state.step} could not be scored: {error.filename or 'cache'}: {error.strerror or error} "
+                f"(DDPM_CACHE_DIR names another cache); the last checkpoint is of step {_last_step(self.run_dir)}"
+            ) from error
+        append_line(self.run_dir / SCORES, record)
 
     def _sample_grid(self) -> None:
         evaluation = self.config.evaluation

@@ -1,5 +1,6 @@
 """Scores of a model or of images: sampling where needed, the record, where it is kept, and the table people read."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
-from ddpm_lab.data import DATASETS, ImageSet
+from ddpm_lab.data import DATASETS, ImageSet, load_images
 from ddpm_lab.evaluation import (
     SURE,
     Reference,
@@ -18,6 +19,7 @@ from ddpm_lab.evaluation import (
     generated_images,
     open_reference,
 )
+from ddpm_lab.feature_store import features_of
 from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
@@ -49,6 +51,7 @@ def evaluate_source(
     scores: Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Score a model, or images, against a reference.
 
@@ -60,6 +63,7 @@ def evaluate_source(
         scoring, sampling: settings; those of sampling are for models.
         weights, checkpoint: of a model.
         inception_weights, image_size, pairs, data_dir: see `evaluation`.
+        begin: called once the input is found to be in order, before the work.
         scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
     Returns:
         The record.
@@ -77,24 +81,32 @@ def evaluate_source(
     if _is_images(source):
         if checkpoint is not None:
             raise InputError(f"--checkpoint is for a run, and {source} holds images")
-        images = open_images(source, data_dir, image_size)
-        images = images if num_images is None else images.take(num_images)
         compared = None if reference is None else open_reference(reference, data_dir, image_size)
+        channels = compared.images.shape[0] if compared is not None and compared.images is not None else None
+        images = open_images(source, data_dir, image_size, channels)
+        images = images if num_images is None else images.draw(num_images)
         network = feature_network(features, images.shape, compared, inception_weights, on)
+        check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
+        begin()
         record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
         record |= {"source": source, **dict.fromkeys(MODEL_FIELDS)}
     else:
         trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
         build_sampler(trained, sampling)
-        named = reference or _own_reference(trained)
-        compared = open_reference(named, data_dir, image_size or trained.config.data.image_size)
+        if reference is None:
+            compared = _own_reference(trained, data_dir)
+        else:
+            size, channels = image_size or trained.config.data.image_size, trained.image_shape[0]
+            compared = open_reference(reference, data_dir, size, channels)
+        scores = scores or _scores_file(trained)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
+        begin()
         images = generated_images(trained, wanted, sampling)
         record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
         record |= {"source": source, **model_record(trained, sampling)}
-        scores = scores or _scores_file(trained)
+    record |= {"image_size": image_size, "device": on}
     record["seconds"] = time.monotonic() - begun
     if scores is not None:
         append_line(scores, record)
@@ -112,24 +124,39 @@ def _is_images(source: str) -> bool:
         return True
     if source in packaged_names():
         return False
-    if not path.exists():
+    if not source or not path.exists():
         raise InputError(
             f"no model or images {source!r}: give a run or checkpoint folder, the name of packaged weights "
             f"({', '.join(packaged_names())}), DATASET:SPLIT, an .npz, or a folder of images"
         )
-    return not any((path / name).is_file() for name in ("config.json", "meta.json"))
+    return not any((path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors"))
 
 
-def _own_reference(trained: TrainedModel) -> str:
+def _own_reference(trained: TrainedModel, data_dir: Path | None) -> Reference:
     """The images a model was trained on."""
-    dataset = trained.config.data.dataset
-    return f"{dataset}:train" if dataset in DATASETS else dataset
+    data = trained.config.data
+    return _training_reference(load_images(data.dataset, "train", data_dir, data.image_size), data.dataset)
+
+
+def _training_reference(training_set: ImageSet, dataset: str) -> Reference:
+    known = dataset in DATASETS
+    stream = tensor_stream(
+        training_set.name, training_set.images, dataset if known else None, "train" if known else None
+    )
+    return Reference(training_set.name, stream, None, stream.sha256)
 
 
 def _scores_file(trained: TrainedModel) -> Path | None:
-    """`scores.jsonl` of the run that a checkpoint belongs to."""
+    """`scores.jsonl` of the run that a checkpoint belongs to, which must be writable before any work is done for it."""
     run_dir = trained.folder.parent.parent
-    return run_dir / "scores.jsonl" if (run_dir / "config.json").is_file() else None
+    if not (run_dir / "config.json").is_file():
+        return None
+    path = run_dir / "scores.jsonl"
+    try:
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=run_dir):
+            return path
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; give --scores FILE.jsonl elsewhere") from error
 
 
 def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
@@ -143,10 +170,10 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
         "sampler": sampling.sampler,
         "num_steps": sampler.num_steps,
         "num_evaluations": sampler.num_evaluations,
-        "eta": (sampling.eta or 0.0) if sampling.sampler == "ddim" else None,
-        "spacing": sampler.spacing,
+        "eta": sampler.config.eta,
+        "spacing": sampler.config.spacing,
         "singlestep": sampling.singlestep,
-        "variance": sampling.variance if sampling.sampler == "ddpm" else None,
+        "variance": sampler.config.variance,
         "num_timesteps": diffusion.num_timesteps,
         "schedule": diffusion.schedule,
         "beta_convention": diffusion.beta_convention,
@@ -164,21 +191,20 @@ def training_scorer(
         InputError: no network for such images, told before training starts.
     """
     evaluation, dataset = config.evaluation, config.data.dataset
-    known = dataset in DATASETS
-    stream = tensor_stream(
-        training_set.name, training_set.images, dataset if known else None, "train" if known else None
-    )
-    reference = Reference(training_set.name, stream, None, stream.sha256)
-    network = feature_network(evaluation.score_features, stream.shape, reference, None, str(device))
+    reference = _training_reference(training_set, dataset)
+    assert reference.images is not None
+    network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=0)
     sampling = SamplingConfig(num_steps=evaluation.sample_steps)
+    check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
+    features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
 
     def score(trained: TrainedModel) -> dict[str, Any]:
         begun = time.monotonic()
         images = torch.cat(list(generate(trained, evaluation.score_images, sampling)))
         name = f"images of step {trained.step}"
         record = evaluate(tensor_stream(name, images), reference, network, scoring, data_dir=data_dir, keep=False)
-        record |= {"source": trained.name, **model_record(trained, sampling)}
+        record |= {"source": trained.name, "by": "training", "device": str(device), **model_record(trained, sampling)}
         return record | {"seconds": time.monotonic() - begun}
 
     return score
@@ -212,7 +238,9 @@ def score_table(record: dict[str, Any]) -> list[str]:
     }
     names["inception_score"] += f", {record['scoring']['is_splits']} splits"
     width = max(len(name) for name in names.values())
-    lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {'floor':>10}".rstrip())
+    fewer = floor is not None and floor["num_images"] < record["num_images"]
+    title = f"floor (n={floor['num_images']:,})" if fewer else "floor"
+    lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {title:>10}".rstrip())
     for key, name in names.items():
         score = record[key]
         if score is None:
@@ -235,8 +263,7 @@ def score_table(record: dict[str, Any]) -> list[str]:
         memorisation = record["memorisation"]
         lines.append(
             f"memorisation: {memorisation['nearer_than_test']:.2%} lie nearer to a training image than 1 % of the test "
-            f"images do (median distance {_number(memorisation['median_distance'])}, of test images "
-            f"{_number(memorisation['median_distance_of_test'])})"
+            f"images do; {memorisation['much_nearer']:.2%} at less than half that image's distance to its own nearest"
         )
     return lines
 

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """What the user gave cannot be used: the message says what, where, and what would be valid, in one line."""
 
 
+class RunError(RuntimeError):
+    """Work cannot go on, through no fault of what the user typed; what was saved stays."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise InputError with the message unless the condition holds."""
     if not condition:
