@@ -84,7 +84,7 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
         assert score["low"] <= score["value"] <= score["high"]
     assert record["fid_label"] == "FD-classifier (n=360)"
     assert record["reference"] == {
-        "name": "digits:train", "dataset": "digits", "split": "train", "num_images": 1437, 
+        "name": "digits:train", "dataset": "digits", "split": "train", "num_images": 1437,
         "sha256": open_images("digits:train").sha256,
     }  # fmt: skip
     assert {"name", "sha256", "library", "version", "num_features", "test_accuracy"} <= record["features"].keys()
