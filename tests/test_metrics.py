@@ -199,13 +199,13 @@ def test_density_and_coverage_by_hand():
     assert found.coverage.value == pytest.approx(3 / 4)
 
 
-@pytest.mark.parametrize("block", [7, 1000])
-def test_precision_and_recall_are_those_of_torch_fidelity(block):
+@pytest.mark.parametrize("held", [1, 700, 2**22])
+def test_precision_and_recall_are_those_of_torch_fidelity(held):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     a, b = normal(80, 5, seed=1), 0.7 + normal(80, 5, seed=2)
     theirs = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
-    found = manifold(a, b, block=block)
+    found = manifold(a, b, held=held)
     assert found.precision.value == pytest.approx(theirs["precision"], abs=1e-6)
     assert found.recall.value == pytest.approx(theirs["recall"], abs=1e-6)
     assert 0.05 < found.precision.value < 0.95

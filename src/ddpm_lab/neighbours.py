@@ -11,6 +11,8 @@ from torch import Tensor
 from ddpm_lab.metrics import Interval, blocks, checked, mean_interval
 from ddpm_lab.settings import InputError
 
+HELD = 2**22  # distances, 32 MiB of them
+
 
 @dataclass(frozen=True)
 class Manifold:
@@ -29,17 +31,17 @@ class Manifold:
     coverage: Interval
 
 
-def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> Manifold:
+def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> Manifold:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
 
-    The ball of an image reaches to its k-th nearest neighbour in its own set. Memory is block x N distances at a time.
+    The ball of an image reaches to its k-th nearest neighbour in its own set. Memory does not grow with N.
     Each measure is a mean over images, precision and density over generated ones, recall and coverage over real ones,
     and its interval is that of such a mean, the balls being held fixed; so it is somewhat too narrow.
 
     Args:
         generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
         k: neighbours.
-        block: images whose distances are held at once.
+        held: distances in memory at once.
     Raises:
         InputError: dimensions differ, or a set of k images or fewer.
     """
@@ -47,29 +49,33 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, block: int = 250) -> M
     real = checked(real, generated.shape[1])
     if min(len(generated), len(real)) <= k or k < 1:
         raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
-    real_radius, generated_radius = (radii(features, features, k, block) for features in (real, generated))
+    real_radius, generated_radius = (radii(features, features, k, held) for features in (real, generated))
     holders = []
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for part in blocks(generated, block):
+    for part in blocks(generated, _rows(real, held)):
         inside = _distances(part, real) <= real_radius  # (block, M)
         holders.append(inside.sum(1))
         covered |= inside.any(0)
-    recalled = [(_distances(part, generated) <= generated_radius).any(1) for part in blocks(real, block)]
-    held = torch.cat(holders)
+    recalled = [
+        (_distances(part, generated) <= generated_radius).any(1) for part in blocks(real, _rows(generated, held))
+    ]
+    holding = torch.cat(holders)
     return Manifold(
-        precision=mean_interval(held > 0),
+        precision=mean_interval(holding > 0),
         recall=mean_interval(torch.cat(recalled)),
-        density=mean_interval(held.double() / k),
+        density=mean_interval(holding.double() / k),
         coverage=mean_interval(covered),
     )
 
 
-def radii(members: Tensor, features: Tensor, k: int, block: int = 250) -> Tensor:
+def radii(members: Tensor, features: Tensor, k: int, held: int = HELD) -> Tensor:
     """Distance of each member of a set of features to its k-th nearest other, (N,) float64."""
-    return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in blocks(members, block)])
+    return torch.cat(
+        [_distances(part, features).kthvalue(k + 1).values for part in blocks(members, _rows(features, held))]
+    )
 
 
-def nearest(features: Tensor, others: Tensor, block: int = 250) -> tuple[Tensor, Tensor]:
+def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the nearest of the others.
 
     Returns:
@@ -79,8 +85,13 @@ def nearest(features: Tensor, others: Tensor, block: int = 250) -> tuple[Tensor,
     """
     features = checked(features)
     others = checked(others, features.shape[1])
-    found = [_distances(part, others).min(1) for part in blocks(features, block)]
+    found = [_distances(part, others).min(1) for part in blocks(features, _rows(others, HELD))]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def _rows(features: Tensor, held: int) -> int:
+    """How many rows of distances to all features are held at once."""
+    return max(1, held // len(features))
 
 
 def _distances(part: Tensor, features: Tensor) -> Tensor:
