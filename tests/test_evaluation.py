@@ -222,6 +222,7 @@ def test_copies_of_training_images_are_found(digits, tmp_path):
     )
     found = record["memorisation"]
     assert 50 / 150 <= found["nearer_than_test"] <= 50 / 150 + 0.03
+    assert 50 / 150 <= found["much_nearer"] <= 50 / 150 + 0.03
     assert all(i == j and distance < 1e-4 for i, j, distance in found["closest"])
     picture = np.asarray(Image.open(tmp_path / "pairs.png"))
     assert np.array_equal(picture[:56], picture[-56:]), "each above its neighbour, here the same image"

@@ -171,6 +171,21 @@ def test_the_deviation_of_kernel_distances_is_that_of_new_draws(shift):
     assert larger == pytest.approx(np.mean(told) / 2, rel=0.4), "scaled where not all are used"
 
 
+def test_the_deviation_of_kernel_distances_is_that_of_naive_resampling():
+    """The same draws one by one: pairs of different images within, all pairs across."""
+    a, b, N = normal(12, 3, 1.0, seed=1), normal(9, 3, seed=2), 12
+    generator = torch.Generator().manual_seed(0)
+    x, y = (features[torch.randperm(len(features), generator=generator)] for features in (a, b))
+    draws = torch.randint(N, (50, N), generator=generator)
+    values = []
+    for draw in draws:
+        drawn = x[draw]
+        within, across = ((drawn @ other.T / 3 + 1) ** 3 for other in (drawn, y))
+        differ = draw[:, None] != draw[None, :]
+        values.append(within[differ].mean() - 2 * across.mean())
+    assert kernel_distance_deviation(a, b) == pytest.approx(float(torch.stack(values).std()), rel=1e-9)
+
+
 def test_precision_and_recall_know_which_is_which():
     """Generated images crowd one corner of the real ones: all are good, and little is covered."""
     real = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]

@@ -3,6 +3,7 @@
 Distances are Euclidean, in float64, and computed a block at a time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,19 +51,18 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> M
     if min(len(generated), len(real)) <= k or k < 1:
         raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
     real_radius, generated_radius = (radii(features, features, k, held) for features in (real, generated))
-    holders = []
+    holding = torch.zeros(len(generated), dtype=torch.int64)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for part in blocks(generated, _rows(real, held)):
-        inside = _distances(part, real) <= real_radius  # (block, M)
-        holders.append(inside.sum(1))
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    for rows, distances in _distances(generated, real, held):
+        inside = distances <= real_radius  # (rows, M)
+        holding[rows] = inside.sum(1)
         covered |= inside.any(0)
-    recalled = [
-        (_distances(part, generated) <= generated_radius).any(1) for part in blocks(real, _rows(generated, held))
-    ]
-    holding = torch.cat(holders)
+    for rows, distances in _distances(real, generated, held):
+        recalled[rows] = (distances <= generated_radius).any(1)
     return Manifold(
         precision=mean_interval(holding > 0),
-        recall=mean_interval(torch.cat(recalled)),
+        recall=mean_interval(recalled),
         density=mean_interval(holding.double() / k),
         coverage=mean_interval(covered),
     )
@@ -70,12 +70,13 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> M
 
 def radii(members: Tensor, features: Tensor, k: int, held: int = HELD) -> Tensor:
     """Distance of each member of a set of features to its k-th nearest other, (N,) float64."""
-    return torch.cat(
-        [_distances(part, features).kthvalue(k + 1).values for part in blocks(members, _rows(features, held))]
-    )
+    found = torch.zeros(len(members), dtype=torch.float64)
+    for rows, distances in _distances(members, features, held):
+        found[rows] = distances.kthvalue(k + 1).values
+    return found
 
 
-def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(features: Tensor, others: Tensor, held: int = HELD) -> tuple[Tensor, Tensor]:
     """For each row the nearest of the others.
 
     Returns:
@@ -85,15 +86,23 @@ def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """
     features = checked(features)
     others = checked(others, features.shape[1])
-    found = [_distances(part, others).min(1) for part in blocks(features, _rows(others, HELD))]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    found, indices = torch.zeros(len(features), dtype=torch.float64), torch.zeros(len(features), dtype=torch.int64)
+    for rows, distances in _distances(features, others, held):
+        found[rows], indices[rows] = distances.min(1)
+    return found, indices
 
 
-def _rows(features: Tensor, held: int) -> int:
-    """How many rows of distances to all features are held at once."""
-    return max(1, held // len(features))
+def _distances(members: Tensor, features: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:
+    """Euclidean distances of some rows at a time to all features, (rows, N) float64, in one buffer used again.
 
-
-def _distances(part: Tensor, features: Tensor) -> Tensor:
-    """Euclidean distances of a few rows to all, (b, N) float64."""
-    return torch.cat([torch.cdist(part, other) for other in blocks(features)], dim=1)
+    Fresh memory for each would leave the heap in pieces: 12 GB of it were seen with 50,000 images.
+    """
+    step = max(1, min(held // len(features), len(members)))
+    buffer = torch.empty(step, len(features), dtype=torch.float64)
+    for first in range(0, len(members), step):
+        part = members[first : first + step].double()
+        column = 0
+        for other in blocks(features):
+            buffer[: len(part), column : column + len(other)] = torch.cdist(part, other)
+            column += len(other)
+        yield slice(first, first + len(part)), buffer[: len(part)]
