@@ -78,6 +78,7 @@ def open_reference(
 
     Args:
         name: see `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
+        data_dir, image_size, channels: see `open_images`.
     Raises:
         InputError: no such images, or unreadable ones; statistics that are none.
     """

@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -227,7 +226,7 @@ def _downloaded_inception() -> Path:
         f"put {INCEPTION_FILE} ({INCEPTION_BYTES} bytes, SHA-256 {INCEPTION_SHA256}) there, or name it by "
         "--inception-weights or DDPM_INCEPTION_WEIGHTS; or take --features classifier"
     )
-    download([INCEPTION_URL], path, partial(_verify_download), advice)
+    download([INCEPTION_URL], path, _verify_download, advice)
     return path
 
 

@@ -133,8 +133,18 @@ def dpmpp_sample(
     prediction: Prediction = "eps",
 ) -> Tensor:
     """Run `dpmpp_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    settings = {"clip_x_0": clip_x_0, "spacing": spacing, "singlestep": singlestep, "prediction": prediction}
-    return last_state(dpmpp_steps(model, schedule, x_T, num_steps, **settings))  # type: ignore[arg-type]
+    return last_state(
+        dpmpp_steps(
+            model,
+            schedule,
+            x_T,
+            num_steps,
+            clip_x_0=clip_x_0,
+            spacing=spacing,
+            singlestep=singlestep,
+            prediction=prediction,
+        )
+    )
 
 
 def heun_sample(
