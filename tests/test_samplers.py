@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddpm_lab.diffusion import prediction_target
 from ddpm_lab.samplers import ddim_sample, ddim_steps, ddpm_sample, ddpm_steps
-from ddpm_lab.schedule import cosine_schedule, linear_schedule
+from ddpm_lab.schedule import cosine_schedule, linear_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_sample, dpmpp_steps, heun_sample, heun_steps
 
@@ -144,27 +144,68 @@ def test_first_steps_of_the_solvers_are_ddim():
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("num_steps", [3, 10, 25])
-def test_every_state_of_dpmpp_is_that_of_diffusers(num_steps, clip):
+@pytest.mark.parametrize(("num_steps", "eta"), [(3, 0.0), (10, 0.0), (25, 0.0), (3, 1.0), (10, 1.0), (25, 1.0)])
+def test_every_state_of_dpmpp_is_that_of_diffusers(num_steps, eta, clip):
     """Its DPMSolverMultistepScheduler of order 2, lower_order_final, final sigma zero, at the same timesteps."""
     schedule = linear_schedule(1000)
     theirs = DPMSolverMultistepScheduler(
-        1000, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
+        1000, solver_order=2, algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        solver_type="midpoint", lower_order_final=True,
         euler_at_final=True, final_sigmas_type="zero", timestep_spacing="trailing",
     )  # fmt: skip
     ours_in(theirs, schedule).set_timesteps(num_steps)
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
-    steps = list(dpmpp_steps(odd_model, schedule, x, num_steps, spacing="uniform", clip_x_0=clip))
+    z = torch.randn(num_steps, *x.shape, dtype=torch.float64)
+    steps = list(
+        dpmpp_steps(
+            odd_model, schedule, x, num_steps, spacing="uniform", clip_x_0=clip, eta=eta, noise=lambda step: z[step]
+        )
+    )
     assert [step.t for step in steps] == theirs.timesteps.tolist()
     theirs.sigmas = torch.tensor([*(((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[theirs.timesteps]), 0.0])
-    for step, t in zip(steps, theirs.timesteps, strict=True):
+    for step, t, noise in zip(steps, theirs.timesteps, z, strict=True):
         eps = odd_model(x, t.expand(2))
         if clip:  # theirs has no plain clipping: give it the noise that belongs to the clipped image
             ab = schedule.alpha_bar[t]
             x_0 = ((x - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
             eps = (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
-        x = theirs.step(eps, t, x).prev_sample.double()
-        torch.testing.assert_close(step.x_s, x, rtol=1e-5, atol=1e-5)
+        x = theirs.step(eps, t, x, variance_noise=noise if eta else None).prev_sample.double()
+        within = 1e-4 if eta else 1e-5  # its coefficients of the noise are float32
+        torch.testing.assert_close(step.x_s, x, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_dpmpp_ends_in_the_distribution_of_the_data_whatever_eta(eta):
+    """Gaussian data of deviation 0.5, and the network that is exact for it."""
+    schedule = linear_schedule(1000)
+
+    def exact(x_t, t):
+        alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+        return x_t * (1 - alpha_bar).sqrt() / (0.25 * alpha_bar + 1 - alpha_bar)
+
+    x_T = torch.randn(4, 1, 100, 100, dtype=torch.float64)
+    x_0 = dpmpp_sample(exact, schedule, x_T, 100, eta=eta, clip_x_0=False)
+    assert float(x_0.std()) == pytest.approx(0.5, rel=0.02)
+    assert float(x_0.mean()) == pytest.approx(0, abs=0.02)
+    kept = float(torch.corrcoef(torch.stack([x_0.flatten(), x_T.flatten()]))[0, 1])
+    assert kept > 0.99 if eta == 0 else kept < 0.5  # noise on the way makes the image forget where it began
+
+
+def test_dpmpp_refuses_an_eta_that_means_nothing():
+    for eta, singlestep in ((-0.1, False), (1.1, False), (float("nan"), False), (0.5, True)):
+        with pytest.raises(InputError, match="eta must be from 0 to 1"):
+            next(
+                dpmpp_steps(odd_model, linear_schedule(50), torch.zeros(1, 1, 2, 2), 5, eta=eta, singlestep=singlestep)
+            )
+
+
+def test_even_in_log_snr_spends_one_step_on_pure_noise():
+    """The cosine chain of T = 1000 ends at log SNR -20; even spacing down to there would spend half the steps on it."""
+    schedule = cosine_schedule(1000)
+    log_snr = [float(schedule.snr[t].log()) for t in sampling_timesteps(schedule, 20, "logsnr")]
+    assert log_snr[0] < -19
+    assert log_snr[1] > -10.3
+    assert max(a - b for a, b in itertools.pairwise(reversed(log_snr[1:]))) < 1.5
 
 
 @pytest.mark.parametrize(("num_steps", "singlestep", "asked"), [(4, False, 4), (4, True, 8)])

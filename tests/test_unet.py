@@ -5,8 +5,9 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_lab.config import load_recipe, recipe_names
+from ddpm_lab.interop import diffusers_network
 from ddpm_lab.settings import InputError
-from ddpm_lab.unet import UNet, build_unet, timestep_embedding
+from ddpm_lab.unet import UNet, attention, build_unet, timestep_embedding
 
 
 def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
@@ -36,10 +37,10 @@ def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
     take(ours.time_embedding[2], "time_embedding.linear_2")
     for side, kind in ((ours.down, "down"), (ours.up, "up")):
         for i, level in enumerate(side):
-            for j, (block, attention) in enumerate(zip(level.blocks, level.attentions, strict=True)):
+            for j, (block, attended) in enumerate(zip(level.blocks, level.attentions, strict=True)):
                 take_block(block, f"{kind}_blocks.{i}.resnets.{j}")
-                if not isinstance(attention, torch.nn.Identity):
-                    take_attention(attention, f"{kind}_blocks.{i}.attentions.{j}")
+                if not isinstance(attended, torch.nn.Identity):
+                    take_attention(attended, f"{kind}_blocks.{i}.attentions.{j}")
             if level.resample is not None:
                 take(level.resample.conv, f"{kind}_blocks.{i}.{kind}samplers.0.conv")
     take_block(ours.middle_in, "mid_block.resnets.0")
@@ -74,6 +75,8 @@ def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head)
         expected = theirs(x_t, t).sample
         assert float(expected.abs().mean()) > 0.05
         torch.testing.assert_close(ours(x_t, t), expected, rtol=1e-5, atol=1e-5)
+        again = diffusers_network(ours, size)  # the way back has names of its own
+        assert torch.equal(again(x_t, t).sample, expected)
 
 
 def test_the_cifar10_network_has_the_paper_size():
@@ -169,6 +172,28 @@ def test_dropout_acts_in_training_only():
 def test_what_cannot_be_built_is_refused(make):
     with pytest.raises(InputError):
         make()
+
+
+def _plain_attention(q, k, v):
+    weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5, -1)
+    return weights @ v.double()
+
+
+@pytest.mark.parametrize("d", [4, 8, 16, 24])
+def test_attention_is_its_formula(d):
+    q, k, v = torch.randn(3, 5, 2, 9, d)
+    torch.testing.assert_close(attention(q, k, v).double(), _plain_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 5, 7])
+def test_attention_in_bf16_is_its_formula_however_many_images_go_together(monkeypatch, images_at_a_time):
+    """Under autocast too, which must not bring the weights back to float32."""
+    monkeypatch.setattr("ddpm_lab.unet.CACHED_WEIGHTS", images_at_a_time * 2 * 9 * 9)
+    q, k, v = torch.randn(3, 5, 2, 9, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(q, k, v)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), _plain_attention(q, k, v), rtol=2e-2, atol=2e-2)
 
 
 def test_normalisation_takes_its_statistics_in_float32_under_bf16():

@@ -22,6 +22,7 @@ Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
+Engine = Literal["torch", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ class SamplingConfig(SettingsGroup):
     """steps, each one evaluation of the network, two for heun; unset: 50 for ddim, all T for ddpm, 20 for dpmpp, 10
     for heun"""
     eta: float | None = None
-    """ddim only: noise added on the way, from 0 (none, the default) to 1 (as ddpm with beta_tilde)"""
+    """ddim and dpmpp: noise added on the way, from 0 (none, the default) to 1 (for ddim: as ddpm with beta_tilde)"""
     spacing: Spacing | None = None
     """which timesteps fewer than T steps visit: even in t (uniform), denser near the image (quadratic), even in the
     signal-to-noise ratio's logarithm (logsnr); unset: logsnr for dpmpp and heun, else uniform"""
@@ -234,6 +235,11 @@ class SamplingConfig(SettingsGroup):
     """image i of a seed is always the same image"""
     batch_size: int = 64
     """images at a time; images of two batch sizes may differ in the last bit"""
+    precision: Precision = "float32"
+    """bf16 computes convolutions and products in bfloat16, faster where the device has it, and images differ a little;
+    auto: where the device is fast at it"""
+    engine: Engine = "torch"
+    """onnx evaluates networks by ONNX Runtime, on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
 
     @classmethod
     def _prefix(cls) -> str:
@@ -244,7 +250,11 @@ class SamplingConfig(SettingsGroup):
         self._at_least(0, "seed")
         self._at_most(65_536, "batch_size")
         require(self.eta is None or 0 <= self.eta <= 1, f"eta must be from 0 to 1, not {self.eta}")
-        require(self.eta is None or self.sampler == "ddim", f"eta applies to the ddim sampler, not to {self.sampler}")
+        require(
+            self.eta is None or self.sampler in ("ddim", "dpmpp"),
+            f"eta applies to the samplers ddim and dpmpp, not to {self.sampler}",
+        )
+        require(not (self.eta and self.singlestep), "eta needs the memory of dpmpp; leave it out with singlestep")
         require(
             self.variance is None or self.sampler == "ddpm",
             f"variance applies to the ddpm sampler, not to {self.sampler}",
@@ -252,6 +262,10 @@ class SamplingConfig(SettingsGroup):
         require(
             not self.singlestep or self.sampler == "dpmpp",
             f"singlestep applies to the dpmpp sampler, not to {self.sampler}",
+        )
+        require(
+            self.engine == "torch" or self.precision == "float32",
+            f"the onnx engine computes in float32; precision {self.precision} is for the torch engine",
         )
 
 

@@ -3,6 +3,7 @@
 Invariant: images enter as files hold them, uint8; what a network does to them first (scaling, resizing) is part of it.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ddpm_lab.classifier import WEIGHTS, load_classifier, packaged_classifiers, packaged_path
 from ddpm_lab.download import download
 from ddpm_lab.files import cache_dir
+from ddpm_lab.onnx_engine import OnnxNetwork
 from ddpm_lab.settings import InputError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -99,6 +101,16 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
     """(C, H, W) as a person says it: grey 28x28."""
     kind = {1: "grey", 3: "colour"}.get(shape[0], f"{shape[0]} channels,")
     return f"{kind} {shape[1]}x{shape[2]}"
+
+
+def onnx_features(network: FeatureNetwork, shape: tuple[int, int, int]) -> FeatureNetwork:
+    """The same network computed by ONNX Runtime, for images of one (C, H, W); its records and its cache say so."""
+    example = [torch.zeros(2, *shape, dtype=torch.uint8)]
+    return dataclasses.replace(
+        network,
+        module=OnnxNetwork(network.module, example, network.key),
+        version=f"{network.version}, onnxruntime {version('onnxruntime')}",
+    )
 
 
 def module_network(module: nn.Module, name: str = "module", batch_size: int = 100) -> FeatureNetwork:

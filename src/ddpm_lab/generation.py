@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor
 
 from ddpm_lab.config import SamplingConfig, Spacing, Variance
 from ddpm_lab.data import to_uint8
+from ddpm_lab.diffusion import Model
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
+from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.trained import TrainedModel, Weights, load
+from ddpm_lab.training import autocast, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
 SAMPLING = "sampling.json"  # in a folder of samples
@@ -68,7 +72,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     """Resolve a sampler's settings.
 
     Raises:
-        InputError: more steps than the network has timesteps.
+        InputError: more steps than the network has timesteps; ONNX Runtime away from the CPU.
     """
     T = trained.schedule.num_timesteps
     usual = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
@@ -80,17 +84,25 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             f"on, not {num_steps}"
         )
     spacing: Spacing = config.spacing or ("logsnr" if config.sampler in ("dpmpp", "heun") else "uniform")
-    resolved = dataclasses.replace(config, num_steps=num_steps, spacing=spacing)
+    device = next(trained.model.parameters()).device
+    dtype = resolve_precision(config.precision, device)
+    resolved = dataclasses.replace(
+        config,
+        num_steps=num_steps,
+        spacing=spacing,
+        precision="bf16" if dtype == torch.bfloat16 else "float32",
+        engine=resolve_engine(config.engine, device),
+    )
     common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
     if config.sampler == "ddpm":
         usual_variance: Variance = "beta" if num_steps == T else "beta_tilde"
         resolved = dataclasses.replace(resolved, variance=config.variance or usual_variance)
         own: dict[str, Any] = {"variance": resolved.variance}
-    elif config.sampler == "ddim":
-        resolved = dataclasses.replace(resolved, eta=config.eta or 0.0)
-        own = {"eta": resolved.eta}
+    elif config.sampler == "heun":
+        own = {}
     else:
-        own = {"singlestep": config.singlestep} if config.sampler == "dpmpp" else {}
+        resolved = dataclasses.replace(resolved, eta=config.eta or 0.0)
+        own = {"eta": resolved.eta} | ({"singlestep": config.singlestep} if config.sampler == "dpmpp" else {})
     steppers: dict[str, Callable[..., Iterator[Step]]] = {
         "ddpm": ddpm_steps,
         "ddim": ddim_steps,
@@ -98,10 +110,22 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         "heun": heun_steps,
     }
 
+    @cache  # built when first used
+    def network() -> Model:
+        if resolved.engine == "torch":
+            return trained.model
+        example = torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)
+        identity = f"{trained.weights_sha256} {trained.config.model} T = {T}"
+        return cast(Model, OnnxNetwork(trained.model, example, identity))
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return network()(x_t, t)
+
     def steps(x_T: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Step]:
-        drawn: dict[str, Any] = {"noise": noise} if config.sampler in ("ddpm", "ddim") else {}
+        drawn: dict[str, Any] = {"noise": noise} if config.sampler != "heun" else {}
         settings = common | own | drawn
-        return steppers[config.sampler](trained.model, trained.schedule, x_T, num_steps, **settings)
+        return steppers[config.sampler](model, trained.schedule, x_T, num_steps, **settings)
 
     evaluations = {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}
     return Sampler(resolved, num_steps, evaluations.get(config.sampler, num_steps), steps)

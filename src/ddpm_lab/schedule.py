@@ -15,6 +15,8 @@ from torch import Tensor
 from ddpm_lab.config import DiffusionConfig, Spacing, check_chain
 from ddpm_lab.settings import InputError
 
+LEAST_LOG_SNR = -10.2  # where the linear chain of T = 1000 ends, and nothing of the image is left
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -107,7 +109,8 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
         num_steps: how many, from 1 to T.
         spacing: 'uniform' (every T / num_steps, the first T-1), 'quadratic' (denser near the image; Song et al. 2020,
             arXiv:2010.02502, appendix D.2), or 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1
-            to 0; Lu et al. 2022, arXiv:2206.00927); indices that would coincide move to the next free one.
+            to 0; Lu et al. 2022, arXiv:2206.00927; of a chain that goes on in pure noise, as the cosine one does, that
+            part is one step); indices that would coincide move to the next free one.
     Returns:
         `num_steps` distinct integers, decreasing, the first T-1.
     Raises:
@@ -123,8 +126,9 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
         wanted = [round(T * fraction**2) - 1 for fraction in fractions]
     elif spacing == "logsnr":
         falling = -schedule.snr.log()  # increasing in t
-        targets = torch.linspace(float(falling[0]), float(falling[-1]), num_steps, dtype=torch.float64)
-        wanted = [int((falling - target).abs().argmin()) for target in targets] if num_steps > 1 else [T - 1]
+        last = min(float(falling[-1]), -LEAST_LOG_SNR)
+        targets = torch.linspace(float(falling[0]), last, num_steps, dtype=torch.float64)
+        wanted = [int((falling - target).abs().argmin()) for target in targets[:-1]] + [T - 1]
     else:
         raise InputError(f"spacing must be uniform, quadratic or logsnr, not {spacing!r}")
     increasing: list[int] = []

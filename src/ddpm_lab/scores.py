@@ -20,17 +20,19 @@ from ddpm_lab.evaluation import (
     open_reference,
 )
 from ddpm_lab.feature_store import features_of
+from ddpm_lab.features import onnx_features
 from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.log import append_line
+from ddpm_lab.onnx_engine import resolve_engine
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
 MODEL_FIELDS = (
     "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
-    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size",
+    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "precision", "engine",
 )  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
@@ -60,7 +62,7 @@ def evaluate_source(
         reference: see `evaluation.open_reference`; None: the images a model was trained on.
         features: 'inception', 'classifier', or the folder of a classifier.
         num_images: how many; None: 1,000 of a model, all of a collection.
-        scoring, sampling: settings; those of sampling are for models.
+        scoring, sampling: settings; those of sampling are for models, but for the engine.
         weights, checkpoint: of a model.
         inception_weights, image_size, pairs, data_dir: see `evaluation`.
         begin: called once the input is found to be in order, before the work.
@@ -72,6 +74,7 @@ def evaluate_source(
     """
     begun = time.monotonic()
     on = str(resolve_device(device))
+    engine = resolve_engine(sampling.engine, torch.device(on))
     if pairs is not None:
         check_writable(pairs, (".png",), "--pairs")
         if "memorisation" not in scoring.metrics:
@@ -88,6 +91,7 @@ def evaluate_source(
         network = feature_network(features, images.shape, compared, inception_weights, on)
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
         begin()
+        network = onnx_features(network, images.shape) if engine == "onnx" else network
         record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
         record |= {"source": source, **dict.fromkeys(MODEL_FIELDS)}
     else:
@@ -103,6 +107,7 @@ def evaluate_source(
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         begin()
+        network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
         images = generated_images(trained, wanted, sampling)
         record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
         record |= {"source": source, **model_record(trained, sampling)}
@@ -179,6 +184,8 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
         "beta_convention": diffusion.beta_convention,
         "seed": sampling.seed,
         "batch_size": sampling.batch_size,
+        "precision": sampler.config.precision,
+        "engine": sampler.config.engine,
     }
 
 

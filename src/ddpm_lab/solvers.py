@@ -1,19 +1,21 @@
 """Few-step samplers: second-order solvers of the probability-flow ODE, in the form of `samplers`.
 
 With signal alpha = sqrt(alpha_bar), noise sigma = sqrt(1 - alpha_bar) and lambda = log(alpha / sigma), the ODE is
-linear but for what the network says; each solver integrates the linear part exactly. Both are deterministic: they ask
-for no noise. The way from the last timestep to the clean image is of first order, for there lambda is infinite.
+linear but for what the network says; each solver integrates the linear part exactly. Without `eta` they ask for no
+noise. The way from the last timestep to the clean image is of first order, for there lambda is infinite.
 """
 
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ddpm_lab.config import Prediction, Spacing
 from ddpm_lab.diffusion import Model
-from ddpm_lab.samplers import Step, estimate, last_state, path
+from ddpm_lab.samplers import Noise, Step, estimate, last_state, path
 from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError
 
 
 def _log_snr(alpha_bar: float) -> float:
@@ -21,10 +23,16 @@ def _log_snr(alpha_bar: float) -> float:
     return math.inf if alpha_bar == 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-def _towards(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float) -> Tensor:
-    """The ODE's exact way from t to s for a predicted image that stays the same (arXiv:2211.01095, eq. 9, order 1)."""
-    ratio = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))
-    return ratio * x_t + (math.sqrt(alpha_bar_s) - math.sqrt(alpha_bar_t) * ratio) * x_0
+def _towards(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float = 0.0) -> Tensor:
+    """The exact way from t to s for a predicted image that stays the same, without the noise that eta adds.
+
+    Of the ODE for eta = 0 (arXiv:2211.01095, eq. 9, order 1), of the reverse-time SDE for eta = 1 (eq. 18 there).
+    """
+    snr_ratio = (
+        alpha_bar_t * (1 - alpha_bar_s) / (alpha_bar_s * (1 - alpha_bar_t))
+    )  # exp(-2 h), h = lambda_s - lambda_t
+    ratio = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.pow(snr_ratio, eta / 2)
+    return ratio * x_t + math.sqrt(alpha_bar_s) * (1 - math.pow(snr_ratio, (1 + eta) / 2)) * x_0
 
 
 def dpmpp_steps(
@@ -34,6 +42,8 @@ def dpmpp_steps(
     num_steps: int = 20,
     *,
     clip_x_0: bool = True,
+    noise: Noise | None = None,
+    eta: float = 0.0,
     spacing: Spacing = "logsnr",
     singlestep: bool = False,
     prediction: Prediction = "eps",
@@ -48,14 +58,18 @@ def dpmpp_steps(
         x_T: standard normal noise, (B, C, H, W).
         num_steps: from 1 to T; to T / 2 where singlestep.
         clip_x_0: bring each predicted image into [-1, 1].
+        noise: called with the step's number where eta is not 0, for noise of the shape of x_T; None: drawn.
+        eta: 0 solves the ODE; 1 the SDE that has the same marginals (multistep only), which forgets errors made early.
         spacing: of all timesteps that are evaluated, see `sampling_timesteps`.
         singlestep: take two evaluations a step in place of memory.
         prediction: what the model predicts.
     Yields:
         num_steps `Step`s.
     Raises:
-        InputError: num_steps out of range, unknown spacing or prediction.
+        InputError: num_steps out of range, unknown spacing or prediction, eta not in [0, 1] or with singlestep.
     """
+    if not (eta == 0 or (0 < eta <= 1 and not singlestep)):
+        raise InputError(f"eta must be from 0 to 1, and 0 where singlestep, not {eta}")
     x_t = x_T
     if singlestep:
         way = path(schedule, 2 * num_steps, spacing)
@@ -73,14 +87,18 @@ def dpmpp_steps(
             x_t = x_s
         return
     before, lambda_before = None, math.nan
-    for t, s, alpha_bar_t, alpha_bar_s in path(schedule, num_steps, spacing):
+    for step, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(path(schedule, num_steps, spacing)):
         x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         lambda_t = _log_snr(alpha_bar_t)
         extrapolated = x_0_hat
         if before is not None and s >= 0:
             r = (lambda_t - lambda_before) / (_log_snr(alpha_bar_s) - lambda_t)
             extrapolated = x_0_hat + (x_0_hat - before) / (2 * r)
-        x_s = _towards(extrapolated, x_t, alpha_bar_t, alpha_bar_s)
+        x_s = _towards(extrapolated, x_t, alpha_bar_t, alpha_bar_s, eta)
+        if eta > 0 and s >= 0:
+            h = _log_snr(alpha_bar_s) - lambda_t
+            z = torch.randn_like(x_t) if noise is None else noise(step)
+            x_s = x_s + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * eta * h)) * z
         yield Step(t, x_t, x_s, x_0_hat)
         x_t, before, lambda_before = x_s, x_0_hat, lambda_t
 
@@ -128,6 +146,8 @@ def dpmpp_sample(
     num_steps: int = 20,
     *,
     clip_x_0: bool = True,
+    noise: Noise | None = None,
+    eta: float = 0.0,
     spacing: Spacing = "logsnr",
     singlestep: bool = False,
     prediction: Prediction = "eps",
@@ -140,6 +160,8 @@ def dpmpp_sample(
             x_T,
             num_steps,
             clip_x_0=clip_x_0,
+            noise=noise,
+            eta=eta,
             spacing=spacing,
             singlestep=singlestep,
             prediction=prediction,

@@ -18,6 +18,8 @@ from ddpm_lab.config import ModelConfig
 from ddpm_lab.settings import InputError
 
 NORM_EPS = 1e-6
+NARROW_HEAD = 16  # channels
+CACHED_WEIGHTS = 2**21
 
 
 def timestep_embedding(position: Tensor, channels: int) -> Tensor:
@@ -70,9 +72,31 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.embedding(embedding)[:, :, None, None]
+        h += self.embedding(embedding)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return cast(Tensor, self.shortcut(x) + h)
+        h += self.shortcut(x)
+        return cast(Tensor, h)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for each image and head.
+
+    Args:
+        q, k, v: (B, heads, positions, d).
+    Returns:
+        (B, heads, positions, d).
+    """
+    d = q.shape[-1]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        if q.device.type == "cpu" and d < NARROW_HEAD:  # a kernel made for wider heads is faster on zeros than without
+            q, k, v = (F.pad(x, (0, NARROW_HEAD - d)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+    # On the CPU bfloat16 has fast products but no fast fused kernel: products, with as many images at a time as leave
+    # the weights in the cache. Autocast would bring the softmax to float32, at twice the memory.
+    images = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    with torch.autocast("cpu", enabled=False):
+        parts = zip(*(torch.split(x, images) for x in (q * d**-0.5, k, v)), strict=True)
+        return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in parts])
 
 
 class SelfAttention(nn.Module):
@@ -89,8 +113,7 @@ class SelfAttention(nn.Module):
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         qkv = self.query_key_value(tokens).view(B, H * W, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, C / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        attended = attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(B, H * W, C)
         return x + cast(Tensor, self.out(attended)).transpose(1, 2).reshape(B, C, H, W)
 
 
