@@ -1,0 +1,80 @@
+"""Train a peer on MNIST for some minutes, and sample 2,000 images with 50 evaluations: what is compared at equal time.
+
+    python scripts/equal_time.py diffusers|denoising-diffusion-pytorch --seed 0 --minutes 30 --out DIR
+
+leaves DIR/images.npz and DIR/record.json; `ddpm evaluate DIR/images.npz --reference mnist:train --features classifier`
+scores them, as it does the images of `ddpm train mnist-cpu`. Peers train as their own example or Trainer does, batches
+of 16 in float32, on a network of 28x28 pixels that has about as many parameters as the recipe's.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from ddpm_lab.config import ModelConfig, load_recipe
+from ddpm_lab.data import load_images, to_float
+from ddpm_lab.images import save_npz
+from ddpm_lab.peers import Peer, denoising_peer, diffusers_peer
+from ddpm_lab.unet import build_unet
+
+BATCH, SHAPE, NUM_STEPS = 16, (1, 28, 28), 50
+NETWORK = ModelConfig(
+    base_channels=32, channel_multipliers=(1, 2, 4), num_blocks=1, attention_levels=(2,), attention_head_channels=8,
+    dropout=0.0, norm_groups=8,
+)  # fmt: skip
+
+
+def build(system: str, seed: int, num_steps: int) -> Peer:
+    """The peer, at the beginning."""
+    torch.manual_seed(seed)
+    images = load_images("mnist").images
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch() -> torch.Tensor:
+        return to_float(images[torch.randint(len(images), (BATCH,), generator=generator)])
+
+    if system == "diffusers":
+        return diffusers_peer(build_unet(NETWORK, 1, 28, 1000), SHAPE, torch.float32, batch, num_steps)
+    ours = build_unet(load_recipe("mnist-cpu").model, 1, 28, 1000)
+    return denoising_peer(sum(p.numel() for p in ours.parameters()), 3, SHAPE, torch.float32, batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", choices=["diffusers", "denoising-diffusion-pytorch"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True)
+    trial = build(given.system, given.seed, 100_000)
+    trial.step()
+    begun = time.monotonic()
+    for _ in range(10):
+        trial.step()
+    planned = int(given.minutes * 60 / (time.monotonic() - begun) * 10)  # what its learning rate falls over
+    peer = build(given.system, given.seed, planned)
+    begun, steps = time.monotonic(), 0
+    while time.monotonic() - begun < given.minutes * 60:
+        peer.step()
+        steps += 1
+        if steps % 500 == 0:
+            print(f"{steps} of about {planned} steps, {time.monotonic() - begun:.0f} s", flush=True)
+    seconds = time.monotonic() - begun
+    first = range(0, given.num_images, 250)
+    batches = (peer.sample(min(250, given.num_images - begin), NUM_STEPS) for begin in first)
+    save_npz(given.out / "images.npz", batches, given.num_images)
+    record = {
+        "system": given.system, "seed": given.seed, "steps": steps, "planned_steps": planned, "images": steps * BATCH,
+        "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    (given.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

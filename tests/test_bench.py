@@ -1,0 +1,158 @@
+"""The benchmark: turns and ratios by a clock of our own, contestants that do the same thing, a record of all of it."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_lab import bench, contests
+from ddpm_lab.bench import Contest, hold, installed_peers, share_of_peak, table
+from ddpm_lab.cli import run_command
+from ddpm_lab.config import ModelConfig
+from ddpm_lab.contests import (
+    Subject,
+    evaluation_contest,
+    input_contest,
+    sampling_contest,
+    statistics_contest,
+    subject,
+    training_contest,
+)
+
+CPU = torch.device("cpu")
+TINY = Subject("tiny", ModelConfig(base_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_levels=(1,),
+                                   attention_head_channels=8, dropout=0.0, norm_groups=4), (3, 8, 8), 4)  # fmt: skip
+
+
+def test_turns_are_taken_alternately_and_ratios_are_of_one_turn(monkeypatch):
+    """A machine that is twice as slow from the second counted turn on leaves the ratios as they are."""
+    clock, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def contestant(name, seconds):
+        def act():
+            order.append(name)
+            clock[0] += seconds * (2 if order.count(name) > 2 else 1) * (100 if order.count(name) == 1 else 1)
+
+        return act
+
+    record = hold(
+        Contest("case", "images", 6, {"ours": contestant("ours", 2.0), "theirs": contestant("theirs", 3.0)}), 4
+    )
+    assert order == ["ours", "theirs"] * 5
+    assert record["times_as_fast"] == {"theirs": {"median": 1.5, "low": 1.5, "high": 1.5}}
+    assert record["seconds"]["ours"] == {"median": 4.0, "low": 3.5, "high": 4.0}  # 2, 4, 4, 4; the 200 does not count
+    assert record["per_second"]["theirs"]["median"] == 1.0
+    assert table(record)[1].split() == ["1.5", "(1.5", "to", "1.5)", "times", "as", "fast", "as", "theirs"]
+
+
+def test_one_turn_is_its_own_spread():
+    record = hold(Contest("case", "images", 1, {"ours": lambda: None}), 1)
+    assert len(set(record["seconds"]["ours"].values())) == 1
+
+
+def test_the_convolutions_are_all_found_and_their_operations_counted():
+    model, x_t, t = TINY.build(CPU).eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    counted = 0
+    for layer, shape, count in bench._convolutions(model, x_t, t):
+        out = layer(torch.zeros(shape))
+        counted += count * 2 * layer.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x_t, t)
+    expected = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    assert counted == expected > 0
+
+
+def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
+    model, x_t, t = TINY.build(CPU).eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: act() or 1.0)
+    step = bench.evaluation_step(model, x_t, t, torch.float32)
+    found = share_of_peak(model, x_t, t, torch.float32, step, training=False)
+    layers = sum(count for *_, count in bench._convolutions(model, x_t, t))
+    assert found["convolutions_alone_milliseconds"] == 1000 * layers
+    assert found["share"] == pytest.approx(found["step_flops_per_second"] / found["convolutions_flops_per_second"])
+    assert found["by_kind_milliseconds"]["convolutions"] > 0
+    assert "the rest" in found["by_kind_milliseconds"]
+
+
+@pytest.mark.skipif(len(installed_peers()) < 2, reason="needs both peers")
+def test_contestants_are_peers_of_the_same_size():
+    contest = evaluation_contest(TINY, CPU, torch.float32)
+    assert list(contest.contestants) == ["ddpm-lab", "diffusers", "denoising-diffusion-pytorch"]
+    from ddpm_lab.contests import _peer_networks
+
+    model = TINY.build(CPU).eval()
+    for parameter in model.parameters():  # as built, the last layer is zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    peers = _peer_networks(TINY, model)
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        torch.testing.assert_close(peers["diffusers"](x_t, t).sample, model(x_t, t), rtol=1e-4, atol=1e-4)
+        assert peers["denoising-diffusion-pytorch"](x_t, t).shape == x_t.shape
+    small = subject("small")
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in small.build(torch.device("meta")).parameters())
+    theirs = sum(p.numel() for p in _peer_networks(small, small.build(CPU))["denoising-diffusion-pytorch"].parameters())
+    assert 1.7e6 < ours < 1.72e6
+    assert 0.75 < theirs / ours < 1.33
+
+
+def test_every_contest_runs():
+    held = [
+        training_contest(TINY, CPU, torch.float32),
+        training_contest(TINY, CPU, torch.bfloat16),
+        sampling_contest(TINY, CPU, num_images=2, num_steps=2),
+        statistics_contest(num_features=8, num_images=32),
+    ]
+    with input_contest(TINY, CPU, batches=2) as reading:
+        for contest in (*held, reading):
+            record = hold(contest, 1)
+            assert set(record["seconds"]) == set(contest.contestants)
+            assert all(spread["median"] > 0 for spread in record["seconds"].values())
+            assert len(contest.contestants) >= 1 + len(installed_peers()) * (contest.case[:10] != "statistics")
+
+
+@pytest.mark.parametrize("name", ["_our_step", "_diffusers_step", "_denoising_step"])
+def test_a_training_step_moves_the_weights(name, monkeypatch):
+    """A contestant that did nothing would win."""
+    if name != "_our_step" and len(installed_peers()) < 2:
+        pytest.skip("needs both peers")
+    trained: list[list[torch.nn.Parameter]] = []
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW):
+
+        def note(parameters, *args, optimizer=optimizer, **kwargs):
+            trained.append(list(parameters))
+            return optimizer(trained[-1], *args, **kwargs)
+
+        monkeypatch.setattr(f"torch.optim.{optimizer.__name__}", note)
+    act = getattr(contests, name)(TINY, CPU, torch.float32)
+    before = [parameter.detach().clone() for parameter in trained[0]]
+    act()
+    act()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained[0], strict=True))
+
+
+def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ddpm_lab.contests.statistics_contest", lambda: statistics_contest(8, 32))
+    out = tmp_path / "bench.json"
+    flags = ["--network", "digits", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--out", str(out)]
+    assert run_command(["bench", *flags]) == 0
+    record, said = json.loads(out.read_text()), capsys.readouterr().out
+    cases = [contest["case"].split(",")[0] for contest in record["contests"]]
+    assert {"evaluation", "training step", "sampling", "input path"} <= set(cases)
+    assert set(record["peak"]) == {"evaluation", "training step"}
+    assert record["network"]["name"] == "digits"
+    assert record["conditions"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "times as fast as diffusers" in said
+    assert "% of the measured peak" in said
+
+
+def test_absent_peers_are_left_out_and_named(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PEERS", {})
+    monkeypatch.setattr("ddpm_lab.contests.PEERS", {"diffusers": "diffusers"})
+    flags = ["--network", "digits", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--cases", "evaluation"]
+    assert run_command(["bench", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "not installed, and so left out: diffusers" in said
+    assert "times as fast" not in said
