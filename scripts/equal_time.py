@@ -70,7 +70,8 @@ def main() -> None:
     save_npz(given.out / "images.npz", batches, given.num_images)
     record = {
         "system": given.system, "seed": given.seed, "steps": steps, "planned_steps": planned, "images": steps * BATCH,
-        "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS, "threads": torch.get_num_threads(),
+        "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     (given.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))

@@ -269,7 +269,6 @@ BAD_INPUTS = {
     "bench empty batch": ("bench --batch-size -1", "--batch-size must be from 1 to 65536"),
     "bench out elsewhere": ("bench --out nowhere/b.json", "does not exist"),
     "bench out of a wrong ending": ("bench --out b.txt", "must end in .json"),
-    "eta of another sampler": (
         "sample run --out x.png --sampler heun --eta 1",
         "eta applies to the samplers ddim and dpmpp",
     ),
