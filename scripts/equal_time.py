@@ -54,9 +54,11 @@ def main() -> None:
     trial = build(given.system, given.seed, 100_000)
     trial.step()
     begun = time.monotonic()
-    for _ in range(10):
+    tried = 0
+    while time.monotonic() - begun < min(60, 2 * given.minutes):
         trial.step()
-    planned = int(given.minutes * 60 / (time.monotonic() - begun) * 10)  # what its learning rate falls over
+        tried += 1
+    planned = int(given.minutes * 60 / (time.monotonic() - begun) * tried)  # what its learning rate falls over
     peer = build(given.system, given.seed, planned)
     begun, steps = time.monotonic(), 0
     while time.monotonic() - begun < given.minutes * 60:

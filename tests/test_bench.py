@@ -19,6 +19,7 @@ from ddpm_lab.contests import (
     subject,
     training_contest,
 )
+from ddpm_lab.cost import forward_flops
 
 CPU = torch.device("cpu")
 TINY = Subject("tiny", ModelConfig(base_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_levels=(1,),
@@ -66,7 +67,7 @@ def test_the_convolutions_are_all_found_and_their_operations_counted():
 
 def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
     model, x_t, t = TINY.build(CPU).eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
-    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: act() or 1.0)
+    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: (act(), 1.0)[1])
     step = bench.evaluation_step(model, x_t, t, torch.float32)
     found = share_of_peak(model, x_t, t, torch.float32, step, training=False)
     layers = sum(count for *_, count in bench._convolutions(model, x_t, t))
@@ -74,6 +75,26 @@ def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
     assert found["share"] == pytest.approx(found["step_flops_per_second"] / found["convolutions_flops_per_second"])
     assert found["by_kind_milliseconds"]["convolutions"] > 0
     assert "the rest" in found["by_kind_milliseconds"]
+
+
+def test_operations_are_counted_as_by_hand(monkeypatch):
+    """One level of 16 channels on 4x4 images of 3: every product that there is, attention's included, padding not."""
+    of = Subject("one", ModelConfig(base_channels=16, channel_multipliers=(1,), num_blocks=1, attention_levels=(),
+                                    attention_head_channels=8, dropout=0.0, norm_groups=4), (3, 4, 4), 2)  # fmt: skip
+    model, x_t, t = of.build(CPU).eval(), torch.randn(2, 3, 4, 4), torch.tensor([0, 9])
+    pixels, taps = 16, 9
+    convolutions = taps * pixels * (3 * 16 + 16 * 3)  # in and out
+    convolutions += taps * pixels * (3 * (16 * 16 + 16 * 16))  # down, two in the middle
+    convolutions += 2 * pixels * (taps * (32 * 16 + 16 * 16) + 32 * 16)  # up, with shortcuts
+    linear = 16 * 64 + 64 * 64 + 5 * 64 * 16  # time embedding, and what five blocks make of it
+    attention = pixels * 16 * 48 + pixels * 16 * 16 + 2 * pixels * pixels * 16
+    by_hand = 2 * (convolutions + linear + attention)
+    assert forward_flops(model, (3, 4, 4)) == by_hand
+    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: (act(), 0.5)[1])
+    for training in (False, True):
+        step = bench.evaluation_step(model, x_t, t, torch.float32)
+        found = share_of_peak(model, x_t, t, torch.float32, step, training)
+        assert found["step_flops_per_second"] == 2 * by_hand * (3 if training else 1) / 0.5
 
 
 @pytest.mark.skipif(len(installed_peers()) < 2, reason="needs both peers")

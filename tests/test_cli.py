@@ -266,7 +266,7 @@ BAD_INPUTS = {
     "bench of no network": ("bench --network nothing", "--network must be small or one of the recipes"),
     "bench no repeats": ("bench --repeats 0", "--repeats must be from 1 to 1000"),
     "bench with a fraction": ("bench --repeats 1.5", "whole number"),
-    "bench empty batch": ("bench --batch-size -1", "--batch-size must be from 1 to 65536"),
+    "bench empty batch": ("bench --batch-size 0", "--batch-size must be from 1 to 65536"),
     "bench out elsewhere": ("bench --out nowhere/b.json", "does not exist"),
     "bench out of a wrong ending": ("bench --out b.txt", "must end in .json"),
     "eta with singlestep": (

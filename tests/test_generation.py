@@ -38,7 +38,14 @@ def test_a_loaded_model_is_called_as_documented(trained):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_steps": 5}, {"num_steps": 5, "eta": 1.0}, {"sampler": "ddpm", "num_steps": 4}]
+    "settings",
+    [
+        {"num_steps": 5},
+        {"num_steps": 5, "eta": 1.0},
+        {"sampler": "ddpm", "num_steps": 4},
+        {"sampler": "dpmpp", "num_steps": 4},
+        {"sampler": "dpmpp", "num_steps": 4, "eta": 1.0},
+    ],
 )
 def test_an_image_is_the_same_in_any_number(trained, settings):
     """Bit for bit at one batch size; across batch sizes by at most 1 of 255."""
@@ -50,6 +57,14 @@ def test_an_image_is_the_same_in_any_number(trained, settings):
     for batch_size in (1, 3, 11):
         other = images(trained, 11, batch_size=batch_size, **settings)
         assert int((other.int() - many.int()).abs().max()) <= 1
+
+
+def test_bf16_samples_nearly_the_same_images(trained):
+    exact = images(trained, 8, num_steps=5)
+    for batch_size in (8, 3):
+        rounded = images(trained, 8, num_steps=5, precision="bf16", batch_size=batch_size)
+        difference = (rounded.int() - exact.int()).abs()
+        assert 0 < float(difference.float().mean()) < 4  # of 255
 
 
 def test_seeds_and_images_differ(trained):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lab import onnx_engine
+from ddpm_lab import generation, onnx_engine
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig
-from ddpm_lab.features import classifier_network, onnx_features
+from ddpm_lab.features import classifier_network, module_network, onnx_features
 from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.unet import UNet
 
 needs_onnx = pytest.mark.skipif(
@@ -96,6 +96,38 @@ def test_where_it_is_absent_pytorch_computes_and_the_user_is_told(monkeypatch):
     monkeypatch.setattr(onnx_engine, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.warns(UserWarning, match=r"needs .*no_such_package .*ddpm-lab\[onnx\].*PyTorch computes"):
         assert resolve_engine("onnx", torch.device("cpu")) == "torch"
+
+
+@pytest.mark.filterwarnings("default:--engine onnx needs")
+def test_the_command_says_so_once_and_before_the_work(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_engine, "PACKAGES", ("no_such_package",))
+    told, generate = [], generation.generate
+
+    def listen(*given, **settings):
+        told.append(capsys.readouterr().err)
+        return generate(*given, **settings)
+
+    monkeypatch.setattr(generation, "generate", listen)
+    flags = ["--out", str(tmp_path / "x.png"), "--num-images", "1", "--num-steps", "2", "--engine", "onnx"]
+    assert run_command(["sample", str(tiny_run), *flags, "--device", "cpu"]) == 0
+    assert told[0].count("PyTorch computes instead") == 1
+    assert "PyTorch computes instead" not in capsys.readouterr().err
+
+
+def test_a_module_from_python_is_refused_for_its_graph_could_be_out_of_date():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    with pytest.raises(InputError, match="come from a module in Python"):
+        onnx_features(module_network(module), (1, 2, 2))
+
+
+@needs_onnx
+def test_what_cannot_be_exported_is_told_in_a_line(monkeypatch):
+    def fail(*given):
+        raise ValueError("a reason of the exporter's")
+
+    monkeypatch.setattr(onnx_engine, "export", fail)
+    with pytest.raises(RunError, match="cannot be exported to ONNX"):
+        OnnxNetwork(torch.nn.Identity(), (torch.zeros(2, 3),), "another")
 
 
 def test_it_is_refused_where_it_cannot_be():

@@ -187,7 +187,6 @@ def test_attention_is_its_formula(d):
 
 @pytest.mark.parametrize("images_at_a_time", [1, 2, 5, 7])
 def test_attention_in_bf16_is_its_formula_however_many_images_go_together(monkeypatch, images_at_a_time):
-    """Under autocast too, which must not bring the weights back to float32."""
     monkeypatch.setattr("ddpm_lab.unet.CACHED_WEIGHTS", images_at_a_time * 2 * 9 * 9)
     q, k, v = torch.randn(3, 5, 2, 9, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

@@ -53,12 +53,18 @@ def installed_peers() -> dict[str, str]:
     return {name: version(name) for name, module in PEERS.items() if importlib.util.find_spec(module) is not None}
 
 
-def hold(contest: Contest, repeats: int, on_turn: Callable[[], object] = lambda: None) -> dict[str, Any]:
+def hold(
+    contest: Contest,
+    repeats: int,
+    on_turn: Callable[[], object] = lambda: None,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Let the contestants take turns, after one turn each that does not count.
 
     Args:
         repeats: turns that count, at least 1.
         on_turn: called after each.
+        wait: until the device has done what it was given.
     Returns:
         A record: of each contestant the seconds of a turn and units a second, of each pair (ours against theirs) how
         many times as fast ours is; each as {median, low, high}, low and high being the quartiles.
@@ -66,8 +72,10 @@ def hold(contest: Contest, repeats: int, on_turn: Callable[[], object] = lambda:
     seconds: dict[str, list[float]] = {name: [] for name in contest.contestants}
     for turn in range(repeats + 1):
         for name, act in contest.contestants.items():
+            wait()
             begun = time.perf_counter()
             act()
+            wait()
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
             on_turn()

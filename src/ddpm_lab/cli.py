@@ -27,6 +27,7 @@ Device = Annotated[
 ]
 Source = Annotated[str, Parameter(help="run folder, checkpoint folder in one, or name of packaged weights (mnist)")]
 _held: list[str] = []  # warnings of the command under way that are not yet told
+_told: list[str] = []  # and that are
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -131,7 +132,11 @@ def sample(
     """
     from ddpm_lab.generation import sample_to_file
 
-    print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
+    made = sample_to_file(
+        source, out, num_images, sampling,
+        weights=weights, checkpoint=checkpoint, device=device, begin=_tell_warnings,
+    )  # fmt: skip
+    print(made)
 
 
 @app.command
@@ -278,11 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and turn what went wrong into a line on stderr and an exit code."""
     _held.clear()
-    warnings.showwarning = lambda message, *rest, **kwargs: _held.append(str(message))
+    _told.clear()
+    warnings.showwarning = lambda message, *rest, **kwargs: _hold(str(message))
     code = _run(arguments)
     if code != 2:  # of bad input nothing is told but the one line
         _tell_warnings()
     return code
+
+
+def _hold(message: str) -> None:
+    if message not in _held and message not in _told:
+        _held.append(message)
 
 
 def _say(line: str) -> None:
@@ -294,6 +305,7 @@ def _say(line: str) -> None:
 def _tell_warnings() -> None:
     for message in _held:
         print(f"warning: {message}", file=sys.stderr)
+    _told.extend(_held)
     _held.clear()
 
 

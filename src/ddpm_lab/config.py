@@ -162,7 +162,8 @@ class TrainingConfig(SettingsGroup):
     max_grad_norm: float = 1.0
     """gradients are scaled down to this Euclidean norm"""
     precision: Precision = "auto"
-    """bf16 computes convolutions and products in bfloat16, the rest in float32; auto: where the device is fast at it"""
+    """bf16 computes convolutions, products and attention in bfloat16, the rest in float32; auto: where the device is
+    fast at it"""
     seed: int = 0
     """of everything random in training"""
     log_every: int = 100
@@ -234,10 +235,10 @@ class SamplingConfig(SettingsGroup):
     seed: int = 0
     """image i of a seed is always the same image"""
     batch_size: int = 64
-    """images at a time; images of two batch sizes may differ in the last bit"""
+    """images at a time; in float32 images of two batch sizes may differ in the last bit, in bfloat16 a little more"""
     precision: Precision = "float32"
-    """bf16 computes convolutions and products in bfloat16, faster where the device has it, and images differ a little;
-    auto: where the device is fast at it"""
+    """bf16 computes convolutions, products and attention in bfloat16, faster where the device has it, and images differ
+    a little; auto: where the device is fast at it"""
     engine: Engine = "torch"
     """onnx evaluates networks by ONNX Runtime, on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
 

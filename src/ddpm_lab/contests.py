@@ -5,6 +5,8 @@ denoising-diffusion-pytorch's has another design and as nearly as many parameter
 """
 
 import contextlib
+import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +100,8 @@ def run_bench(
     """Hold the contests and measure the share of the peak, telling each result as it comes.
 
     Args:
-        cases: which; each network is also measured in bfloat16 where the device is fast at it.
+        cases: which; each network is also measured in bfloat16 where the device is fast at it. Of statistics there are
+            three turns at most, for they take long.
         network: see `subject`.
         repeats: turns of each contestant.
         batch_size: images in an evaluation or step; None: one that suits the network.
@@ -109,7 +112,8 @@ def run_bench(
     Raises:
         InputError: a number out of range, an unknown network, a device that is not there.
     """
-    for name, value, most in (("repeats", repeats, 1000), ("batch-size", batch_size or 1, 65_536)):
+    given = (("repeats", repeats, 1000), ("batch-size", 1 if batch_size is None else batch_size, 65_536))
+    for name, value, most in given:
         if not 1 <= value <= most:
             raise InputError(f"--{name} must be from 1 to {most}, not {value}")
     on = resolve_device(device)
@@ -126,9 +130,14 @@ def run_bench(
     if absent:
         say(f"not installed, and so left out: {', '.join(absent)} (pip install 'ddpm-lab[bench]')")
 
+    if of.config.patch_size > 1:
+        say("diffusers has no network on patches, and takes part in the input path only")
+
+    wait = torch.cuda.synchronize if on.type == "cuda" else lambda: None
+
     def meet(contest: Contest, turns: int = repeats) -> None:
         with progress(contest.case, (turns + 1) * len(contest.contestants), "turns") as advance:
-            found = hold(contest, turns, lambda: advance(1))
+            found = hold(contest, turns, lambda: advance(1), wait)
         record["contests"].append(found)
         say("\n".join(table(found)))
 
@@ -144,7 +153,9 @@ def run_bench(
     if "input" in cases:
         with input_contest(of, on) as contest:
             meet(contest)
-    if "peak" in cases and on.type == "cpu":
+    if "peak" in cases and on.type != "cpu":
+        say("the share of the peak is measured on the CPU only")
+    elif "peak" in cases:
         model, (x_t, t), dtype = of.build(on).eval(), _batch(of, on), dtypes[-1]
         steps = {
             "evaluation": evaluation_step(model, x_t, t, dtype),
@@ -172,12 +183,11 @@ def evaluation_contest(of: Subject, device: torch.device, dtype: torch.dtype) ->
 def training_contest(of: Subject, device: torch.device, dtype: torch.dtype) -> Contest:
     """One step: noising, loss, gradient, its norm clipped, optimiser, moving average."""
     contestants = {OURS: _our_step(of, device, dtype)}
-    installed = installed_peers()
-    if "diffusers" in installed and of.config.patch_size == 1:
+    if _diffusers_has(of):
         contestants["diffusers"] = _diffusers_step(of, device, dtype)
         if dtype != torch.float32:
             contestants["diffusers in float32, its default"] = _diffusers_step(of, device, torch.float32)
-    if "denoising-diffusion-pytorch" in installed:
+    if "denoising-diffusion-pytorch" in installed_peers():
         contestants["denoising-diffusion-pytorch"] = _denoising_step(of, device, dtype)
         if dtype != torch.float32:
             name = "denoising-diffusion-pytorch in float32, its default"
@@ -192,11 +202,10 @@ def sampling_contest(of: Subject, device: torch.device, num_images: int = 16, nu
     contestants: dict[str, Callable[[], object]] = {
         OURS: lambda: to_uint8(ddim_sample(model, schedule, noise, num_steps))
     }
-    installed = installed_peers()
-    if "diffusers" in installed and of.config.patch_size == 1:
-        theirs = diffusers_network(model, of.image_shape[1])
+    if _diffusers_has(of):
+        theirs = diffusers_network(model, of.image_shape[1]).to(device)
         contestants["diffusers"] = lambda: diffusers_images(theirs, num_images, num_steps)
-    if "denoising-diffusion-pytorch" in installed:
+    if "denoising-diffusion-pytorch" in installed_peers():
         diffusion = denoising_diffusion(of.num_parameters, of.levels, of.image_shape, num_steps).to(device).eval()
         contestants["denoising-diffusion-pytorch"] = lambda: denoising_images(diffusion, num_images)
     return Contest(f"sampling, {of.name}, {num_steps} DDIM steps, float32", "images", num_images, contestants)
@@ -248,7 +257,8 @@ def input_contest(of: Subject, device: torch.device, batches: int = 10) -> Itera
             training_batch(held, indices, horizontal_flip=True, generator=generator)
 
     def read(loader: DataLoader[Tensor]) -> Callable[[], object]:
-        return lambda: [batch.to(device) for batch in loader]
+        endless = itertools.chain.from_iterable(itertools.repeat(loader))  # as training does, with its workers kept
+        return lambda: [next(endless).to(device) for _ in range(batches)]
 
     loader = DataLoader(Pictures(), of.batch_size, shuffle=True)
     contestants = {OURS: ours, "diffusers (torchvision's transforms, as in its training example)": read(loader)}
@@ -259,8 +269,15 @@ def input_contest(of: Subject, device: torch.device, batches: int = 10) -> Itera
             for index, picture in enumerate(pictures):
                 picture.save(Path(folder) / f"{index}.png")
             theirs = Folder(folder, size, augment_horizontal_flip=True)
-            contestants["denoising-diffusion-pytorch"] = read(DataLoader(theirs, of.batch_size, shuffle=True))
+            workers = os.cpu_count() or 1  # as its Trainer has
+            loader = DataLoader(theirs, of.batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
+            contestants["denoising-diffusion-pytorch"] = read(loader)
         yield Contest(f"input path, {of.name}'s images", "images", count, contestants)
+
+
+def _diffusers_has(of: Subject) -> bool:
+    """Whether diffusers takes part: it is installed, and can express the network."""
+    return "diffusers" in installed_peers() and of.config.patch_size == 1
 
 
 def _batch(of: Subject, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -293,10 +310,9 @@ def _denoising_step(of: Subject, device: torch.device, dtype: torch.dtype) -> Ca
 def _peer_networks(of: Subject, model: UNet) -> dict[str, nn.Module]:
     device = next(model.parameters()).device
     found: dict[str, nn.Module] = {}
-    installed = installed_peers()
-    if "diffusers" in installed and of.config.patch_size == 1:
+    if _diffusers_has(of):
         found["diffusers"] = diffusers_network(model, of.image_shape[1]).to(device)
-    if "denoising-diffusion-pytorch" in installed:
+    if "denoising-diffusion-pytorch" in installed_peers():
         diffusion = denoising_diffusion(of.num_parameters, of.levels, of.image_shape)
         found["denoising-diffusion-pytorch"] = diffusion.model.to(device).eval()
     return found

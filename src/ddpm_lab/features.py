@@ -104,7 +104,14 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
 
 
 def onnx_features(network: FeatureNetwork, shape: tuple[int, int, int]) -> FeatureNetwork:
-    """The same network computed by ONNX Runtime, for images of one (C, H, W); its records and its cache say so."""
+    """The same network computed by ONNX Runtime, for images of one (C, H, W); its records and its cache say so.
+
+    Raises:
+        InputError: a network from Python, of which a kept graph could be out of date.
+        RunError: it cannot be exported.
+    """
+    if not network.persistent:
+        raise InputError(f"features {network.name} come from a module in Python; give engine torch")
     example = [torch.zeros(2, *shape, dtype=torch.uint8)]
     return dataclasses.replace(
         network,

@@ -192,6 +192,8 @@ def sample_to_folder(
         if not record.exists():
             replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
         held = read_json(record)
+        if isinstance(held, dict) and config.sampler in ("ddim", "ddpm"):  # of before there was a choice
+            held = {"precision": "float32", "engine": "torch"} | held
         if held != identity:
             names = [name for name in identity if not isinstance(held, dict) or held.get(name) != identity[name]]
             raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
@@ -236,6 +238,7 @@ def sample_to_file(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
+    begin: Callable[[], object] = lambda: None,
 ) -> str:
     """Sample into a PNG grid, an .npz, or a folder of PNGs.
 
@@ -243,6 +246,7 @@ def sample_to_file(
         source, weights, checkpoint, device: see `trained.load`.
         out: ends in .png or .npz, and is replaced once the new one is whole; or a folder, to which images are added.
         num_images, config: see `generate`.
+        begin: called once the input is found to be in order, before the work.
     Returns:
         A line that says what was made.
     Raises:
@@ -257,6 +261,7 @@ def sample_to_file(
         raise InputError(f"num_images must be from 1 to {limit}, not {num_images}")
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
+    begin()
     begun = time.monotonic()
     if folder:
         before = sample_to_folder(trained, out, num_images, config)

@@ -44,7 +44,7 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
     """A `diffusers.UNet2DModel` that computes what `model` does, for T = 1000, in training or evaluation mode alike.
 
     Raises:
-        InputError: a network that diffusers cannot express: patches.
+        InputError: a network that diffusers cannot express: patches, or another T, for it feeds t as it is.
     """
     from diffusers import UNet2DModel
 
@@ -52,6 +52,10 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
     if config.patch_size > 1:
         raise InputError(
             f"diffusers has no network on patches; this one folds {config.patch_size} x {config.patch_size}"
+        )
+    if model.num_timesteps != 1000:
+        raise InputError(
+            f"diffusers' network takes t as it is, and so only T = 1000; this one has T = {model.num_timesteps}"
         )
     levels = range(len(config.channel_multipliers))
     down = tuple("AttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm_lab.config import Engine
 from ddpm_lab.files import cache_dir, replace_atomically
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -49,6 +49,8 @@ class OnnxNetwork(nn.Module):
         module: in evaluation mode, on the CPU.
         example: tensors it takes, of batch size 2; the batch may have any size later.
         identity: what the graph depends on beside the versions of the packages: weights, shape.
+    Raises:
+        RunError: it cannot be exported.
     """
 
     def __init__(self, module: nn.Module, example: Sequence[Tensor], identity: str) -> None:
@@ -77,10 +79,16 @@ def _session(module: nn.Module, example: Sequence[Tensor], identity: str) -> Any
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception:  # whatever a damaged file makes the parser raise: it is made anew
             path.unlink(missing_ok=True)
-    content = export(module, example)
+    try:
+        content = export(module, example)
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of the exporter's and the runtime's own kinds
+        raise RunError(
+            f"this network cannot be exported to ONNX ({type(error).__name__}); give --engine torch"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, content)
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session
 
 
 def export(module: nn.Module, example: Sequence[Tensor]) -> bytes:

@@ -5,6 +5,7 @@ diffusers: its example of unconditional training. denoising-diffusion-pytorch: i
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ def diffusers_peer(
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     schedule = DDPMScheduler(num_train_timesteps=1000)
 
+    done = itertools.count(1)
+
     def step() -> None:
         x_0 = batch()
         eps = torch.randn_like(x_0)
@@ -65,7 +68,8 @@ def diffusers_peer(
         torch.autograd.backward(nn.functional.mse_loss(output.float(), eps))
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        rates.step()
+        if next(done) < num_steps:  # beyond them its cosine would rise again
+            rates.step()
         optimizer.zero_grad()
         average.step(network.parameters())
 

@@ -89,7 +89,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Convolutions and products in `dtype`; normalisation takes its statistics in float32 all the same."""
+    """Convolutions, products and attention in `dtype`; normalisation takes its statistics in float32 all the same."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

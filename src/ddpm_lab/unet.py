@@ -92,11 +92,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (F.pad(x, (0, NARROW_HEAD - d)) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
     # On the CPU bfloat16 has fast products but no fast fused kernel: products, with as many images at a time as leave
-    # the weights in the cache. Autocast would bring the softmax to float32, at twice the memory.
+    # the weights in the cache.
     images = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
-    with torch.autocast("cpu", enabled=False):
-        parts = zip(*(torch.split(x, images) for x in (q * d**-0.5, k, v)), strict=True)
-        return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in parts])
+    parts = zip(*(torch.split(x, images) for x in (q * d**-0.5, k, v)), strict=True)
+    return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in parts])
 
 
 class SelfAttention(nn.Module):
