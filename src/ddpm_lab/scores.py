@@ -32,7 +32,7 @@ from ddpm_lab.training import resolve_device
 
 MODEL_FIELDS = (
     "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
-    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "precision", "engine",
+    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "dtype", "engine",
 )  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
@@ -184,7 +184,7 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
         "beta_convention": diffusion.beta_convention,
         "seed": sampling.seed,
         "batch_size": sampling.batch_size,
-        "precision": sampler.config.precision,
+        "dtype": sampler.config.precision,  # precision is a score
         "engine": sampler.config.engine,
     }
 
