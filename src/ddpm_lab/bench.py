@@ -1,7 +1,7 @@
 """`ddpm bench`: speed beside the peers that are installed, in one run.
 
 Machines are shared and noisy, so no number stands alone: what is compared runs in turns, and the ratio of each turn is
-what is summed up. A `Contest` is one thing done by several contestants; who they are is in `contestants`.
+what is summed up. A `Contest` is one thing done by several contestants; who they are is in `contests`.
 """
 
 import importlib.util

@@ -27,7 +27,7 @@ from ddpm_lab.bench import (
     peak_table,
     share_of_peak,
     table,
-)  # fmt: skip
+)
 from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe, recipe_names
 from ddpm_lab.data import to_uint8, training_batch
 from ddpm_lab.interop import diffusers_network

@@ -28,9 +28,8 @@ def _towards(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float, e
 
     Of the ODE for eta = 0 (arXiv:2211.01095, eq. 9, order 1), of the reverse-time SDE for eta = 1 (eq. 18 there).
     """
-    snr_ratio = (
-        alpha_bar_t * (1 - alpha_bar_s) / (alpha_bar_s * (1 - alpha_bar_t))
-    )  # exp(-2 h), h = lambda_s - lambda_t
+    # exp(-2 h), with h = lambda_s - lambda_t
+    snr_ratio = alpha_bar_t * (1 - alpha_bar_s) / (alpha_bar_s * (1 - alpha_bar_t))
     ratio = math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.pow(snr_ratio, eta / 2)
     return ratio * x_t + math.sqrt(alpha_bar_s) * (1 - math.pow(snr_ratio, (1 + eta) / 2)) * x_0
 
