@@ -1,4 +1,4 @@
-"""The command `ddpm`: arguments in, one line a fault out. It holds no maths, and imports what is heavy inside commands.
+"""The command `ddpm`: arguments in, one line a fault out.
 
 Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run failed; 130 interrupted.
 """
@@ -6,271 +6,17 @@ Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run
 import errno
 import io
 import os
-import re
 import sys
-import typing
-import warnings
 from collections.abc import Sequence
-from json import dumps
-from pathlib import Path
-from typing import Annotated, Literal
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
-from cyclopts.config import Dict
+from cyclopts import CycloptsError
 
-from ddpm_lab.config import Config, SamplingConfig, ScoringConfig, read_recipe
+from ddpm_lab import picture_commands  # noqa: F401 (adds its commands to the app)
+from ddpm_lab.commands import app
 from ddpm_lab.settings import InputError
+from ddpm_lab.telling import hold_warnings, tell_warnings
 
-DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where to compute; auto: a GPU where there is one")
-]
-Source = Annotated[str, Parameter(help="run folder, checkpoint folder in one, or name of packaged weights (mnist)")]
-_held: list[str] = []  # warnings of the command under way that are not yet told
-_told: list[str] = []  # and that are
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-
-
-def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """After parsing: put the recipe's values under the flags, and refuse fractions for whole numbers."""
-    if commands == ("train",):
-        recipe = next((token.value for a in arguments if a.name == "RECIPE" for token in a.tokens), None)
-        if recipe is not None:
-            values = read_recipe(recipe)
-            try:
-                Config.from_dict(values)  # a recipe stands on its own, so that its faults are told as its own
-            except InputError as error:
-                raise InputError(f"recipe {recipe}: {error}") from error
-            Dict({"train": values}, source=f"recipe {recipe}")(app, commands, arguments)
-    for argument in arguments:
-        hints = {argument.hint, *typing.get_args(argument.hint)}
-        if Path in hints and any(token.value == "" for token in argument.tokens):
-            raise InputError(f"{argument.name} must name a file or folder, and is empty")
-        if int in hints and float not in hints:
-            for token in argument.tokens:
-                if token.value and not re.fullmatch(r"[+-]?\d+", token.value):
-                    raise InputError(f"{argument.name} must be a whole number, not {token.value!r}")
-
-
-app = App(
-    name="ddpm",
-    help="Train, sample, see and score denoising diffusion models on small images.",
-    help_format="plaintext",
-    config=_settings,
-    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
-)
-app["--help"].group = app["--version"].group = "About"
-
-
-@app.command
-def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
-    """Train on the embedded 8x8 digits, sample, and show: minutes on two CPU cores, no network.
-
-    Args:
-        out: folder for everything it makes; running it again continues.
-    """
-    from ddpm_lab.demo import run_demo
-
-    run_demo(out, device, say=_say)
-
-
-@app.command
-def data(dataset: Literal["mnist", "cifar10", "digits"], /, *, data_dir: DataDir = None) -> None:
-    """Fetch a data set once, verify it, and print what it holds.
-
-    Args:
-        dataset: which.
-    """
-    from ddpm_lab.data import describe
-
-    for line in describe(dataset, data_dir):
-        print(line)
-
-
-@app.command
-def train(
-    recipe: str,
-    /,
-    *,
-    run: Path,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-    config: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
-) -> None:
-    """Train a network; a run that exists continues, to the same weights as if it had never stopped.
-
-    Args:
-        recipe: a packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
-        run: folder of the run, new or to be continued.
-    """
-    from ddpm_lab.run import train as train_run
-
-    checkpoint = train_run(config, run, device=device, data_dir=data_dir, say=_say)
-    print(f"trained: {checkpoint}")
-
-
-@app.command
-def sample(
-    source: Source,
-    /,
-    *,
-    out: Path,
-    num_images: int = 64,
-    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
-    device: Device = "auto",
-) -> None:
-    """Draw images from a trained network.
-
-    Args:
-        out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C), or a folder of PNGs, which a
-            second call goes on filling.
-        num_images: how many; image i of a seed is the same in any number.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
-    """
-    from ddpm_lab.generation import sample_to_file
-
-    made = sample_to_file(
-        source, out, num_images, sampling,
-        weights=weights, checkpoint=checkpoint, device=device, begin=_tell_warnings,
-    )  # fmt: skip
-    print(made)
-
-
-@app.command
-def classifier(
-    dataset: Literal["mnist", "cifar10", "digits"],
-    /,
-    *,
-    out: Path | None = None,
-    num_epochs: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-) -> None:
-    """Train the small feature network of a data set; stopped, the same command goes on from the last whole epoch.
-
-    Args:
-        dataset: whose images and labels.
-        out: folder for classifier.safetensors (unset: runs/classifier-DATASET), which `ddpm evaluate --features` takes.
-        num_epochs: passes over the training images; unset: 15 for mnist, 40 for cifar10 and digits.
-        seed: of weights, order and distortions.
-    """
-    from ddpm_lab.classifier import train_classifier
-
-    folder = out or Path(f"runs/classifier-{dataset}")
-    train_classifier(dataset, folder, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=_say)
-
-
-@app.command
-def evaluate(
-    source: Annotated[str, Parameter(help="a model as for sample; or DATASET:SPLIT, an .npz, a folder of images")],
-    /,
-    *,
-    reference: str | None = None,
-    features: str = "inception",
-    num_images: int | None = None,
-    scoring: Annotated[ScoringConfig, Parameter(name="*")] = ScoringConfig(),  # noqa: B008 (frozen)
-    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
-    inception_weights: Path | None = None,
-    image_size: int | None = None,
-    pairs: Path | None = None,
-    scores: Path | None = None,
-    json: bool = False,
-    device: Device = "auto",
-    data_dir: DataDir = None,
-) -> None:
-    """Score a model or images against real ones: a table, and a record that says all the numbers depend on.
-
-    Sampled images and features are kept in the cache (DDPM_CACHE_DIR), so that a command that was stopped goes on, and
-    a second one with other metrics is quick.
-
-    Args:
-        reference: DATASET:SPLIT (mnist:train, cifar10:test, ...), a folder of images, an .npz of images, or an .npz of
-            statistics (mu, sigma); unset: the images the model was trained on.
-        features: inception (FID as published), classifier (the packaged one of the data set), or a folder that
-            `ddpm classifier` made.
-        num_images: how many; unset: 1000 of a model, all of a collection (fewer are drawn at random). Published FIDs
-            take 50000.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
-        inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else fetched and verified.
-        image_size: pixels to which the images of folders are cropped and scaled; unset: they have one size already.
-        pairs: FILE.png for the samples nearest to training images, each above its neighbour (with memorisation).
-        scores: FILE.jsonl that the record is added to; unset: scores.jsonl of the run, where the source is one.
-        json: print the record, one line, in place of the table.
-    """
-    from ddpm_lab.scores import evaluate_source, score_table
-
-    record = evaluate_source(
-        source, reference, features, num_images, scoring, sampling,
-        weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
-        pairs=pairs, scores=scores, device=device, data_dir=data_dir, begin=_tell_warnings,
-    )  # fmt: skip
-    if json:
-        print(dumps(record))
-    else:
-        print("\n".join(score_table(record)))
-
-
-@app.command
-def bench(
-    *,
-    cases: tuple[Literal["evaluation", "training", "sampling", "statistics", "input", "peak"], ...] = (
-        "evaluation",
-        "training",
-        "sampling",
-        "statistics",
-        "input",
-        "peak",
-    ),
-    network: str = "small",
-    repeats: int = 5,
-    batch_size: int | None = None,
-    out: Path | None = None,
-    device: Device = "auto",
-) -> None:
-    """Measure speed beside the peers that are installed, in turns and in one run: ratios first, then rates.
-
-    Figures are medians of the turns, with quartiles. Minutes on two CPU cores for the small network.
-
-    Args:
-        cases: what is measured: one evaluation of the network, one training step, sampling, statistics of features,
-            the input path, and the share of the machine's peak that evaluation and step reach.
-        network: small (1.7 million parameters), or that of a recipe: cifar10 is the paper's.
-        repeats: turns of each.
-        batch_size: images in an evaluation or training step; unset: one that suits the network.
-        out: FILE.json for the record.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler speaks to stderr of GPUs that are not there
-
-    from ddpm_lab.contests import run_bench
-    from ddpm_lab.files import replace_atomically
-    from ddpm_lab.images import check_writable
-
-    if out is not None:
-        check_writable(out, (".json",), "--out")
-    record = run_bench(cases, network, repeats, batch_size, device, say=_say)
-    if out is not None:
-        replace_atomically(out, (dumps(record, indent=2) + "\n").encode())
-        print(f"record: {out}")
-
-
-@app.command
-def info(source: Source, /, *, checkpoint: int | None = None) -> None:
-    """Say what a model is: settings, parameters, steps trained, losses so far.
-
-    Args:
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
-    """
-    from ddpm_lab.trained import describe
-
-    for line in describe(source, checkpoint):
-        print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -282,31 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and turn what went wrong into a line on stderr and an exit code."""
-    _held.clear()
-    _told.clear()
-    warnings.showwarning = lambda message, *rest, **kwargs: _hold(str(message))
+    hold_warnings()
     code = _run(arguments)
     if code != 2:  # of bad input nothing is told but the one line
-        _tell_warnings()
+        tell_warnings()
     return code
-
-
-def _hold(message: str) -> None:
-    if message not in _held and message not in _told:
-        _held.append(message)
-
-
-def _say(line: str) -> None:
-    """Print a line of a command that has begun its work, and first the warnings held back until then."""
-    _tell_warnings()
-    print(line)
-
-
-def _tell_warnings() -> None:
-    for message in _held:
-        print(f"warning: {message}", file=sys.stderr)
-    _told.extend(_held)
-    _held.clear()
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -154,15 +154,20 @@ def generate(
     if num_images < 1:
         raise InputError(f"num_images must be at least 1, not {num_images}")
     sampler = build_sampler(trained, config)
-    device = next(trained.model.parameters()).device
     for first in range(begin, num_images, config.batch_size):
         wanted = min(config.batch_size, num_images - first)
-        noise = ImageNoise(config.seed, range(first, first + config.batch_size), trained.image_shape, device)
-        x_0 = noise(-1)
-        for step in sampler.steps(x_0, noise):
+        for step in trajectory(trained, sampler, first):
             x_0 = step.x_s
             on_step(wanted)
         yield to_uint8(x_0[:wanted]).cpu()
+
+
+def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Iterator[Step]:
+    """The steps of one batch, images first .. first + batch_size - 1 of the sampler's seed."""
+    device = next(trained.model.parameters()).device
+    indices = range(first, first + sampler.config.batch_size)
+    noise = ImageNoise(sampler.config.seed, indices, trained.image_shape, device)
+    return sampler.steps(noise(-1), noise)
 
 
 def sample_to_folder(

@@ -2,12 +2,21 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
 Advance = Callable[..., None]  # advance(amount, note="text shown behind the bar")
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
+    """The items, each counted once it has been used."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 @contextmanager

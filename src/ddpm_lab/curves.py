@@ -1,0 +1,217 @@
+"""Curves: noise schedules, how training went, and the norm of x_t. Functions return figures; the caller saves them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ddpm_lab.config import SamplingConfig
+from ddpm_lab.diffusion import q_sample
+from ddpm_lab.drawing import COLOURS, rendered
+from ddpm_lab.film import PICTURE_ENDINGS
+from ddpm_lab.forward import Process, chosen_images
+from ddpm_lab.generation import build_sampler, trajectory
+from ddpm_lab.images import check_writable, save_png
+from ddpm_lab.log import read_lines
+from ddpm_lab.progress import progress
+from ddpm_lab.settings import InputError, require
+from ddpm_lab.trained import TrainedModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 8.4, 2.9  # inches, of a row of panels
+
+
+def _panels(count: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT * rows), dpi=100, layout="constrained")
+    axes = [figure.add_subplot(rows, count // rows, i + 1) for i in range(count)]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def save_figure(out: Path, draw: Callable[[], "Figure"]) -> None:
+    """Draw a figure and save it as PNG.
+
+    Raises:
+        InputError: a path that cannot be written, told before the drawing.
+    """
+    check_writable(out, PICTURE_ENDINGS)
+    save_png(out, rendered(draw()))
+    print(f"{out}")
+
+
+def schedule_figure(shown: Sequence[Process]) -> "Figure":
+    """alpha_bar over t and over t / T, SNR over t / T, beta over t: a line for each process.
+
+    Colour tells the length of the chain, the kind of line its betas.
+    """
+    figure, (by_t, by_share, snr, beta) = _panels(4, rows=2)
+    lengths = sorted({process.config.num_timesteps for process in shown})
+    conventions = list(dict.fromkeys(process.config.beta_convention for process in shown))
+    for process in shown:
+        T = process.config.num_timesteps
+        t = np.arange(1, T + 1)
+        style: dict[str, Any] = {
+            "color": COLOURS[lengths.index(T) % len(COLOURS)],
+            "linestyle": ("-", "--", ":")[conventions.index(process.config.beta_convention)],
+            "linewidth": 1.5,
+        }
+        schedule = process.schedule
+        by_t.plot(t, schedule.alpha_bar, label=process.label, **style)
+        by_share.plot(t / T, schedule.alpha_bar, **style)
+        snr.plot(t / T, schedule.snr, **style)
+        beta.plot(t, schedule.beta, **style)
+    for axes, x, y in (
+        (by_t, "t", "alpha_bar"),
+        (by_share, "t / T", "alpha_bar"),
+        (snr, "t / T", "signal-to-noise ratio"),
+        (beta, "t", "beta"),
+    ):
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
+    snr.set_yscale("log")
+    beta.set_yscale("log")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a run wrote as it went.
+
+    Attributes:
+        name: of its folder.
+        lines: of log.jsonl.
+    """
+
+    name: str
+    lines: list[dict[str, Any]]
+
+
+def read_runs(runs: Sequence[Path]) -> list[RunLog]:
+    """The logs of run folders.
+
+    Raises:
+        InputError: no folder, one that is not a run, or one without a line yet.
+    """
+    require(bool(runs), "name at least one run folder")
+    logs = []
+    for run in runs:
+        if not (run / "config.json").is_file():
+            raise InputError(f"{run} is not a run folder: it holds no config.json")
+        lines = [line for line in read_lines(run / "log.jsonl") if "loss" in line]
+        if not lines:
+            raise InputError(f"run {run} has no line in log.jsonl yet")
+        logs.append(RunLog(run.resolve().name, lines))
+    return logs
+
+
+def training_figure(logs: Sequence[RunLog]) -> "Figure":
+    """Loss over images seen (validation dashed), loss in ten bands of t at the end, and images per second."""
+    figure, (loss, bands, speed) = _panels(3)
+    for index, log in enumerate(logs):
+        colour = COLOURS[index % len(COLOURS)]
+        images = [line["images"] for line in log.lines]
+        loss.plot(images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=log.name)
+        validated = [(line["images"], line["validation_loss"]) for line in log.lines if "validation_loss" in line]
+        if validated:
+            loss.plot(*zip(*validated, strict=True), color=colour, linestyle="--", marker="o", markersize=3)
+        last = log.lines[-max(1, len(log.lines) // 10) :]
+        by_band = np.array([[np.nan if v is None else v for v in line["loss_by_t"]] for line in last], dtype=float)
+        means = [float(np.nanmean(column)) if not np.isnan(column).all() else np.nan for column in by_band.T]
+        bands.plot((np.arange(len(means)) + 0.5) / len(means), means, color=colour, marker="o", markersize=3)
+        speed.plot(images, [line["images_per_second"] for line in log.lines], color=colour, linewidth=1)
+    loss.set(xscale="linear", yscale="log")
+    bands.set(yscale="log", xlim=(0, 1))
+    speed.set_ylim(bottom=0)
+    for axes, x, y in (
+        (loss, "images seen", "loss (dashed: validation)"),
+        (bands, "t / T, ten bands", "loss, last tenth of the run"),
+        (speed, "images seen", "images per second"),
+    ):
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
+    for axes in (loss, speed):
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    loss.legend(fontsize=7, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class StateNorms:
+    """Root mean square of x_t per pixel, over figures' timesteps.
+
+    Attributes:
+        label: of the generator.
+        t, theory: 1 .. T, and sqrt(alpha_bar m + 1 - alpha_bar), m the mean square of real pixels.
+        noised: real images noised by the closed form, (t, value) at some timesteps.
+        sampled: the sampler's states, likewise.
+    """
+
+    label: str
+    t: np.ndarray
+    theory: np.ndarray
+    noised: list[tuple[int, float]]
+    sampled: list[tuple[int, float]]
+
+
+def state_norms(
+    trained: TrainedModel,
+    config: SamplingConfig,
+    num_images: int,
+    data_dir: Path | None = None,
+    begin: Callable[[], object] = lambda: None,
+) -> StateNorms:
+    """Measure the norm of x_t on both ways; a sampler whose states leave theory's line sees inputs it never trained on.
+
+    Args:
+        num_images: real ones, and sampled ones; from 1 to 64.
+        begin: called once the input is found to be in order.
+    """
+    from ddpm_lab.reverse import describe_generator
+
+    data, schedule = trained.config.data, trained.schedule
+    x_0 = chosen_images(data.dataset, "train", num_images, config.seed, data_dir, data.image_size)
+    sampler = build_sampler(trained, config)
+    begin()
+    T = schedule.num_timesteps
+    theory = (schedule.alpha_bar * float(x_0.square().mean()) + 1 - schedule.alpha_bar).sqrt()
+    generator = torch.Generator().manual_seed(config.seed)
+    noised = []
+    for t in sorted({round(x) for x in np.linspace(1, T, 21)}):
+        eps = torch.randn(x_0.shape, generator=generator)
+        x_t = q_sample(schedule, x_0, torch.full((num_images,), t - 1), eps)
+        noised.append((t, float(x_t.square().mean().sqrt())))
+    sums: dict[int, float] = {}
+    with progress("sampling", num_images * sampler.num_steps, "steps") as advance:
+        for first in range(0, num_images, sampler.config.batch_size):
+            wanted = min(sampler.config.batch_size, num_images - first)
+            for step in trajectory(trained, sampler, first):
+                sums[step.t + 1] = sums.get(step.t + 1, 0.0) + float(step.x_t[:wanted].square().mean()) * wanted
+                advance(wanted)
+            sums[0] = sums.get(0, 0.0) + float(step.x_s[:wanted].square().mean()) * wanted
+    sampled = [(t, (total / num_images) ** 0.5) for t, total in sums.items()]
+    return StateNorms(describe_generator(trained, sampler), np.arange(1, T + 1), theory.numpy(), noised, sampled)
+
+
+def norm_figure(norms: StateNorms) -> "Figure":
+    """Theory as a line, noised images as dots on it, the sampler's states as a line of its own."""
+    figure, (axes,) = _panels(1)
+    axes.plot(norms.t, norms.theory, color=COLOURS[6], linewidth=1.2, label="theory")
+    axes.plot(*zip(*norms.noised, strict=True), "o", color=COLOURS[0], markersize=4, label="real images, noised")
+    axes.plot(*zip(*norms.sampled, strict=True), color=COLOURS[1], linewidth=1.5, label="the sampler's states")
+    axes.set_xlabel("t", fontsize=9)
+    axes.set_ylabel("root mean square of x_t", fontsize=9)
+    axes.set_title(norms.label, fontsize=9, loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,109 @@
+"""Pictures in a row as a film: GIF, which everything shows, or MP4, which is smaller and has all colours."""
+
+import itertools
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from ddpm_lab.config import FilmConfig
+from ddpm_lab.drawing import Picture
+from ddpm_lab.files import replacing
+from ddpm_lab.settings import InputError, RunError
+
+FILM_ENDINGS = (".gif", ".mp4")
+PICTURE_ENDINGS = (".png",)
+
+
+def save_film(path: Path, frames: Iterable[Picture], film: FilmConfig) -> None:
+    """Write a film whose last frame stays a while; the old file stays until the new one is whole.
+
+    A GIF keeps the last frame by its duration (durations are hundredths of a second), and repeats for ever; an MP4
+    repeats it. MP4 is H.264 with yuv420p, which browsers play; odd sizes get a white line, for it knows even ones only.
+
+    Args:
+        path: ends in .gif or .mp4.
+        frames: (height, width, 3) uint8, all of one size, one at least; memory holds one at a time for MP4.
+        film: frames per second and seconds to hold; it does not count the frames.
+    Raises:
+        InputError: another ending, or no frame.
+        ValueError: frames of two sizes.
+        RunError: the encoder failed; it says why (a full disk, mostly).
+    """
+    if path.suffix.lower() not in FILM_ENDINGS:
+        raise InputError(f"{path} must end in {' or '.join(FILM_ENDINGS)}")
+    with replacing(path) as temporary:
+        if path.suffix.lower() == ".gif":
+            _save_gif(temporary, _alike(frames), film)
+        else:
+            _save_mp4(temporary, _held(_alike(frames), round(film.hold * film.fps)), film.fps)
+
+
+def _alike(frames: Iterable[Picture]) -> Iterator[Picture]:
+    """The frames, at least one, and all of the first one's size."""
+    shape = None
+    for frame in frames:
+        if frame.shape != (shape or frame.shape):
+            raise ValueError(f"a frame is {frame.shape}, the first was {shape}")
+        shape = frame.shape
+        yield frame
+    if shape is None:
+        raise InputError("a film needs at least one frame")
+
+
+def _held(frames: Iterable[Picture], times: int) -> Iterator[Picture]:
+    """The frames, the last of them `times` times more."""
+    for frame in frames:
+        yield frame
+    yield from itertools.repeat(frame, times)
+
+
+def _save_gif(path: Path, frames: Iterable[Picture], film: FilmConfig) -> None:
+    from PIL import Image
+
+    # One palette for all, so that what does not move does not flicker; no dithering, which would look like noise.
+    pictures = [Image.fromarray(frame) for frame in frames]
+    seen = np.concatenate([np.asarray(picture)[::2] for picture in pictures[:: max(1, len(pictures) // 16)]])
+    palette = Image.fromarray(seen).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    duration = round(100 / film.fps) * 10
+    indexed[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=indexed[1:],
+        duration=[duration] * (len(indexed) - 1) + [duration + round(film.hold * 100) * 10],
+        loop=0,
+        optimize=False,
+    )
+
+
+def _save_mp4(path: Path, frames: Iterable[Picture], frames_per_second: int) -> None:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    encoder = None
+    try:
+        for frame in frames:
+            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
+            if encoder is None:
+                raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(frames_per_second)]
+                raw += ["-s", f"{even.shape[1]}x{even.shape[0]}", "-i", "-"]
+                coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart"]
+                command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", *raw, *coded, "-f", "mp4", str(path)]
+                encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+            cast(IO[bytes], encoder.stdin).write(even.tobytes())
+        errors = cast(subprocess.Popen[bytes], encoder).communicate()[1]
+    except BrokenPipeError:  # it has died, and says why
+        errors = cast(subprocess.Popen[bytes], encoder).communicate()[1]
+    except BaseException:
+        if encoder is not None:
+            encoder.kill()
+            encoder.communicate()
+        raise
+    if encoder is not None and encoder.returncode:
+        lines = errors.decode(errors="replace").strip().splitlines()
+        raise RunError(
+            f"the film cannot be encoded: {lines[-1] if lines else f'ffmpeg ended with {encoder.returncode}'}"
+        )

@@ -1,0 +1,222 @@
+"""The commands of `ddpm` that show: pictures and films of both processes, and curves."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from ddpm_lab.commands import DataDir, Device, Source, app
+from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.telling import tell_warnings
+
+NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
+Betas = Annotated[
+    tuple[Literal["rescaled", "fixed", "cosine"], ...],
+    Parameter(help="linear times 1000/T (rescaled), linear 1e-4 .. 0.02 at every T (fixed), cosine; one or several"),
+]
+Film = Annotated[FilmConfig, Parameter(name="*")]
+Sampling = Annotated[SamplingConfig, Parameter(name="*")]
+curves = App(
+    name="curves",
+    help="Draw curves: noise schedules, training, the norm of x_t.",
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
+)
+app.command(curves)
+
+
+@app.command
+def forward(
+    *,
+    out: Path,
+    dataset: str = "mnist",
+    split: Literal["train", "test"] = "test",
+    num_images: int = 4,
+    num_timesteps: NumTimesteps = (1000,),
+    betas: Betas = ("rescaled",),
+    columns: int = 11,
+    spacing: Literal["uniform", "logsnr"] = "uniform",
+    closed_form: bool = False,
+    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    image_size: int | None = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Show real images on their way into noise: a row for each, a column for each timestep, or a film.
+
+    Args:
+        out: FILE.png for a picture; FILE.gif or FILE.mp4 for a film, with a mark on the curves of alpha_bar and SNR.
+        dataset: mnist, cifar10, digits, or the path of a folder of images.
+        split: which part of it.
+        num_images: drawn at random, from 1 to 64.
+        columns: timesteps in a picture, the clean image and the last among them.
+        spacing: columns even in t (uniform), or in the logarithm of the signal-to-noise ratio (logsnr).
+        closed_form: jump from the image to each timestep with one noise, rather than walk step by step.
+        seed: of the images and of the noise.
+        image_size: pixels to which the images of a folder are cropped and scaled; unset: they have one size already.
+    """
+    from ddpm_lab.forward import processes, show_forward
+
+    shown = processes(num_timesteps, betas)
+    made = show_forward(
+        out, shown, dataset, split=split, num_images=num_images, columns=columns, spacing=spacing,
+        closed_form=closed_form, film=film, seed=seed, data_dir=data_dir, image_size=image_size,
+    )  # fmt: skip
+    print(made)
+
+
+@app.command
+def reverse(
+    *sources: Source,
+    out: Path,
+    num_images: int = 4,
+    columns: int = 11,
+    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    device: Device = "auto",
+) -> None:
+    """Show images coming out of noise, x_t beside the predicted x_0; several models go in step.
+
+    Args:
+        out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
+        num_images: from 1 to 64; image i of a seed is that of `ddpm sample`.
+        columns: states in a picture, the noise and the image among them.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.reverse import show_reverse
+
+    made = show_reverse(
+        out, sources, sampling, num_images=num_images, columns=columns, film=film,
+        weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
+    )  # fmt: skip
+    print(made)
+
+
+@app.command
+def interpolate(
+    source: Source,
+    /,
+    *,
+    out: Path,
+    to_seed: int = 1,
+    num_images: int = 4,
+    columns: int = 11,
+    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    device: Device = "auto",
+) -> None:
+    """Show what lies between the images of two seeds, along the great circle between their noises.
+
+    Args:
+        out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
+        to_seed: where it ends; it begins at --seed.
+        num_images: from 1 to 64, each a row.
+        columns: images of a row, the two ends among them.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.reverse import show_interpolation
+
+    made = show_interpolation(
+        out, source, sampling, to_seed, num_images=num_images, columns=columns, film=film,
+        weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
+    )  # fmt: skip
+    print(made)
+
+
+@app.command
+def reconstruct(
+    source: Source,
+    /,
+    *,
+    out: Path,
+    timesteps: tuple[int, ...] = (),
+    dataset: str | None = None,
+    split: Literal["train", "test"] = "test",
+    num_images: int = 4,
+    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Show how much of a real image survives: noised to t, and denoised again from there.
+
+    Args:
+        out: FILE.png.
+        timesteps: from 2 to T; unset: ten even ones.
+        dataset: whose images; unset: those the model was trained on.
+        split: which part of it.
+        num_images: drawn at random, from 1 to 64.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.reverse import show_reconstruction
+
+    made = show_reconstruction(
+        out, source, sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
+        weights=weights, checkpoint=checkpoint, device=device, data_dir=data_dir, begin=tell_warnings,
+    )  # fmt: skip
+    print(made)
+
+
+@curves.command
+def schedules(*, out: Path, num_timesteps: NumTimesteps = (500, 1000, 2000), betas: Betas = ("rescaled",)) -> None:
+    """Draw alpha_bar over t and over t/T, the signal-to-noise ratio and beta.
+
+    Args:
+        out: FILE.png.
+    """
+    from ddpm_lab.curves import save_figure, schedule_figure
+    from ddpm_lab.forward import processes
+
+    save_figure(out, lambda: schedule_figure(processes(num_timesteps, betas)))
+
+
+@curves.command
+def training(*runs: Path, out: Path) -> None:
+    """Draw loss over images seen, loss by timestep, and images per second, of run folders.
+
+    Args:
+        runs: run folders.
+        out: FILE.png.
+    """
+    from ddpm_lab.curves import read_runs, save_figure, training_figure
+
+    logs = read_runs(runs)
+    save_figure(out, lambda: training_figure(logs))
+
+
+@curves.command
+def norms(
+    source: Source,
+    /,
+    *,
+    out: Path,
+    num_images: int = 64,
+    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Draw the norm of x_t: noised real images, the sampler's states, and what theory says.
+
+    Args:
+        out: FILE.png.
+        num_images: of each.
+        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.curves import norm_figure, save_figure, state_norms
+    from ddpm_lab.images import check_writable
+    from ddpm_lab.trained import load
+
+    check_writable(out, (".png",))
+    trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
+    norms_of = state_norms(trained, sampling, num_images, data_dir, begin=tell_warnings)
+    save_figure(out, lambda: norm_figure(norms_of))

@@ -1,0 +1,379 @@
+"""The reverse process seen: from noise to images, x_t beside the image predicted at t, as a picture or a film.
+
+Also what lies between two samples, and how much of a real image survives being noised and denoised again. Figures count
+as the paper does: t = 0 is the clean image, t = T noise.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.data import to_uint8
+from ddpm_lab.diffusion import q_sample
+from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
+from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
+from ddpm_lab.forward import chosen_images, snr_at
+from ddpm_lab.generation import ImageNoise, Sampler, build_sampler, trajectory
+from ddpm_lab.images import check_writable, save_png, visible_scale
+from ddpm_lab.progress import counted, progress
+from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError, require
+from ddpm_lab.trained import TrainedModel, Weights, load
+
+X_T, X_0 = "x_t", "predicted x_0"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Some states of a reverse process, from noise to images.
+
+    Attributes:
+        label: of the generator, for figures.
+        timesteps: S figures' timesteps, decreasing, from T to 0.
+        x_t: the states, (S, N, C, H, W) uint8.
+        x_0_hat: the clean images predicted there, likewise; the last are the images themselves.
+    """
+
+    label: str
+    timesteps: list[int]
+    x_t: Tensor
+    x_0_hat: Tensor
+
+
+def record_trajectory(
+    trained: TrainedModel,
+    config: SamplingConfig,
+    num_images: int,
+    num_states: int,
+    on_step: Callable[[int], object] = lambda rows: None,
+) -> Trajectory:
+    """Sample images 0 .. num_images - 1 of a seed and keep states even in the number of steps.
+
+    Args:
+        num_states: at least 2, the noise and the images among them; more than there are repeats some.
+        The rest: see `generation.generate`.
+    """
+    sampler = build_sampler(trained, config)
+    kept = [round(i * sampler.num_steps / (num_states - 1)) for i in range(num_states)]
+    x_t: list[list[Tensor]] = []
+    x_0_hat: list[list[Tensor]] = []
+    for first in range(0, num_images, config.batch_size):
+        wanted = min(config.batch_size, num_images - first)
+        states, timesteps = {}, {}
+        for index, step in enumerate(trajectory(trained, sampler, first)):
+            if index in kept:
+                states[index] = step.x_t[:wanted], step.x_0_hat[:wanted]
+                timesteps[index] = step.t + 1
+            on_step(wanted)
+        states[sampler.num_steps], timesteps[sampler.num_steps] = (step.x_s[:wanted],) * 2, 0
+        x_t.append([to_uint8(states[index][0]).cpu() for index in kept])
+        x_0_hat.append([to_uint8(states[index][1]).cpu() for index in kept])
+
+    def joined(batches: list[list[Tensor]]) -> Tensor:
+        return torch.stack([torch.cat(parts) for parts in zip(*batches, strict=True)])
+
+    return Trajectory(describe_generator(trained, sampler), [timesteps[i] for i in kept], joined(x_t), joined(x_0_hat))
+
+
+def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
+    """What a figure says of where images come from: 'mnist: T = 1000, cosine; ddim, 50 steps'."""
+    T, convention = trained.schedule.num_timesteps, trained.config.diffusion.beta_convention
+    betas = convention if convention == "cosine" else f"linear, {convention}"
+    eta = f", eta {sampler.config.eta:g}" if sampler.config.eta else ""
+    name = Path(trained.name).name or trained.name
+    return f"{name}: T = {T}, {betas}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}"
+
+
+def reverse_picture(trajectories: Sequence[Trajectory]) -> Picture:
+    """Two rows for each image, x_t above the predicted x_0, and a column for each state."""
+    tables = []
+    for shown in trajectories:
+        N = shown.x_t.shape[1]
+        rows = torch.stack([shown.x_t, shown.x_0_hat], dim=2)  # (S, N, 2, C, H, W)
+        images = rows.flatten(1, 2).transpose(0, 1)  # (2 N, S, C, H, W)
+        captions = [("t", [str(t) for t in shown.timesteps])]
+        scale = visible_scale(images.shape[-1])
+        tables.append(image_table(images, scale=scale, title=shown.label, row_labels=[X_T, X_0] * N, captions=captions))
+    return framed(above(tables, gap=LINE))
+
+
+def reverse_frames(trajectories: Sequence[Trajectory]) -> Iterator[Picture]:
+    """A film: at the left x_t, at the right the predicted x_0, the generators above one another.
+
+    All have as many states; chains of several lengths go in step, by the fraction of their steps.
+    """
+    captions = [[f"x_t at t = {t}" for t in shown.timesteps] for shown in trajectories]
+    least_width = text_width([X_0, *(caption for of_one in captions for caption in of_one)])
+    for index in range(len(trajectories[0].timesteps)):
+        rows = []
+        for shown, of_one in zip(trajectories, captions, strict=True):
+            left, right = (
+                image_table(
+                    _block(images[index]),
+                    scale=visible_scale(images.shape[-1]),
+                    captions=[("", [caption])],
+                    least_width=least_width,
+                )
+                for images, caption in ((shown.x_t, of_one[index]), (shown.x_0_hat, X_0))
+            )
+            rows.append(above([text_line(shown.label), beside([left, right])], gap=0))
+        yield framed(above(rows))
+
+
+def _block(images: Tensor) -> Tensor:
+    """(N, C, H, W) as rows and columns, (R, N / R, C, H, W), no more than twice as wide as high; gaps are white."""
+    N = len(images)
+    columns = min(N, max(4, round((2 * N) ** 0.5)))
+    missing = -N % columns
+    white = torch.full((missing, *images.shape[1:]), 255, dtype=torch.uint8)
+    return torch.cat([images, white]).reshape(-1, columns, *images.shape[1:])
+
+
+def interpolate(
+    trained: TrainedModel,
+    config: SamplingConfig,
+    to_seed: int,
+    num_images: int,
+    num_between: int,
+    on_step: Callable[[int], object] = lambda rows: None,
+) -> Tensor:
+    """Samples between image i of one seed and image i of another, along the great circle between their noises.
+
+    Slerp (Song et al. 2020, arXiv:2010.02502, appendix D.5): x_T = (sin((1 - a) w) x + sin(a w) y) / sin(w), w the
+    angle between x and y, a from 0 to 1.
+
+    Args:
+        config: of a sampler without noise on the way; its seed is the first.
+        to_seed: the second.
+        num_between: how many values of a, the two ends included; at least 2.
+    Returns:
+        (num_images, num_between, C, H, W) uint8.
+    Raises:
+        InputError: a sampler with noise on the way, a number below 2, or a negative seed.
+    """
+    require(to_seed >= 0, f"to_seed must be at least 0, not {to_seed}")
+    require(num_between >= 2, f"an interpolation needs 2 images, its ends, or more, not {num_between}")
+    if config.sampler == "ddpm" or config.eta:
+        raise InputError("interpolation needs a sampler without noise on the way: ddim, dpmpp or heun with eta 0")
+    sampler = build_sampler(trained, config)
+    device = next(trained.model.parameters()).device
+
+    def end(seed: int) -> Tensor:
+        return ImageNoise(seed, range(num_images), trained.image_shape, device)(-1).flatten(1)
+
+    x, y = end(config.seed), end(to_seed)
+    cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+    angle = cosine.clamp(-1, 1).acos()[:, None, None]  # (N, 1, 1)
+    a = torch.linspace(0, 1, num_between, device=device)[None, :, None]
+    same = angle < 1e-4  # two seeds that are one
+    sine = torch.where(same, torch.ones_like(angle), angle.sin())
+    weight_x = torch.where(same, 1 - a, ((1 - a) * angle).sin() / sine)
+    weight_y = torch.where(same, a, (a * angle).sin() / sine)
+    x_T = (weight_x * x[:, None] + weight_y * y[:, None]).view(-1, *trained.image_shape)
+
+    def no_noise(step: int) -> Tensor:
+        raise AssertionError("a deterministic sampler asked for noise")
+
+    images = []
+    for part in torch.split(x_T, config.batch_size):
+        steps = sampler.steps(part, no_noise)
+        for step in steps:
+            x_0 = step.x_s
+            on_step(len(part))
+        images.append(to_uint8(x_0).cpu())
+    return torch.cat(images).reshape(num_images, num_between, *trained.image_shape)
+
+
+def reconstruct(
+    trained: TrainedModel,
+    config: SamplingConfig,
+    x_0: Tensor,
+    t: int,
+    on_step: Callable[[int], object] = lambda r: None,
+) -> tuple[Tensor, Tensor]:
+    """Noise real images to t by the closed form, and denoise them again from there.
+
+    The rest of the chain, timesteps 1 .. t, is a chain of its own; of the sampler's steps it gets its share.
+
+    Args:
+        x_0: (N, C, H, W) float32, in [-1, 1]; N at most the batch size.
+        t: a figure's timestep, from 2 to T.
+    Returns:
+        x_t and the images that came out, both (N, C, H, W) floating.
+    Raises:
+        InputError: t out of range.
+    """
+    T = trained.schedule.num_timesteps
+    require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {trained.name}, not {t}")
+    whole = build_sampler(trained, config)
+    rest = dataclasses.replace(trained, schedule=NoiseSchedule(trained.schedule.beta[:t]))
+    num_steps = max(1, min(round(whole.num_steps * t / T), t // (1 + config.singlestep)))
+    # What was resolved stays as it is for the whole chain, such as the variance that goes with all T steps.
+    sampler = build_sampler(rest, dataclasses.replace(whole.config, num_steps=num_steps))
+    device = next(trained.model.parameters()).device
+    noise = ImageNoise(config.seed, range(len(x_0)), trained.image_shape, device)
+    clean = x_0.to(device)
+    x_t = q_sample(rest.schedule, clean, torch.full((len(x_0),), t - 1, device=device), noise(-1))
+    x_s = x_t
+    for step in sampler.steps(x_t, noise):
+        x_s = step.x_s
+        on_step(len(x_0))
+    return x_t.cpu(), x_s.cpu()
+
+
+def show_reverse(
+    out: Path,
+    sources: Sequence[str],
+    config: SamplingConfig,
+    *,
+    num_images: int = 4,
+    columns: int = 11,
+    film: FilmConfig = FilmConfig(),  # noqa: B008 (frozen)
+    weights: Weights = "ema",
+    checkpoint: int | None = None,
+    device: str = "auto",
+    begin: Callable[[], object] = lambda: None,
+) -> str:
+    """Save how images of a seed come out of noise, for one generator or several.
+
+    Args:
+        out: ends in .png for a picture, .gif or .mp4 for a film.
+        sources, weights, checkpoint, device: see `trained.load`.
+        config: sampler, seed and so on; image i of a seed is that of `ddpm sample`.
+        num_images: from 1 to 64, of each generator.
+        columns: of a picture.
+        begin: called once the input is found to be in order, before the work.
+    Returns:
+        A line that says what was made.
+    Raises:
+        InputError: a source, setting or path that cannot be used; told before any work.
+    """
+    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
+    require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
+    require(bool(sources), "name at least one model")
+    generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
+    steps = [build_sampler(trained, config).num_steps for trained in generators]
+    moving = out.suffix.lower() in FILM_ENDINGS
+    count = film.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
+    begin()
+    with progress("sampling", num_images * sum(steps), "steps") as advance:
+        shown = [record_trajectory(trained, config, num_images, count, advance) for trained in generators]
+    if moving:
+        with progress("drawing", count, "frames") as advance:
+            save_film(out, counted(reverse_frames(shown), advance), film)
+    else:
+        save_png(out, reverse_picture(shown))
+    return f"{out}: {num_images} images in {count} states, {'; '.join(t.label for t in shown)}; seed {config.seed}"
+
+
+def _columns(columns: int, states: int) -> int:
+    require(2 <= columns <= states, f"columns must be from 2 to {states}, the states there are, not {columns}")
+    return columns
+
+
+def show_interpolation(
+    out: Path,
+    source: str,
+    config: SamplingConfig,
+    to_seed: int,
+    *,
+    num_images: int = 4,
+    columns: int = 11,
+    film: FilmConfig = FilmConfig(),  # noqa: B008 (frozen)
+    weights: Weights = "ema",
+    checkpoint: int | None = None,
+    device: str = "auto",
+    begin: Callable[[], object] = lambda: None,
+) -> str:
+    """Save what lies between the images of two seeds: a picture with a row for each, or a film of all at once.
+
+    Args, returns, raises:
+        see `interpolate` and `show_reverse`.
+    """
+    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
+    require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
+    moving = out.suffix.lower() in FILM_ENDINGS
+    count = film.num_frames(10_001) if moving else _columns(columns, 101)
+    trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
+    sampler = build_sampler(trained, config)
+    begin()
+    with progress("sampling", num_images * count * sampler.num_steps, "steps") as advance:
+        images = interpolate(trained, config, to_seed, num_images, count, advance)
+    scale = visible_scale(images.shape[-1])
+    places = [i / (count - 1) for i in range(count)]
+    title = f"{describe_generator(trained, sampler)}; seed {config.seed} to seed {to_seed}"
+    if moving:
+        frames = (
+            framed(image_table(_block(images[:, i]), scale=scale, title=title, captions=[("", [f"{place:.2f}"])]))
+            for i, place in enumerate(places)
+        )
+        save_film(out, frames, film)
+    else:
+        captions = [("", [f"{place:.2g}" for place in places])]
+        save_png(out, framed(image_table(images, scale=scale, title=title, captions=captions)))
+    return f"{out}: {num_images} images from seed {config.seed} to seed {to_seed}, {count} each"
+
+
+def show_reconstruction(
+    out: Path,
+    source: str,
+    config: SamplingConfig,
+    timesteps: Sequence[int],
+    *,
+    dataset: str | None = None,
+    split: str = "test",
+    num_images: int = 4,
+    weights: Weights = "ema",
+    checkpoint: int | None = None,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    begin: Callable[[], object] = lambda: None,
+) -> str:
+    """Save real images, noised to some timesteps, and denoised again from each.
+
+    Args:
+        timesteps: figures' timesteps, from 2 to T; none: ten even ones.
+        dataset: whose images; None: those the network was trained on.
+        The rest: see `show_reverse`.
+    Returns:
+        A line that says what was made and how much survived.
+    """
+    check_writable(out, PICTURE_ENDINGS)
+    trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
+    T, shape = trained.schedule.num_timesteps, trained.image_shape
+    chosen = sorted(set(timesteps)) or sorted({max(2, round(T * i / 10)) for i in range(1, 11)})
+    for t in chosen:
+        require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {source}, not {t}")
+    build_sampler(trained, config)
+    data = trained.config.data
+    x_0 = chosen_images(dataset or data.dataset, split, num_images, config.seed, data_dir, data.image_size)
+    if tuple(x_0.shape[1:]) != shape:
+        raise InputError(f"images of {dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
+    begin()
+    steps = sum(max(1, round(build_sampler(trained, config).num_steps * t / T)) for t in chosen)
+    with progress("denoising", num_images * steps, "steps") as advance:
+        pairs = [reconstruct(trained, config, x_0, t, advance) for t in chosen]
+    original = torch.stack([x_0, x_0], dim=1).flatten(0, 1)  # (2 N, C, H, W)
+    columns = [original] + [torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs]
+    errors = [float((came - x_0).square().mean()) ** 0.5 / 2 for _, came in pairs]  # in [0, 1]: pixels span 2
+    captions = [
+        ("t", ["0", *map(str, chosen)]),
+        ("SNR", [number(snr_at(trained.schedule, t)) for t in (0, *chosen)]),
+        ("RMSE", ["0", *(f"{error:.2g}" for error in errors)]),
+    ]
+    table = image_table(
+        to_uint8(torch.stack(columns, dim=1)),
+        scale=visible_scale(shape[-1]),
+        title=describe_generator(trained, build_sampler(trained, config)),
+        row_labels=["noised", "denoised"] * num_images,
+        captions=captions,
+    )
+    save_png(out, framed(table))
+    return f"{out}: RMSE of pixels (0 .. 1) " + ", ".join(
+        f"{e:.3f} from t = {t}" for e, t in zip(errors, chosen, strict=True)
+    )

@@ -1,0 +1,175 @@
+"""The reverse process as shown: it ends in the very images that are sampled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.curves import norm_figure, read_runs, schedule_figure, state_norms, training_figure
+from ddpm_lab.data import to_uint8
+from ddpm_lab.drawing import rendered
+from ddpm_lab.forward import chosen_images, processes
+from ddpm_lab.generation import generate
+from ddpm_lab.reverse import (
+    interpolate,
+    reconstruct,
+    record_trajectory,
+    reverse_frames,
+    reverse_picture,
+    show_interpolation,
+    show_reconstruction,
+    show_reverse,
+)
+from ddpm_lab.settings import InputError
+from ddpm_lab.trained import load
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return load(tiny_run, device="cpu")
+
+
+class Knows(torch.nn.Module):
+    """A network of x_0 prediction that knows the images, and notes where it is asked."""
+
+    def __init__(self, x_0):
+        super().__init__()
+        self.x_0 = torch.nn.Parameter(x_0, requires_grad=False)
+        self.asked = []
+
+    def forward(self, x_t, t):
+        self.asked.append(int(t[0]))
+        return self.x_0.expand_as(x_t)
+
+
+def knowing(trained, x_0):
+    """The trained model with its network replaced by one that knows."""
+    config = dataclasses.replace(
+        trained.config, diffusion=dataclasses.replace(trained.config.diffusion, prediction="x_0")
+    )
+    return dataclasses.replace(trained, model=Knows(x_0), config=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(num_steps=6, batch_size=4),
+        SamplingConfig(sampler="ddpm", num_steps=5, batch_size=4, seed=3),
+        SamplingConfig(sampler="dpmpp", num_steps=4, eta=1.0, batch_size=4),
+        SamplingConfig(sampler="heun", num_steps=3, batch_size=4),
+    ],
+    ids=lambda config: config.sampler,
+)
+def test_a_trajectory_ends_in_the_sampled_images(trained, config):
+    shown = record_trajectory(trained, config, 6, 4)  # six images are two batches
+    images = torch.cat(list(generate(trained, 6, config)))
+    assert torch.equal(shown.x_t[-1], images)
+    assert torch.equal(shown.x_0_hat[-1], images)
+    assert shown.x_t.shape == (4, 6, 1, 8, 8)
+    assert (shown.timesteps[0], shown.timesteps[-1]) == (1000, 0)
+    assert shown.timesteps == sorted(shown.timesteps, reverse=True)
+    assert not torch.equal(shown.x_t[1], shown.x_0_hat[1])
+
+
+def test_every_state_is_shown_beside_its_prediction(trained):
+    x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
+    shown = record_trajectory(knowing(trained, x_0), SamplingConfig(num_steps=5, batch_size=2), 2, 6)
+    for predicted in shown.x_0_hat:
+        assert torch.equal(predicted, to_uint8(x_0).expand(2, -1, -1, -1))
+    assert shown.timesteps == [1000, 800, 600, 400, 200, 0]
+
+
+def test_generators_of_different_lengths_go_in_step(trained):
+    short = record_trajectory(trained, SamplingConfig(num_steps=2, batch_size=2), 2, 9)
+    long = record_trajectory(trained, SamplingConfig(num_steps=8, batch_size=2), 2, 9)
+    assert len(short.timesteps) == len(long.timesteps) == 9
+    assert short.timesteps == [1000, 1000, 1000, 500, 500, 500, 0, 0, 0] or short.timesteps[4] == 500
+    frames = list(reverse_frames([short, long]))
+    assert len(frames) == 9
+    assert len({frame.shape for frame in frames}) == 1
+    one = reverse_picture([short])
+    assert reverse_picture([short, long]).shape[0] > 1.8 * one.shape[0]
+
+
+def test_an_interpolation_joins_the_images_of_two_seeds(trained):
+    config = SamplingConfig(num_steps=4, seed=5, batch_size=6)
+    images = interpolate(trained, config, 9, 2, 3)
+    assert images.shape == (2, 3, 1, 8, 8)
+    for place, seed in ((0, 5), (-1, 9)):
+        ends = torch.cat(list(generate(trained, 2, dataclasses.replace(config, seed=seed))))
+        assert (images[:, place].int() - ends.int()).abs().max() <= 1
+    same = interpolate(trained, config, 5, 2, 3)
+    assert (same[:, 0].int() - same[:, 1].int()).abs().max() <= 1
+    for noisy in (SamplingConfig(sampler="ddpm"), SamplingConfig(eta=0.5), SamplingConfig(sampler="dpmpp", eta=1.0)):
+        with pytest.raises(InputError, match="without noise on the way"):
+            interpolate(trained, noisy, 9, 2, 3)
+
+
+def test_noise_between_two_seeds_keeps_its_norm(trained):
+    class Notes(Knows):
+        def forward(self, x_t, t):
+            self.asked.append(x_t.clone())
+            return super().forward(x_t, t)
+
+    spy = dataclasses.replace(trained, model=Notes(torch.zeros(1, 1, 8, 8)))
+    interpolate(spy, SamplingConfig(num_steps=1, batch_size=64), 9, 4, 11)
+    norms = spy.model.asked[0].flatten(1).norm(dim=1).view(4, 11)
+    low, high = torch.minimum(norms[:, 0], norms[:, -1]), torch.maximum(norms[:, 0], norms[:, -1])
+    assert bool((norms > 0.9 * low[:, None]).all())  # the straight line would fall to 0.7
+    assert bool((norms < 1.1 * high[:, None]).all())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+def test_what_is_denoised_starts_where_it_was_noised(trained, sampler):
+    x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
+    model = knowing(trained, x_0)
+    x_t, came = reconstruct(model, SamplingConfig(sampler=sampler, num_steps=20, batch_size=4), x_0, 500)
+    torch.testing.assert_close(came, x_0, rtol=0, atol=1e-5)
+    assert model.model.asked[0] == 499
+    assert len(model.model.asked) == 10  # its share of the twenty
+    signal = trained.schedule.alpha_bar[499].sqrt()
+    noise = (x_t - signal.float() * x_0) / (1 - trained.schedule.alpha_bar[499]).sqrt().float()
+    assert float(noise.abs().mean()) == pytest.approx(0.8, abs=0.2)
+
+
+def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
+    x_0 = chosen_images("digits", "test", 4, 0)
+    near, far = (
+        float((reconstruct(trained, SamplingConfig(num_steps=50), x_0, t)[1] - x_0).square().mean()) for t in (20, 1000)
+    )
+    assert near < 0.02 < far
+    with pytest.raises(InputError, match="from 2 to the 1000"):
+        reconstruct(trained, SamplingConfig(), x_0, 1001)
+
+
+def test_every_kind_of_file_is_made(tiny_run, tmp_path):
+    sampling, film = SamplingConfig(num_steps=4, batch_size=4), FilmConfig(frames=3, hold=0.1)
+    for name in ("a.png", "a.gif", "a.mp4"):
+        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, columns=3, film=film, device="cpu")
+        assert (tmp_path / name).stat().st_size > 1000
+        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, columns=3, film=film, device="cpu")
+        assert (tmp_path / f"i{name}").stat().st_size > 1000
+    line = show_reconstruction(tmp_path / "r.png", str(tiny_run), sampling, [10, 900], device="cpu")
+    assert "from t = 10, " in line
+
+
+def test_figures_are_drawn(tiny_run, trained):
+    shapes = {
+        "schedules": schedule_figure(processes([50, 100], ["rescaled", "fixed", "cosine"])),
+        "training": training_figure(read_runs([tiny_run])),
+        "norms": norm_figure(state_norms(trained, SamplingConfig(num_steps=4, batch_size=8), 8)),
+    }
+    for name, figure in shapes.items():
+        picture = rendered(figure)
+        assert picture.shape[1] == 840, name
+        assert (picture < 128).mean() > 0.002, name
+
+
+def test_noised_images_have_the_norm_of_theory(trained):
+    norms = state_norms(trained, SamplingConfig(num_steps=4, batch_size=64), 64)
+    measured = np.array([value for _, value in norms.noised])
+    expected = np.array([norms.theory[t - 1] for t, _ in norms.noised])
+    assert np.abs(measured / expected - 1).max() < 0.05
+    assert [t for t, _ in norms.sampled] == [1000, 750, 500, 250, 0]
