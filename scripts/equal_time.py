@@ -2,9 +2,11 @@
 
     python scripts/equal_time.py diffusers|denoising-diffusion-pytorch --seed 0 --minutes 30 --out DIR
 
-leaves DIR/images.npz and DIR/record.json; `ddpm evaluate DIR/images.npz --reference mnist:train --features classifier`
-scores them, as it does the images of `ddpm train mnist-cpu`. Peers train as their own example or Trainer does, batches
-of 16 in float32, on a network of 28x28 pixels that has about as many parameters as the recipe's.
+counts the steps of a minute while nothing else runs, and takes the steps of so many minutes at that speed, so that a
+peer loses nothing if other work comes in between. It leaves DIR/images.npz and DIR/record.json; `ddpm evaluate
+DIR/images.npz --reference mnist:train --features classifier` scores the images, as it does those of `ddpm train
+mnist-cpu`. Peers train as their own example or Trainer does, batches of 16 in float32, on a network of 28x28 pixels
+that has about as many parameters as the recipe's.
 """
 
 import argparse
@@ -58,21 +60,20 @@ def main() -> None:
     while time.monotonic() - begun < min(60, 2 * given.minutes):
         trial.step()
         tried += 1
-    planned = int(given.minutes * 60 / (time.monotonic() - begun) * tried)  # what its learning rate falls over
+    planned = int(given.minutes * 60 / (time.monotonic() - begun) * tried)
     peer = build(given.system, given.seed, planned)
-    begun, steps = time.monotonic(), 0
-    while time.monotonic() - begun < given.minutes * 60:
+    begun = time.monotonic()
+    for step in range(1, planned + 1):
         peer.step()
-        steps += 1
-        if steps % 500 == 0:
-            print(f"{steps} of about {planned} steps, {time.monotonic() - begun:.0f} s", flush=True)
+        if step % 500 == 0:
+            print(f"{step} of {planned} steps, {time.monotonic() - begun:.0f} s", flush=True)
     seconds = time.monotonic() - begun
     first = range(0, given.num_images, 250)
     batches = (peer.sample(min(250, given.num_images - begin), NUM_STEPS) for begin in first)
     save_npz(given.out / "images.npz", batches, given.num_images)
     record = {
-        "system": given.system, "seed": given.seed, "steps": steps, "planned_steps": planned, "images": steps * BATCH,
-        "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS,
+        "system": given.system, "seed": given.seed, "steps": planned, "images": planned * BATCH,
+        "minutes": given.minutes, "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     (given.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")

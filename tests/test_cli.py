@@ -299,6 +299,7 @@ BAD_INPUTS = {
     "forward with unknown spacing": (FORWARD.format("a.png") + " --spacing quadratic", "quadratic"),
     "forward of a negative seed": (FORWARD.format("a.png") + " --seed -1", "seed must be at least 0"),
     "forward too fast": (FORWARD.format("a.gif") + " --fps 51", "fps must be from 1 to 50"),
+    "forward of giants": (FORWARD.format("a.png") + " --scale 1000", "scale must be at most 16"),
     "forward held for ever": (FORWARD.format("a.gif") + " --hold 1e9", "hold must be from 0 to 60"),
     "reverse of nothing": ("reverse --out a.png", "name at least one model"),
     "reverse of no model": ("reverse run empty --out a.png", "holds no config.json"),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab.config import FilmConfig
 from ddpm_lab.drawing import GAP, LINE, MARGIN, above, beside, enlarged, image_table, number
 from ddpm_lab.film import save_film
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 
@@ -39,19 +39,21 @@ def decoded(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def test_a_gif_has_the_frames_given_and_holds_the_last(tmp_path):
-    save_film(tmp_path / "a.gif", frames(), FilmConfig(fps=20, hold=1.5))
+    save_film(tmp_path / "a.gif", frames(), PictureConfig(fps=20, hold=1.5))
     with Image.open(tmp_path / "a.gif") as film:
         assert (film.n_frames, film.size, film.info["loop"]) == (7, (47, 33), 0)
         durations = []
         for index, frame in enumerate(frames()):
             film.seek(index)
             durations.append(film.info["duration"])
-            assert np.abs(np.asarray(film.convert("RGB")).astype(int) - frame).max() <= 8
+            shown = np.asarray(film.convert("RGB")).astype(int)
+            assert np.abs(shown - frame).max() <= 8
+            assert (shown[28:] == 255).all()  # white stays white, on a white page
     assert durations == [50] * 6 + [1550]
 
 
 def test_an_mp4_decodes_to_the_frames_given_and_repeats_the_last(tmp_path):
-    save_film(tmp_path / "a.mp4", iter(frames()), FilmConfig(fps=10, hold=0.5))
+    save_film(tmp_path / "a.mp4", iter(frames()), PictureConfig(fps=10, hold=0.5))
     shown = decoded(tmp_path / "a.mp4", 34, 48)  # even, as the format asks
     assert len(shown) == 7 + 5
     for frame, given in zip(shown, frames() + [frames()[-1]] * 5, strict=True):
@@ -59,7 +61,7 @@ def test_an_mp4_decodes_to_the_frames_given_and_repeats_the_last(tmp_path):
 
 
 def test_an_mp4_is_one_that_browsers_play(tmp_path):
-    save_film(tmp_path / "a.mp4", frames(), FilmConfig())
+    save_film(tmp_path / "a.mp4", frames(), PictureConfig())
     facts = ffmpeg("-i", str(tmp_path / "a.mp4")).stderr.decode()
     assert "Video: h264" in facts
     assert "yuv420p" in facts
@@ -81,14 +83,14 @@ def test_films_that_fail_leave_the_old_one(tmp_path):
         path = tmp_path / f"a{ending}"
         path.write_bytes(b"old")
         with pytest.raises(error):
-            save_film(path, torn(), FilmConfig())
+            save_film(path, torn(), PictureConfig())
         assert path.read_bytes() == b"old"
     with pytest.raises(InputError, match="at least one frame"):
-        save_film(path, [], FilmConfig())
+        save_film(path, [], PictureConfig())
     with pytest.raises(ValueError, match="the first was"):
-        save_film(path, [*frames(), frames(height=35)[0]], FilmConfig())
+        save_film(path, [*frames(), frames(height=35)[0]], PictureConfig())
     with pytest.raises(InputError, match="must end in"):
-        save_film(tmp_path / "a.avi", frames(), FilmConfig())
+        save_film(tmp_path / "a.avi", frames(), PictureConfig())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.mp4"]
 
 
@@ -99,7 +101,7 @@ def test_an_encoder_that_fails_is_told_as_a_failed_run(tmp_path, monkeypatch, co
     script.chmod(0o755)
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(script))
     with pytest.raises(RunError, match="No space left on device"):
-        save_film(tmp_path / "a.mp4", itertools.islice(itertools.cycle(frames()), count), FilmConfig())
+        save_film(tmp_path / "a.mp4", itertools.islice(itertools.cycle(frames()), count), PictureConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["ffmpeg"]
 
 
@@ -108,15 +110,15 @@ def test_an_encoder_that_fails_is_told_as_a_failed_run(tmp_path, monkeypatch, co
 )
 def test_impossible_films_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
-        FilmConfig(**settings)
+        PictureConfig(**settings)
 
 
 def test_frames_are_at_most_the_states():
-    assert FilmConfig().num_frames(1001) == 101
-    assert FilmConfig().num_frames(21) == 21
-    assert FilmConfig(frames=21).num_frames(21) == 21
+    assert PictureConfig().num_frames(1001) == 101
+    assert PictureConfig().num_frames(21) == 21
+    assert PictureConfig(frames=21).num_frames(21) == 21
     with pytest.raises(InputError, match="from 2 to 21"):
-        FilmConfig(frames=22).num_frames(21)
+        PictureConfig(frames=22).num_frames(21)
 
 
 def test_enlarging_repeats_pixels():

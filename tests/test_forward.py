@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lab.config import FilmConfig
 from ddpm_lab.data import load_images, to_float, to_uint8
 from ddpm_lab.drawing import MARGIN, enlarged
 from ddpm_lab.forward import (
@@ -20,6 +19,7 @@ from ddpm_lab.forward import (
     snr_at,
 )
 from ddpm_lab.images import visible_scale
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError
 
@@ -125,7 +125,7 @@ def test_every_kind_of_file_is_made(tmp_path):
     shown = processes([50], ["cosine"])
     for name in ("a.png", "a.gif", "a.mp4"):
         line = show_forward(
-            tmp_path / name, shown, "digits", num_images=2, columns=4, film=FilmConfig(frames=4, hold=0.1)
+            tmp_path / name, shown, "digits", num_images=2, columns=4, look=PictureConfig(frames=4, hold=0.1)
         )
         assert line.startswith(f"{tmp_path / name}: 2 images of digits:test at 4 timesteps, T = 50, cosine")
         assert (tmp_path / name).stat().st_size > 1000

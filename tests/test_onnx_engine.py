@@ -7,7 +7,7 @@ import torch
 from ddpm_lab import generation, onnx_engine
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig
-from ddpm_lab.features import classifier_network, module_network, onnx_features
+from ddpm_lab.features import classifier_network, inception_network, module_network, onnx_features
 from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.unet import UNet
@@ -67,6 +67,18 @@ def test_the_graph_is_exported_once_and_again_where_it_is_damaged(network, cache
     assert exported == [1]
     OnnxNetwork(network, _example(), "test")
     assert exported == [1]
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_inception_agrees_resize_included(inception_weights):
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="official"):
+        ours = inception_network(inception_weights)
+    other = onnx_features(ours, (3, 32, 32))
+    for found, expected in zip(other(images), ours(images), strict=True):
+        assert float(expected.std()) > 0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @needs_onnx

@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands are ones the program takes."""
+"""What README and docs show works: their Python runs, their commands are ones the program takes."""
 
 import re
 import shlex
@@ -8,8 +8,10 @@ import pytest
 
 from ddpm_lab.cli import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+BLOCKS = [found for text in PAGES.values() for found in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S)]
 COMMANDS = [
     line.partition("#")[0].strip() for kind, block in BLOCKS if kind == "" for line in block.splitlines()
     if line.startswith("ddpm ")
@@ -27,7 +29,7 @@ def test_python_examples_run(capsys):
 
 
 def test_the_example_of_scores_runs(capsys):
-    (example,) = python_examples((Path(__file__).parent.parent / "docs" / "scores.md").read_text())
+    (example,) = python_examples((ROOT / "docs" / "scores.md").read_text())
     exec(compile(example, "scores.md", "exec"), {})
     assert capsys.readouterr().out.startswith("FD-rows (n=360) {'value': ")
 
@@ -38,6 +40,7 @@ def test_commands_are_understood(command):
     assert bound.arguments
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert (page.parent / target).exists(), target

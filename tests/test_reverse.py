@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.curves import norm_figure, read_runs, schedule_figure, state_norms, training_figure
 from ddpm_lab.data import to_uint8
-from ddpm_lab.drawing import rendered
+from ddpm_lab.drawing import enlarged, rendered
 from ddpm_lab.forward import chosen_images, processes
 from ddpm_lab.generation import generate
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.reverse import (
     interpolate,
     reconstruct,
@@ -93,6 +95,29 @@ def test_generators_of_different_lengths_go_in_step(trained):
     assert reverse_picture([short, long]).shape[0] > 1.8 * one.shape[0]
 
 
+def test_the_last_frame_shows_what_ddpm_sample_draws(tiny_run, trained, tmp_path):
+    config = SamplingConfig(num_steps=4, batch_size=4)
+    images = torch.cat(list(generate(trained, 2, config)))
+    look = PictureConfig(scale=2, hold=0.5)
+    for name in ("a.gif", "a.png"):
+        show_reverse(tmp_path / name, [str(tiny_run)], config, num_images=2, columns=5, look=look, device="cpu")
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 5
+        film.seek(4)
+        last = np.asarray(film.convert("RGB")).astype(int)
+    shown = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    for image in images:
+        wanted = enlarged(image, 2).astype(int)
+        assert least_difference(shown, wanted) == 0
+        assert least_difference(last, wanted) <= 8  # of a palette
+
+
+def least_difference(picture, part):
+    """How far a part is from where it fits a picture best: the largest difference of a pixel there."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture[:, :, 0], part.shape[:2])
+    return np.abs(windows - part[:, :, 0]).max((2, 3)).min()
+
+
 def test_an_interpolation_joins_the_images_of_two_seeds(trained):
     config = SamplingConfig(num_steps=4, seed=5, batch_size=6)
     images = interpolate(trained, config, 9, 2, 3)
@@ -145,11 +170,11 @@ def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
 
 
 def test_every_kind_of_file_is_made(tiny_run, tmp_path):
-    sampling, film = SamplingConfig(num_steps=4, batch_size=4), FilmConfig(frames=3, hold=0.1)
+    sampling, film = SamplingConfig(num_steps=4, batch_size=4), PictureConfig(frames=3, hold=0.1)
     for name in ("a.png", "a.gif", "a.mp4"):
-        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, columns=3, film=film, device="cpu")
+        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, columns=3, look=film, device="cpu")
         assert (tmp_path / name).stat().st_size > 1000
-        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, columns=3, film=film, device="cpu")
+        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, columns=3, look=film, device="cpu")
         assert (tmp_path / f"i{name}").stat().st_size > 1000
     line = show_reconstruction(tmp_path / "r.png", str(tiny_run), sampling, [10, 900], device="cpu")
     assert "from t = 10, " in line
@@ -173,3 +198,7 @@ def test_noised_images_have_the_norm_of_theory(trained):
     expected = np.array([norms.theory[t - 1] for t, _ in norms.noised])
     assert np.abs(measured / expected - 1).max() < 0.05
     assert [t for t, _ in norms.sampled] == [1000, 750, 500, 250, 0]
+    half = knowing(trained, torch.full((1, 1, 8, 8), 0.5))  # images of one grey
+    shown = dict(state_norms(half, SamplingConfig(num_steps=4, batch_size=64), 64).sampled)
+    assert shown[0] == pytest.approx(0.5)
+    assert shown[500] == pytest.approx((1 - 0.75 * float(trained.schedule.alpha_bar[499])) ** 0.5, rel=0.02)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PAPER, INK = (255, 255, 255), (32, 32, 32)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GAP, MARGIN, LINE = 2, 8, 16  # pixels between images, around panels, and from line to line of text
-TEXT_SIZE = 12
+TEXT_SIZE, TITLE_SIZE = 12, 13
 Picture = np.ndarray  # (height, width, 3) uint8
 
 
@@ -59,15 +59,15 @@ def image_table(
     R, N, _, H, W = images.shape
     height, width = H * scale, W * scale
     names = [*row_labels, *(name for name, _ in captions)]
-    left = MARGIN + (round(max((font().getlength(name) for name in names), default=0)) + GAP * 2 if any(names) else 0)
+    left = MARGIN + (round(text_width(names)) + GAP * 2 if any(names) else 0)
     top = LINE + 4 if title else 0
     wide = left + max(N * (width + GAP) - GAP, round(least_width))
-    for line in [title, *(texts[0] for _, texts in captions if len(texts) == 1)]:
-        wide = max(wide, (MARGIN if line == title else left) + round(font().getlength(line)))
+    wide = max(wide, MARGIN + round(text_width([title], TITLE_SIZE)))
+    wide = max(wide, left + round(text_width(texts[0] for _, texts in captions if len(texts) == 1)))
     canvas = Image.new("RGB", (wide, top + R * (height + GAP) + LINE * len(captions)), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((MARGIN, 0), title, INK, font(TEXT_SIZE + 1))
+        draw.text((MARGIN, 0), title, INK, font(TITLE_SIZE))
     for row in range(R):
         y = top + row * (height + GAP)
         for column in range(N):
@@ -88,15 +88,15 @@ def image_table(
     return np.asarray(canvas)
 
 
-def text_width(texts: Iterable[str]) -> float:
-    """Pixels that the longest of some captions takes."""
-    return max(font().getlength(text) for text in texts)
+def text_width(texts: Iterable[str], size: int = TEXT_SIZE) -> float:
+    """Pixels that the longest of some texts takes."""
+    return max((font(size).getlength(text) for text in texts), default=0.0)
 
 
 def text_line(text: str) -> Picture:
     """A title of its own."""
-    canvas = Image.new("RGB", (MARGIN + round(font(TEXT_SIZE + 1).getlength(text)), LINE + 4), PAPER)
-    ImageDraw.Draw(canvas).text((MARGIN, 0), text, INK, font(TEXT_SIZE + 1))
+    canvas = Image.new("RGB", (MARGIN + round(text_width([text], TITLE_SIZE)), LINE + 4), PAPER)
+    ImageDraw.Draw(canvas).text((MARGIN, 0), text, INK, font(TITLE_SIZE))
     return np.asarray(canvas)
 
 

@@ -8,16 +8,16 @@ from typing import IO, cast
 
 import numpy as np
 
-from ddpm_lab.config import FilmConfig
-from ddpm_lab.drawing import Picture
+from ddpm_lab.drawing import PAPER, Picture
 from ddpm_lab.files import replacing
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 FILM_ENDINGS = (".gif", ".mp4")
 PICTURE_ENDINGS = (".png",)
 
 
-def save_film(path: Path, frames: Iterable[Picture], film: FilmConfig) -> None:
+def save_film(path: Path, frames: Iterable[Picture], film: PictureConfig) -> None:
     """Write a film whose last frame stays a while; the old file stays until the new one is whole.
 
     A GIF keeps the last frame by its duration (durations are hundredths of a second), and repeats for ever; an MP4
@@ -60,13 +60,17 @@ def _held(frames: Iterable[Picture], times: int) -> Iterator[Picture]:
     yield from itertools.repeat(frame, times)
 
 
-def _save_gif(path: Path, frames: Iterable[Picture], film: FilmConfig) -> None:
+def _save_gif(path: Path, frames: Iterable[Picture], film: PictureConfig) -> None:
     from PIL import Image
 
     # One palette for all, so that what does not move does not flicker; no dithering, which would look like noise.
     pictures = [Image.fromarray(frame) for frame in frames]
     seen = np.concatenate([np.asarray(picture)[::2] for picture in pictures[:: max(1, len(pictures) // 16)]])
     palette = Image.fromarray(seen).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    for exact in (PAPER, (0, 0, 0)):  # the nearest are a little off, and white would show on a white page
+        colours[np.abs(colours - exact).max(1) <= 4] = exact
+    palette.putpalette(colours.ravel().tolist())
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     duration = round(100 / film.fps) * 10
     indexed[0].save(

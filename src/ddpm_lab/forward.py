@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import DiffusionConfig, FilmConfig
+from ddpm_lab.config import DiffusionConfig
 from ddpm_lab.data import load_images, to_float, to_uint8
 from ddpm_lab.diffusion import q_sample, q_step
 from ddpm_lab.drawing import (
     COLOURS,
     INK,
     LINE,
+    TITLE_SIZE,
     Picture,
     above,
     beside,
@@ -32,6 +33,7 @@ from ddpm_lab.drawing import (
 )
 from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
 from ddpm_lab.images import check_writable, save_png, visible_scale
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError, require
@@ -139,11 +141,13 @@ def forward_picture(
     spacing: Columns = "uniform",
     seed: int = 0,
     closed_form: bool = False,
+    scale: int | None = None,
 ) -> Picture:
     """A row for each image and a column for each timestep, the processes above one another.
 
     Args:
         x_0: (N, C, H, W) floating, in [-1, 1].
+        scale: whole factor of enlargement; None: to 56 pixels or more.
         The rest: see `shown_timesteps` and `forward_states`.
     """
     tables = []
@@ -156,26 +160,36 @@ def forward_picture(
             ("SNR", [number(snr_at(schedule, t)) for t in timesteps]),
         ]
         images = to_uint8(states).transpose(0, 1)
-        scale = visible_scale(x_0.shape[-1])
-        tables.append(image_table(images, scale=scale, title=process.label, captions=captions))
+        tables.append(
+            image_table(images, scale=scale or visible_scale(x_0.shape[-1]), title=process.label, captions=captions)
+        )
     return framed(above(tables, gap=LINE))
 
 
 def forward_frames(
-    shown: Sequence[Process], x_0: Tensor, num_frames: int, *, seed: int = 0, closed_form: bool = False
+    shown: Sequence[Process],
+    x_0: Tensor,
+    num_frames: int,
+    *,
+    seed: int = 0,
+    closed_form: bool = False,
+    scale: int | None = None,
 ) -> Iterator[Picture]:
     """The same as a film: the images at t, beside the curves of alpha_bar and SNR with a mark that runs along them.
 
     Processes of several lengths go in step, by t / T.
     """
-    scale = visible_scale(x_0.shape[-1])
+    scale = scale or visible_scale(x_0.shape[-1])
     parts = []
     for process in shown:
         timesteps = shown_timesteps(process.schedule, num_frames)
         states = to_uint8(forward_states(process.schedule, x_0, timesteps, seed, closed_form))
         captions = [f"t = {t}    SNR {number(snr_at(process.schedule, t))}" for t in timesteps]
         parts.append((process, timesteps, states, captions, Curves(process.schedule)))
-    least_width = text_width(caption for part in parts for caption in part[3])
+    least_width = max(
+        text_width(caption for part in parts for caption in part[3]),
+        text_width((process.label for process in shown), TITLE_SIZE),  # so that the curves are in line
+    )
     for index in range(num_frames):
         rows = []
         for process, timesteps, states, captions, curves in parts:
@@ -253,7 +267,7 @@ def show_forward(
     columns: int = 11,
     spacing: Columns = "uniform",
     closed_form: bool = False,
-    film: FilmConfig = FilmConfig(),  # noqa: B008 (frozen)
+    look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
     data_dir: Path | None = None,
     image_size: int | None = None,
@@ -272,15 +286,18 @@ def show_forward(
     check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
     moving = out.suffix.lower() in FILM_ENDINGS
     shortest = min(shown, key=lambda process: process.config.num_timesteps).schedule
-    count = film.num_frames(shortest.num_timesteps + 1) if moving else columns
+    count = look.num_frames(shortest.num_timesteps + 1) if moving else columns
     shown_timesteps(shortest, count)
     x_0 = chosen_images(dataset, split, num_images, seed, data_dir, image_size)
     if moving:
         with progress("drawing", count, "frames") as advance:
-            frames = forward_frames(shown, x_0, count, seed=seed, closed_form=closed_form)
-            save_film(out, counted(frames, advance), film)
+            frames = forward_frames(shown, x_0, count, seed=seed, closed_form=closed_form, scale=look.scale)
+            save_film(out, counted(frames, advance), look)
     else:
-        save_png(out, forward_picture(shown, x_0, columns, spacing=spacing, seed=seed, closed_form=closed_form))
+        picture = forward_picture(
+            shown, x_0, columns, spacing=spacing, seed=seed, closed_form=closed_form, scale=look.scale
+        )
+        save_png(out, picture)
     what = ", ".join(process.label for process in shown)
     return f"{out}: {num_images} images of {dataset}:{split} at {count} timesteps, {what}, seed {seed}"
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ddpm_lab.commands import DataDir, Device, Source, app
-from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.config import SamplingConfig
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.telling import tell_warnings
 
 NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
@@ -14,7 +15,7 @@ Betas = Annotated[
     tuple[Literal["rescaled", "fixed", "cosine"], ...],
     Parameter(help="linear times 1000/T (rescaled), linear 1e-4 .. 0.02 at every T (fixed), cosine; one or several"),
 ]
-Film = Annotated[FilmConfig, Parameter(name="*")]
+Look = Annotated[PictureConfig, Parameter(name="*")]
 Sampling = Annotated[SamplingConfig, Parameter(name="*")]
 curves = App(
     name="curves",
@@ -36,7 +37,7 @@ def forward(
     columns: int = 11,
     spacing: Literal["uniform", "logsnr"] = "uniform",
     closed_form: bool = False,
-    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    look: Look = PictureConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
     image_size: int | None = None,
     data_dir: DataDir = None,
@@ -59,7 +60,7 @@ def forward(
     shown = processes(num_timesteps, betas)
     made = show_forward(
         out, shown, dataset, split=split, num_images=num_images, columns=columns, spacing=spacing,
-        closed_form=closed_form, film=film, seed=seed, data_dir=data_dir, image_size=image_size,
+        closed_form=closed_form, look=look, seed=seed, data_dir=data_dir, image_size=image_size,
     )  # fmt: skip
     print(made)
 
@@ -71,7 +72,7 @@ def reverse(
     num_images: int = 4,
     columns: int = 11,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
-    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Literal["ema", "raw"] = "ema",
     checkpoint: int | None = None,
     device: Device = "auto",
@@ -88,7 +89,7 @@ def reverse(
     from ddpm_lab.reverse import show_reverse
 
     made = show_reverse(
-        out, sources, sampling, num_images=num_images, columns=columns, film=film,
+        out, sources, sampling, num_images=num_images, columns=columns, look=look,
         weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
     )  # fmt: skip
     print(made)
@@ -104,7 +105,7 @@ def interpolate(
     num_images: int = 4,
     columns: int = 11,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
-    film: Film = FilmConfig(),  # noqa: B008 (frozen)
+    look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Literal["ema", "raw"] = "ema",
     checkpoint: int | None = None,
     device: Device = "auto",
@@ -122,7 +123,7 @@ def interpolate(
     from ddpm_lab.reverse import show_interpolation
 
     made = show_interpolation(
-        out, source, sampling, to_seed, num_images=num_images, columns=columns, film=film,
+        out, source, sampling, to_seed, num_images=num_images, columns=columns, look=look,
         weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
     )  # fmt: skip
     print(made)
@@ -139,6 +140,7 @@ def reconstruct(
     split: Literal["train", "test"] = "test",
     num_images: int = 4,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    scale: int | None = None,
     weights: Literal["ema", "raw"] = "ema",
     checkpoint: int | None = None,
     device: Device = "auto",
@@ -152,6 +154,7 @@ def reconstruct(
         dataset: whose images; unset: those the model was trained on.
         split: which part of it.
         num_images: drawn at random, from 1 to 64.
+        scale: whole factor by which images are enlarged, without blur; unset: to 56 pixels or more.
         weights: the moving average of the parameters (ema), or the parameters themselves (raw).
         checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
@@ -159,7 +162,8 @@ def reconstruct(
 
     made = show_reconstruction(
         out, source, sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
-        weights=weights, checkpoint=checkpoint, device=device, data_dir=data_dir, begin=tell_warnings,
+        look=PictureConfig(scale=scale), weights=weights, checkpoint=checkpoint, device=device, data_dir=data_dir,
+        begin=tell_warnings,
     )  # fmt: skip
     print(made)
 

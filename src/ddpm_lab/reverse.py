@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import FilmConfig, SamplingConfig
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_uint8
 from ddpm_lab.diffusion import q_sample
 from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
@@ -20,6 +20,7 @@ from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
 from ddpm_lab.forward import chosen_images, snr_at
 from ddpm_lab.generation import ImageNoise, Sampler, build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png, visible_scale
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, require
@@ -89,7 +90,7 @@ def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
     return f"{name}: T = {T}, {betas}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}"
 
 
-def reverse_picture(trajectories: Sequence[Trajectory]) -> Picture:
+def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None) -> Picture:
     """Two rows for each image, x_t above the predicted x_0, and a column for each state."""
     tables = []
     for shown in trajectories:
@@ -97,12 +98,14 @@ def reverse_picture(trajectories: Sequence[Trajectory]) -> Picture:
         rows = torch.stack([shown.x_t, shown.x_0_hat], dim=2)  # (S, N, 2, C, H, W)
         images = rows.flatten(1, 2).transpose(0, 1)  # (2 N, S, C, H, W)
         captions = [("t", [str(t) for t in shown.timesteps])]
-        scale = visible_scale(images.shape[-1])
-        tables.append(image_table(images, scale=scale, title=shown.label, row_labels=[X_T, X_0] * N, captions=captions))
+        enlargement = scale or visible_scale(images.shape[-1])
+        tables.append(
+            image_table(images, scale=enlargement, title=shown.label, row_labels=[X_T, X_0] * N, captions=captions)
+        )
     return framed(above(tables, gap=LINE))
 
 
-def reverse_frames(trajectories: Sequence[Trajectory]) -> Iterator[Picture]:
+def reverse_frames(trajectories: Sequence[Trajectory], scale: int | None = None) -> Iterator[Picture]:
     """A film: at the left x_t, at the right the predicted x_0, the generators above one another.
 
     All have as many states; chains of several lengths go in step, by the fraction of their steps.
@@ -115,7 +118,7 @@ def reverse_frames(trajectories: Sequence[Trajectory]) -> Iterator[Picture]:
             left, right = (
                 image_table(
                     _block(images[index]),
-                    scale=visible_scale(images.shape[-1]),
+                    scale=scale or visible_scale(images.shape[-1]),
                     captions=[("", [caption])],
                     least_width=least_width,
                 )
@@ -233,7 +236,7 @@ def show_reverse(
     *,
     num_images: int = 4,
     columns: int = 11,
-    film: FilmConfig = FilmConfig(),  # noqa: B008 (frozen)
+    look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
@@ -259,15 +262,15 @@ def show_reverse(
     generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
     steps = [build_sampler(trained, config).num_steps for trained in generators]
     moving = out.suffix.lower() in FILM_ENDINGS
-    count = film.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
+    count = look.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
     begin()
     with progress("sampling", num_images * sum(steps), "steps") as advance:
         shown = [record_trajectory(trained, config, num_images, count, advance) for trained in generators]
     if moving:
         with progress("drawing", count, "frames") as advance:
-            save_film(out, counted(reverse_frames(shown), advance), film)
+            save_film(out, counted(reverse_frames(shown, look.scale), advance), look)
     else:
-        save_png(out, reverse_picture(shown))
+        save_png(out, reverse_picture(shown, look.scale))
     return f"{out}: {num_images} images in {count} states, {'; '.join(t.label for t in shown)}; seed {config.seed}"
 
 
@@ -284,7 +287,7 @@ def show_interpolation(
     *,
     num_images: int = 4,
     columns: int = 11,
-    film: FilmConfig = FilmConfig(),  # noqa: B008 (frozen)
+    look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
@@ -298,13 +301,13 @@ def show_interpolation(
     check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
     moving = out.suffix.lower() in FILM_ENDINGS
-    count = film.num_frames(10_001) if moving else _columns(columns, 101)
+    count = look.num_frames(10_001) if moving else _columns(columns, 101)
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
     begin()
     with progress("sampling", num_images * count * sampler.num_steps, "steps") as advance:
         images = interpolate(trained, config, to_seed, num_images, count, advance)
-    scale = visible_scale(images.shape[-1])
+    scale = look.scale or visible_scale(images.shape[-1])
     places = [i / (count - 1) for i in range(count)]
     title = f"{describe_generator(trained, sampler)}; seed {config.seed} to seed {to_seed}"
     if moving:
@@ -312,7 +315,7 @@ def show_interpolation(
             framed(image_table(_block(images[:, i]), scale=scale, title=title, captions=[("", [f"{place:.2f}"])]))
             for i, place in enumerate(places)
         )
-        save_film(out, frames, film)
+        save_film(out, frames, look)
     else:
         captions = [("", [f"{place:.2g}" for place in places])]
         save_png(out, framed(image_table(images, scale=scale, title=title, captions=captions)))
@@ -328,6 +331,7 @@ def show_reconstruction(
     dataset: str | None = None,
     split: str = "test",
     num_images: int = 4,
+    look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
@@ -368,7 +372,7 @@ def show_reconstruction(
     ]
     table = image_table(
         to_uint8(torch.stack(columns, dim=1)),
-        scale=visible_scale(shape[-1]),
+        scale=look.scale or visible_scale(shape[-1]),
         title=describe_generator(trained, build_sampler(trained, config)),
         row_labels=["noised", "denoised"] * num_images,
         captions=captions,

@@ -1,0 +1,41 @@
+"""Settings of pictures and films. Nothing here imports what draws, so that the command line answers at once."""
+
+from dataclasses import dataclass
+
+from ddpm_lab.settings import SettingsGroup, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(SettingsGroup):
+    """How pictures look, and how films (.gif and .mp4) run."""
+
+    scale: int | None = None
+    """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
+    frames: int | None = None
+    """frames from one end of the chain to the other; unset: 101, or as many as there are states"""
+    fps: int = 20
+    """frames per second, from 1 to 50"""
+    hold: float = 2.0
+    """seconds that the last frame stays"""
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return ""
+
+    def _check(self) -> None:
+        self._at_least(1, "scale")
+        self._at_most(16, "scale")
+        self._at_least(2, "frames")
+        self._at_most(10_001, "frames")
+        require(1 <= self.fps <= 50, f"fps must be from 1 to 50, not {self.fps}")
+        require(0 <= self.hold <= 60, f"hold must be from 0 to 60 seconds, not {self.hold}")
+
+    def num_frames(self, states: int) -> int:
+        """How many frames there are, of a chain that has so many states.
+
+        Raises:
+            InputError: more frames than states.
+        """
+        frames = min(101, states) if self.frames is None else self.frames
+        require(frames <= states, f"frames must be from 2 to {states}, one a state, not {frames}")
+        return frames
