@@ -15,12 +15,14 @@ from ddpm_lab.look import PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 
-def frames(count: int = 7, height: int = 33, width: int = 47) -> list[np.ndarray]:
+def frames(count: int = 7, height: int = 33, width: int = 47, noisy: bool = False) -> list[np.ndarray]:
     """Grey frames of which every one differs, on white with a coloured mark."""
     pictures = []
     for i in range(count):
         picture = np.full((height, width, 3), 255, np.uint8)
         picture[8:24, 8:24] = 30 * i
+        if noisy:  # white is one grey of many
+            picture[8:24, 8:24] = np.random.default_rng(i).integers(0, 256, (16, 16, 1))
         picture[:4, 2 * i : 2 * i + 4] = (0, 114, 178)
         pictures.append(picture)
     return pictures
@@ -39,11 +41,11 @@ def decoded(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def test_a_gif_has_the_frames_given_and_holds_the_last(tmp_path):
-    save_film(tmp_path / "a.gif", frames(), PictureConfig(fps=20, hold=1.5))
+    save_film(tmp_path / "a.gif", frames(noisy=True), PictureConfig(fps=20, hold=1.5))
     with Image.open(tmp_path / "a.gif") as film:
         assert (film.n_frames, film.size, film.info["loop"]) == (7, (47, 33), 0)
         durations = []
-        for index, frame in enumerate(frames()):
+        for index, frame in enumerate(frames(noisy=True)):
             film.seek(index)
             durations.append(film.info["duration"])
             shown = np.asarray(film.convert("RGB")).astype(int)

@@ -69,7 +69,8 @@ def _save_gif(path: Path, frames: Iterable[Picture], film: PictureConfig) -> Non
     palette = Image.fromarray(seen).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
     for exact in (PAPER, (0, 0, 0)):  # the nearest are a little off, and white would show on a white page
-        colours[np.abs(colours - exact).max(1) <= 4] = exact
+        distances = np.abs(colours - exact).max(1)
+        colours[distances <= max(6, distances.min())] = exact
     palette.putpalette(colours.ravel().tolist())
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     duration = round(100 / film.fps) * 10
