@@ -1,5 +1,7 @@
 """A trained network from wherever it lies: a run folder, one of its checkpoints, or the weights in this package."""
 
+import copy
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +55,28 @@ class TrainedModel:
         if not (self.folder / "meta.json").is_file():
             return parameters_sha256(self.model)
         return str(read_meta(self.folder)["sha256"][WEIGHT_FILES[self.weights]])
+
+
+def with_timesteps(trained: TrainedModel, num_timesteps: int) -> TrainedModel:
+    """The same network as a chain of another length.
+
+    The network is told t as a position that means a noise level, whatever T (to O(1/T)), so a network trained on one
+    chain can be sampled on another, where both are rescaled to the same process or cosine.
+
+    Raises:
+        InputError: betas of a fixed range, whose process is another for each T; or a T that cannot be.
+    """
+    if trained.config.diffusion.beta_convention == "fixed range":
+        raise InputError(f"{trained.name} has betas of a fixed range: with another T they are another process")
+    diffusion = dataclasses.replace(trained.config.diffusion, num_timesteps=num_timesteps)
+    model = copy.copy(trained.model)  # with the same parameters
+    model.num_timesteps = num_timesteps
+    return dataclasses.replace(
+        trained,
+        config=dataclasses.replace(trained.config, diffusion=diffusion),
+        model=model,
+        schedule=build_schedule(diffusion),
+    )
 
 
 def packaged_names() -> list[str]:

@@ -1,0 +1,166 @@
+"""The variational bound on the negative log-likelihood, in bits per dimension (Ho et al. 2020, eqs. 5, 8, 13).
+
+L = L_T + sum over t of L_{t-1} + L_0: what of the image is left at the end, what each step back costs, and the
+last step's discrete decoder. A longer chain makes the bound tighter by itself, so bounds of two T do not compare as
+models do.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_lab.config import Prediction, Variance
+from ddpm_lab.data import to_float
+from ddpm_lab.diffusion import Model, posterior, predict_x_0_eps, q_sample
+from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError, require
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound, in bits per dimension.
+
+    Attributes:
+        value: its mean over images.
+        standard_error: of that mean, over the choice of images, timesteps and noise.
+        prior, decoder: the parts L_T and L_0 of it.
+        num_images: how many.
+        num_timesteps: at how many timesteps of each image the sum was estimated.
+    """
+
+    value: float
+    standard_error: float
+    prior: float
+    decoder: float
+    num_images: int
+    num_timesteps: int
+
+
+def variational_bound(
+    model: Model,
+    schedule: NoiseSchedule,
+    images: Tensor,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "beta",
+    num_timesteps: int = 50,
+    clip_x_0: bool = True,
+    seed: int = 0,
+    batch_size: int = 250,
+    on_batch: Callable[[int], object] = lambda rows: None,
+) -> Bound:
+    """Estimate the bound: the sum over t is cut into equal parts, and one t drawn from each, anew for each image.
+
+    Args:
+        model: called as model(x_t, t).
+        images: (N, C, H, W) uint8, N at least 2; held-out ones.
+        prediction: what the model predicts.
+        variance: of the steps back, 'beta' or 'beta_tilde'; that of the last is beta_tilde of the one before it, for
+            its own is 0 (as Ho et al. evaluate it).
+        num_timesteps: parts of the sum; all there are where the chain is no longer.
+        clip_x_0: bring the predicted image into [-1, 1].
+        seed: of timesteps and noise.
+        on_batch: called after each batch with its number of evaluations.
+    Raises:
+        InputError: fewer than 2 images, no timestep, or an unknown variance.
+    """
+    require(len(images) >= 2, f"a bound needs at least 2 images for its error, not {len(images)}")
+    require(num_timesteps >= 1, f"num_timesteps must be at least 1, not {num_timesteps}")
+    if variance not in ("beta", "beta_tilde"):
+        raise InputError(f"variance must be beta or beta_tilde, not {variance!r}")
+    N, later = len(images), schedule.num_timesteps - 1  # timesteps 1 .. T-1 of code have a step back that is Gaussian
+    parts = min(num_timesteps, later)
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.arange(parts + 1) * later // parts
+    width = edges[1:] - edges[:-1]
+    drawn = edges[:-1] + (torch.rand(N, parts, generator=generator) * width).long() + 1  # (N, parts), in 1 .. T-1
+    bits = torch.zeros(N, dtype=torch.float64)
+    decoders = torch.zeros(N, dtype=torch.float64)
+    for first in range(0, N, batch_size):
+        rows = slice(first, min(first + batch_size, N))
+        x_0 = to_float(images[rows])
+        for part in range(parts):
+            costs = _step_costs(model, schedule, x_0, drawn[rows, part], generator, prediction, variance, clip_x_0)
+            bits[rows] += costs * float(width[part])
+            on_batch(len(x_0))
+        decoders[rows] = _decoder_costs(model, schedule, x_0, generator, prediction, clip_x_0)
+        on_batch(len(x_0))
+    alpha_bar = float(schedule.alpha_bar[-1])
+    mean_square = to_float(images).double().square().flatten(1).mean(1)
+    priors = (alpha_bar * mean_square - alpha_bar - math.log1p(-alpha_bar)) / 2 / math.log(2)
+    total = bits + decoders + priors
+    return Bound(
+        value=float(total.mean()),
+        standard_error=float(total.std()) / N**0.5,
+        prior=float(priors.mean()),
+        decoder=float(decoders.mean()),
+        num_images=N,
+        num_timesteps=parts,
+    )
+
+
+def _estimate(
+    model: Model, x_t: Tensor, t: Tensor, alpha_bar: Tensor, prediction: Prediction, clip_x_0: bool
+) -> Tensor:
+    """x_0_hat, (B, C, H, W) float64, of images at timesteps of their own."""
+    with torch.no_grad():
+        output = model(x_t, t.to(x_t.device)).double()
+    rows = zip(output, x_t.double(), alpha_bar.tolist(), strict=True)
+    return torch.stack([predict_x_0_eps(prediction, o, x, a, clip_x_0)[0] for o, x, a in rows])
+
+
+def _step_costs(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    t: Tensor,
+    generator: torch.Generator,
+    prediction: Prediction,
+    variance: Variance,
+    clip_x_0: bool,
+) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each image, bits per dimension, (B,) float64."""
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    x_t = q_sample(schedule, x_0, t.to(x_0.device), eps)
+    alpha_bar = schedule.alpha_bar[t]
+    x_0_hat = _estimate(model, x_t, t, alpha_bar, prediction, clip_x_0)
+    costs = []
+    for clean, guess, noisy, a_t, a_s, beta in zip(
+        x_0.double(), x_0_hat, x_t.double(), alpha_bar.tolist(), schedule.alpha_bar[t - 1].tolist(),
+        schedule.beta[t].tolist(), strict=True,
+    ):  # fmt: skip
+        mean, beta_tilde = posterior(clean, noisy, a_t, a_s)
+        mean_hat, _ = posterior(guess, noisy, a_t, a_s)
+        sigma_squared = beta if variance == "beta" else beta_tilde
+        ratio = beta_tilde / sigma_squared
+        nats = (mean - mean_hat).square().mean() / sigma_squared / 2 + (ratio - 1 - math.log(ratio)) / 2
+        costs.append(nats / math.log(2))
+    return torch.stack(costs).cpu()
+
+
+def _decoder_costs(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    generator: torch.Generator,
+    prediction: Prediction,
+    clip_x_0: bool,
+) -> Tensor:
+    """-log2 p(x_0 | x_1) per dimension: a normal density over each of 256 levels, open at both ends; (B,) float64."""
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    t = torch.zeros(len(x_0), dtype=torch.int64)
+    x_1 = q_sample(schedule, x_0, t.to(x_0.device), eps)
+    mean = _estimate(model, x_1, t, schedule.alpha_bar[t], prediction, clip_x_0)  # of the posterior at s = 0: x_0_hat
+    a_t, a_s = float(schedule.alpha_bar[1]), float(schedule.alpha_bar[0])
+    sigma = ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
+    clean = x_0.double()
+    above = torch.where(clean > 0.999, torch.inf, (clean + 1 / 255 - mean) / sigma)
+    below = torch.where(clean < -0.999, -torch.inf, (clean - 1 / 255 - mean) / sigma)
+    # By whichever tail is lighter, for the difference of two numbers near 1 is 0.
+    upper = torch.special.ndtr(-below) - torch.special.ndtr(-above)
+    lower = torch.special.ndtr(above) - torch.special.ndtr(below)
+    probability = torch.where(below > 0, upper, lower).clamp(min=1e-300)
+    return (-probability.log2()).flatten(1).mean(1).cpu()
