@@ -208,6 +208,41 @@ def evaluate(
 
 
 @app.command
+def study(
+    name: str,
+    /,
+    *,
+    out: Path,
+    cell: int | None = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Train the same network with chains of several lengths, score them alike, and report; stopped, it goes on.
+
+    Args:
+        name: a packaged study (STUDIES) or the path of a TOML file.
+        out: folder of the study, new or to be continued; several workers may share it.
+        cell: index of the only cell to compute, from 0; unset: all that are missing.
+    """
+    from ddpm_lab.grid import read_study
+    from ddpm_lab.study import run_study
+
+    run_study(read_study(name), out, cell=cell, device=device, data_dir=data_dir, say=say)
+
+
+@app.command
+def report(folder: Path, /) -> None:
+    """Write report.html of a study, one page that needs nothing but itself, with results.json and results.csv.
+
+    Args:
+        folder: of a study, finished or not.
+    """
+    from ddpm_lab.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command
 def bench(
     *,
     cases: tuple[Literal["evaluation", "training", "sampling", "statistics", "input", "peak"], ...] = (

@@ -1,6 +1,7 @@
 """What training will cost, said before it starts: parameters, operations, time, disk."""
 
 import time
+from statistics import median
 
 import torch
 
@@ -29,7 +30,7 @@ def training_cost(
     parameters = sum(p.numel() for p in state.model.parameters())
     image_shape = tuple(training_set.images.shape[1:])
     dtype = resolve_precision(training.precision, device)
-    seconds = _step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
+    seconds = step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
     kept = training.keep_checkpoints or -(-training.num_steps // training.checkpoint_every)
     kept = min(kept, -(-training.num_steps // training.checkpoint_every))
     return (
@@ -55,7 +56,7 @@ def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def _step_seconds(
+def step_seconds(
     state: TrainingState, schedule: NoiseSchedule, image_shape: tuple[int, ...], config: Config, device: torch.device
 ) -> float:
     """Time of a training step, from a forward and backward pass over part of a batch; weights stay as they are."""
@@ -72,3 +73,17 @@ def _step_seconds(
         passes.append(time.monotonic() - begun)
     state.optimizer.zero_grad()
     return min(passes) * config.training.batch_size / rows
+
+
+def evaluation_seconds(
+    model: torch.nn.Module, image_shape: tuple[int, ...], precision: str, device: torch.device, rows: int = 64
+) -> float:
+    """Time of one evaluation for one image, from batches of 64: the median of five, after one to warm up."""
+    x_t, t = torch.zeros(rows, *image_shape, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    passes = []
+    for _ in range(6):
+        begun = time.monotonic()
+        with torch.no_grad(), autocast(device, resolve_precision(precision, device)):
+            float(model(x_t, t).float().sum())
+        passes.append(time.monotonic() - begun)
+    return median(passes[1:]) / rows

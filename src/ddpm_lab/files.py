@@ -12,6 +12,10 @@ from ddpm_lab.settings import InputError
 TEMPORARY_PREFIX = ".partial-"
 
 
+class InUse(InputError):
+    """Another process holds the folder."""
+
+
 def cache_dir() -> Path:
     """DDPM_CACHE_DIR where it is set, else the user's cache folder; all in it can be deleted, and is made again."""
     from platformdirs import user_cache_path
@@ -55,7 +59,8 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
         option: the flag that named it, for messages.
         wait: until another process lets go of it, rather than refuse.
     Raises:
-        InputError: another process holds it, or it cannot be written.
+        InUse: another process holds it.
+        InputError: it cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -66,9 +71,7 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
-        raise InputError(
-            f"{folder} is being written by another process; wait for it, or name another {option}"
-        ) from error
+        raise InUse(f"{folder} is being written by another process; wait for it, or name another {option}") from error
     except OSError as error:
         raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
     try:

@@ -20,7 +20,7 @@ from ddpm_lab.evaluation import (
     open_reference,
 )
 from ddpm_lab.feature_store import features_of
-from ddpm_lab.features import onnx_features
+from ddpm_lab.features import FeatureNetwork, onnx_features
 from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
@@ -98,7 +98,7 @@ def evaluate_source(
         trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
         build_sampler(trained, sampling)
         if reference is None:
-            compared = _own_reference(trained, data_dir)
+            compared = own_reference(trained.config, data_dir)
         else:
             size, channels = image_size or trained.config.data.image_size, trained.image_shape[0]
             compared = open_reference(reference, data_dir, size, channels)
@@ -108,14 +108,28 @@ def evaluate_source(
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         begin()
         network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
-        images = generated_images(trained, wanted, sampling)
-        record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
-        record |= {"source": source, **model_record(trained, sampling)}
+        record = score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs)
     record |= {"image_size": image_size, "device": on}
     record["seconds"] = time.monotonic() - begun
     if scores is not None:
         append_line(scores, record)
     return record
+
+
+def score_model(
+    trained: TrainedModel,
+    num_images: int,
+    sampling: SamplingConfig,
+    reference: Reference | None,
+    network: FeatureNetwork,
+    scoring: ScoringConfig,
+    data_dir: Path | None = None,
+    pairs: Path | None = None,
+) -> dict[str, Any]:
+    """Sample, or take from the cache what was sampled, and score; see `evaluation.evaluate` for the rest."""
+    images = generated_images(trained, num_images, sampling)
+    record = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs)
+    return record | {"source": trained.name, **model_record(trained, sampling)}
 
 
 def _is_images(source: str) -> bool:
@@ -137,9 +151,9 @@ def _is_images(source: str) -> bool:
     return not any((path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors"))
 
 
-def _own_reference(trained: TrainedModel, data_dir: Path | None) -> Reference:
-    """The images a model was trained on."""
-    data = trained.config.data
+def own_reference(config: Config, data_dir: Path | None) -> Reference:
+    """The images a model is trained on."""
+    data = config.data
     return _training_reference(load_images(data.dataset, "train", data_dir, data.image_size), data.dataset)
 
 
@@ -202,7 +216,7 @@ def training_scorer(
     assert reference.images is not None
     network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=0)
-    sampling = SamplingConfig(num_steps=evaluation.sample_steps)
+    sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=config.training.precision)
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
     features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
 

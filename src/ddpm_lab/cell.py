@@ -1,0 +1,196 @@
+"""One cell of a study: its run, the measures at its end, and the pictures of its generator."""
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lab.config import SamplingConfig, ScoringConfig
+from ddpm_lab.cost import evaluation_seconds, step_seconds
+from ddpm_lab.data import load_images, to_float
+from ddpm_lab.drawing import framed, image_table
+from ddpm_lab.evaluation import feature_network
+from ddpm_lab.files import replace_atomically
+from ddpm_lab.film import save_film
+from ddpm_lab.forward import Process, forward_frames
+from ddpm_lab.generation import build_sampler, generate
+from ddpm_lab.grid import Cell, Study, parse_sampler
+from ddpm_lab.images import save_png, visible_scale
+from ddpm_lab.lease import Lease
+from ddpm_lab.likelihood import variational_bound
+from ddpm_lab.log import append_line, read_lines
+from ddpm_lab.look import PictureConfig
+from ddpm_lab.progress import duration, progress
+from ddpm_lab.reverse import record_trajectory, reverse_frames
+from ddpm_lab.run import train
+from ddpm_lab.schedule import build_schedule
+from ddpm_lab.scores import own_reference, score_model
+from ddpm_lab.trained import TrainedModel, load, with_timesteps
+from ddpm_lab.training import new_state, resolve_device
+from ddpm_lab.unet import build_unet
+
+MEASURES = "measures.jsonl"
+HEADLINE = "ddim-50"  # the sampler of scores in the course of training, and of headlines
+SHOWN = 16  # samples of the same seeds, side by side
+FILM = PictureConfig(frames=31, fps=10, hold=2.0)
+
+
+def study_cost(study: Study, cells: Sequence[Cell], device: str, data_dir: Path | None) -> list[str]:
+    """Lines on what cells will cost, counted and measured before they start: training, scoring, in all."""
+    on = resolve_device(device)
+    config = cells[0].config
+    data = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
+    shape = tuple(data.images.shape[1:])
+    model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
+    state = new_state(model, config.training)
+    training = step_seconds(state, build_schedule(config.diffusion), shape, config, on) * config.training.num_steps
+    each = evaluation_seconds(model.eval(), shape, "auto", on)
+    lines, total = [], 0.0
+    for cell in cells:
+        scoring = each * sum(planned_evaluations(study, cell).values())
+        total += training + scoring
+        lines.append(f"  {cell.name}: about {duration(training)} of training, {duration(scoring)} of sampling to score")
+    return [*lines, f"in all about {duration(total)} on {on}, by a speed measured just now"]
+
+
+def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
+    """Evaluations of the network for each measure of a cell, in images times steps."""
+    measures, T = study.measures, cell.config.diffusion.num_timesteps
+    planned = {"while training": measures.checkpoints * measures.images * cell.config.evaluation.sample_steps}
+    for chain in cell.sampled_as or (T,):
+        suffix = f" as T={chain}" if cell.sampled_as else ""
+        for name in (HEADLINE,) if cell.sampled_as else measures.samplers:
+            planned[name + suffix] = measures.final_images * (parse_sampler(name).num_steps or 0)
+        planned["ancestral" + suffix] = measures.ancestral_images * chain
+    planned["bound"] = measures.bound_images * 51
+    return planned
+
+
+def compute_cell(
+    study: Study,
+    cell: Cell,
+    folder: Path,
+    lease: Lease,
+    *,
+    device: str,
+    data_dir: Path | None,
+    say: Callable[[str], object],
+) -> None:
+    """Train a cell's run and measure it; what an earlier call has done is not done again.
+
+    Raises:
+        as `run.train`; RunError where the lease is lost.
+    """
+    train(cell.config, folder, device=device, data_dir=data_dir, say=say)
+    trained = load(folder, device=device)
+    done = {line["key"] for line in read_lines(folder / MEASURES) if line["step"] == trained.step}
+    for key, measure in _measures(study, cell, trained, data_dir).items():
+        lease.check()
+        if key in done:
+            continue
+        begun = time.monotonic()
+        record = {"key": key, "step": trained.step, **measure()}
+        append_line(folder / MEASURES, record | {"seconds": time.monotonic() - begun})
+        say(f"{cell.name}: {key}{_told(record)}, {duration(time.monotonic() - begun)}")
+    _draw(trained, cell, folder, data_dir)
+    lease.check()
+    log, scores = read_lines(folder / "log.jsonl"), read_lines(folder / "scores.jsonl")
+    scoring = sum(line["seconds"] for line in scores + read_lines(folder / MEASURES))
+    seen = [0, *(line["images"] for line in log)]
+    training = sum((b - a) / line["images_per_second"] for a, b, line in zip(seen, seen[1:], log, strict=False))
+    summary = {
+        "cell": cell.name,
+        "label": cell.label,
+        "seed": cell.config.training.seed,
+        "step": trained.step,
+        "images": log[-1]["images"],
+        "seconds_of_training": training,
+        "seconds_of_scoring": scoring,
+        "device": str(resolve_device(device)),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("ddpm-lab", "torch", "numpy")}
+        | {"python": platform.python_version()},
+    }
+    replace_atomically(folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _told(record: dict[str, Any]) -> str:
+    if record.get("fid") is not None:
+        return f": {record['fid_label']} {record['fid']['value']:.3g}"
+    if "bits_per_dimension" in record:
+        return f": {record['bits_per_dimension']['value']:.3f} bits/dim"
+    return ""
+
+
+def _measures(
+    study: Study, cell: Cell, trained: TrainedModel, data_dir: Path | None
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured at the end, each by a function that gives its record."""
+    plan, data = study.measures, cell.config.data
+    reference = own_reference(cell.config, data_dir)
+    on = next(trained.model.parameters()).device
+    network = feature_network(plan.features, trained.image_shape, reference, None, str(on))
+    held_out = load_images(data.dataset, "test", data_dir, data.image_size).images[: plan.bound_images]
+
+    def scores(model: TrainedModel, sampling: SamplingConfig, num_images: int, metrics: tuple[str, ...]) -> Any:
+        splits, subset = min(10, num_images // 10), min(1000, num_images)
+        scoring = ScoringConfig(metrics=metrics, is_splits=splits, kid_subset_size=subset)
+        return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
+
+    def speed() -> dict[str, Any]:
+        each = evaluation_seconds(trained.model, trained.image_shape, "auto", on)
+        return {"seconds_an_evaluation": each, "rows": 64, "device": str(on), "threads": torch.get_num_threads()}
+
+    def bound() -> dict[str, Any]:
+        with progress("bounding", len(held_out) * 51, "evaluations") as advance:
+            found = variational_bound(
+                trained.model,
+                trained.schedule,
+                held_out.to(on),
+                prediction=trained.config.diffusion.prediction,
+                on_batch=advance,
+            )
+        half = 1.96 * found.standard_error
+        value = {"value": found.value, "low": found.value - half, "high": found.value + half}
+        return {"bits_per_dimension": value, **dataclasses.asdict(found), "variance": "beta", "images": "test"}
+
+    planned: dict[str, Callable[[], dict[str, Any]]] = {"speed": speed}
+    for chain in cell.sampled_as or (cell.config.diffusion.num_timesteps,):
+        model = with_timesteps(trained, chain) if cell.sampled_as else trained
+        suffix = f" as T={chain}" if cell.sampled_as else ""
+        for name in (HEADLINE,) if cell.sampled_as else plan.samplers:
+            planned[name + suffix] = scores(model, parse_sampler(name), plan.final_images, ("fid", "is", "kid"))
+        ancestral = SamplingConfig(sampler="ddpm", precision="auto")
+        planned["ancestral" + suffix] = scores(model, ancestral, plan.ancestral_images, ("is", "kid"))
+    return planned | {"bound": bound}
+
+
+def _draw(trained: TrainedModel, cell: Cell, folder: Path, data_dir: Path | None) -> None:
+    """Samples of the same seeds by the headline's sampler and by all T steps, and a film of each process."""
+    scale = visible_scale(trained.image_shape[1])
+    shown = with_timesteps(trained, 1000) if cell.sampled_as else trained
+    samplers = {"samples": parse_sampler(HEADLINE), "ancestral": SamplingConfig(sampler="ddpm", precision="auto")}
+    for name, sampling in samplers.items():
+        path = folder / f"{name}.png"
+        if not path.exists():
+            steps = build_sampler(shown, sampling).num_steps
+            with progress(f"sampling {SHOWN}", SHOWN * steps, "steps") as advance:
+                one_batch = dataclasses.replace(sampling, batch_size=SHOWN)
+                images = torch.cat(list(generate(shown, SHOWN, one_batch, on_step=advance)))
+            save_png(path, framed(image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)))
+    if not (folder / "reverse.gif").exists():
+        sampling = dataclasses.replace(parse_sampler(HEADLINE), batch_size=4)
+        trajectory = record_trajectory(shown, sampling, 4, FILM.frames or 2)
+        named = dataclasses.replace(trajectory, label=cell.label)
+        save_film(folder / "reverse.gif", reverse_frames([named], scale), FILM)
+    if not (folder / "forward.gif").exists():
+        data = load_images(cell.config.data.dataset, "test", data_dir, cell.config.data.image_size)
+        process = Process(shown.config.diffusion)
+        frames = forward_frames([process], to_float(data.images[:2]), FILM.frames or 2, scale=scale)
+        save_film(folder / "forward.gif", frames, FILM)

@@ -1,0 +1,99 @@
+"""Curves for web pages: SVG that says what a point is when one points at it, and reads as well without."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+SVG = "http://www.w3.org/2000/svg"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points in a line.
+
+    Attributes:
+        name: in the legend; '' for none.
+        colour: of matplotlib.
+        points: (x, y, low, high, what to say of it); low and high None where no interval is known.
+        style: of the line: '-', '--', ':' or '' for none.
+    """
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float, float | None, float | None, str]]
+    style: str = "-"
+
+
+def line_chart(
+    name: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    x_ticks: Sequence[float] = (),
+    level: tuple[float, str] | None = None,
+) -> str:
+    """A chart as an <svg> element.
+
+    Args:
+        name: unique on the page; an identifier.
+        x_ticks: where to put them; none: matplotlib's choice.
+        level: a horizontal line and what it is, such as the floor.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": name}):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        said: dict[str, str] = {}
+        for line in series:
+            x, y = [point[0] for point in line.points], [point[1] for point in line.points]
+            axes.plot(x, y, line.style or "none", color=line.colour, linewidth=1.6, label=line.name or None)
+            for index, (x_i, y_i, low, high, text) in enumerate(line.points):
+                key = f"{name}-{len(said)}-{index}"
+                said[key] = text
+                if low is not None and high is not None:
+                    axes.plot([x_i, x_i], [low, high], color=line.colour, linewidth=1, alpha=0.6)
+                axes.plot([x_i], [y_i], "o", color=line.colour, markersize=5, gid=key)
+        if level is not None:
+            axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=level[1])
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+        if x_ticks:
+            axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        if any(line.name for line in series) or level is not None:
+            axes.legend(fontsize=8, frameon=False)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    return _with_titles(written.getvalue(), said, f"{y_label} over {x_label}")
+
+
+def _with_titles(svg: str, said: dict[str, str], label: str) -> str:
+    """Give each point its words, and let the page choose the width."""
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        text = said.get(element.get("id", ""))
+        if text is not None:
+            title = ElementTree.Element(f"{{{SVG}}}title")
+            title.text = text
+            element.insert(0, title)
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for attribute in ("width", "height"):
+        root.attrib.pop(attribute, None)
+    root.set("role", "img")
+    root.set("aria-label", label)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,289 @@
+"""`ddpm report`: a study as one page that needs nothing but itself, with results.json and results.csv beside it."""
+
+import base64
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ddpm_lab.cell import HEADLINE
+from ddpm_lab.charts import Series, line_chart
+from ddpm_lab.drawing import COLOURS
+from ddpm_lab.files import replace_atomically
+from ddpm_lab.grid import Cell
+from ddpm_lab.results import CellResult, Results, answer, as_csv, as_json, compare, gather
+from ddpm_lab.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.settings import InputError
+
+STYLES = {"rescaled": "-", "cosine": "-", "fixed range": "--"}
+PICTURES = ("samples.png", "ancestral.png", "forward.gif", "reverse.gif")
+MIME = {".png": "image/png", ".gif": "image/gif"}
+
+
+def write_report(out: Path) -> str:
+    """Write report.html, results.json and results.csv of a study, as far as it has come.
+
+    Returns:
+        A line that says what was made and what was found.
+    Raises:
+        InputError: not a study, or one of which nothing is done yet.
+    """
+    results = gather(out)
+    if not results.records:
+        raise InputError(f"study {out} has no score yet")
+    records = results.records
+    replace_atomically(out / "results.json", as_json(records).encode())
+    replace_atomically(out / "results.csv", as_csv(records).encode())
+    replace_atomically(out / "report.html", report_page(results).encode())
+    return f"{out / 'report.html'}: {answer(results)}"
+
+
+def report_page(results: Results) -> str:
+    """The page, as HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = (resources.files("ddpm_lab") / "templates" / "report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"short": _short, "percent": lambda x: f"{x:.1%}", "duration": _duration}
+    finished = [result for result in results.cells if result.done]
+    records = results.records
+    return environment.from_string(text).render(
+        study=results.study,
+        answer=answer(results),
+        others=_other_answers(results),
+        charts=_charts(results),
+        rows=[_row(result, records) for result in finished],
+        keys=results.study.measures.samplers,
+        headline=HEADLINE,
+        label=next((record["fid_label"] for record in records if record.get("fid_label")), "FD"),
+        unfinished=[result for result in results.cells if not result.done],
+        chains=_chains(results),
+        pictures=[_pictures(result) for result in finished if result.cell.config.training.seed == _first_seed(results)],
+        records=[_flat(record) for record in records],
+        summaries=[result.done for result in finished],
+        floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
+    )
+
+
+def _first_seed(results: Results) -> int:
+    return results.study.grid.seeds[0]
+
+
+def _colour(results: Results, cell: Cell) -> str:
+    if cell.sampled_as:
+        return COLOURS[6]
+    lengths = list(results.study.grid.num_timesteps)
+    return COLOURS[lengths.index(cell.config.diffusion.num_timesteps) % 6]
+
+
+def _style(cell: Cell) -> str:
+    return ":" if cell.sampled_as else STYLES[cell.config.diffusion.beta_convention]
+
+
+def _point(x: float, record: dict[str, Any], score: str, what: str) -> tuple[float, float, Any, Any, str]:
+    found = record[score]
+    interval = "" if found["low"] is None else f" ({_short(found['low'])} to {_short(found['high'])})"
+    return x, found["value"], found["low"], found["high"], f"{what}: {_short(found['value'])}{interval}"
+
+
+def _charts(results: Results) -> dict[str, str]:
+    """Each chart by its name."""
+    records, measures = results.records, results.study.measures
+    label = next((record["fid_label"] for record in records if record["key"] == "training"), "FD")
+    final = next((record["fid_label"] for record in records if record["key"] == HEADLINE), label)
+    floor = next((r["floor"]["fid"] for r in records if r["key"] == HEADLINE and r.get("floor")), None)
+    level = (floor, "floor: real images") if floor else None
+    lengths = sorted(results.study.grid.num_timesteps)
+    steps = sorted({int(name.partition("-")[2]) for name in measures.samplers})
+    return {
+        "training": line_chart(
+            "training", _training_series(results), "training images seen", label, log_y=True
+        ),
+        "evaluations": line_chart(
+            "evaluations", _cost_series(results, "num_evaluations", "evaluations"),
+            "evaluations of the network an image", final, log_x=True, log_y=True, x_ticks=steps, level=level,
+        ),
+        "seconds": line_chart(
+            "seconds", _cost_series(results, "seconds_an_image", "s"), "seconds an image", final,
+            log_x=True, log_y=True, level=level,
+        ),
+        "native": line_chart(
+            "native", _single_series(results, "ancestral", "kid", "num_timesteps"),
+            "steps of ancestral sampling, all of the chain", f"KID (n={measures.ancestral_images})",
+            log_x=True, x_ticks=lengths,
+        ),
+        "bounds": line_chart(
+            "bounds", _single_series(results, "bound", "bits_per_dimension", "trained_timesteps"), "T of the chain",
+            "bits per dimension, upper bound", log_x=True,
+            x_ticks=sorted({*lengths, *(record["trained_timesteps"] for record in records)}),
+        ),
+    }  # fmt: skip
+
+
+def _legend(results: Results, result: CellResult) -> str:
+    """The cell's label, once for all seeds."""
+    return result.cell.label if result.cell.config.training.seed == _first_seed(results) else ""
+
+
+def _training_series(results: Results) -> list[Series]:
+    """Scores over the images seen, a line for each cell."""
+    series = []
+    for result in results.cells:
+        points = [
+            _point(r["images_seen"], r, "fid", f"{result.cell.name}, {r['images_seen']:,} images")
+            for r in result.records
+            if r["key"] == "training" and r.get("fid")
+        ]
+        colour, style = _colour(results, result.cell), _style(result.cell)
+        series.append(Series(_legend(results, result), colour, points, style))
+    return series
+
+
+def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
+    """Scores at the end over what an image costs: a line for DDIM, dots for DPM-Solver++."""
+    series = []
+    for result in results.cells:
+        records = [record for key in results.study.measures.samplers if (record := result.at_end(key))]
+        for sampler in ("ddim", "dpmpp"):
+            points = [
+                _point(r[cost], r, "fid", f"{result.cell.name}, {r['key']}, {r[cost]:.3g} {unit}")
+                for r in records
+                if r["sampler"] == sampler and r.get(cost)
+            ]
+            name = _legend(results, result) if sampler == "ddim" else ""
+            style = _style(result.cell) if sampler == "ddim" else ""
+            if points:
+                series.append(Series(name, _colour(results, result.cell), points, style))
+    return series
+
+
+def _single_series(results: Results, key: str, score: str, x: str) -> list[Series]:
+    """One kind of measure, a dot for each record of it."""
+    series = []
+    for result in results.cells:
+        points = [
+            _point(r[x], r, score, f"{result.cell.name}, {r['key']}")
+            for r in result.records
+            if r["key"].partition(" ")[0] == key and r.get(score)
+        ]
+        if points:
+            series.append(Series(_legend(results, result), _colour(results, result.cell), points, ""))
+    return series
+
+
+def _other_answers(results: Results) -> list[str]:
+    """A sentence each for the native axis, the bound, the fixed range and continuous time, where they were measured."""
+    said = []
+    native = compare(results, "kid", "ancestral")
+    if native is not None:
+        listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(native.means.items()))
+        said.append(
+            f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}), KID: {listed}; "
+            f"the 95 % interval of a difference is +- {_short(native.half)}, and covers {native.covers}."
+        )
+    fixed = _headline_values(results, lambda cell: cell.config.diffusion.beta_convention == "fixed range")
+    if fixed:
+        listed = ", ".join(f"{_short(value)} for {name}" for name, value in fixed.items())
+        said.append(f"With betas of a fixed range, at equal evaluations: {listed}.")
+    continuous = {
+        r["num_timesteps"]: r["fid"]["value"]
+        for r in results.records
+        if r["key"].startswith(f"{HEADLINE} as") and r["seed_of_training"] == _first_seed(results)
+    }
+    if continuous:
+        listed = ", ".join(f"{_short(value)} as T = {T}" for T, value in sorted(continuous.items()))
+        said.append(
+            f"One network of continuous time (T = 10,000), sampled at equal evaluations as each chain: {listed}."
+        )
+    return said
+
+
+def _headline_values(results: Results, wanted: Any) -> dict[str, float]:
+    """Scores at equal evaluations, by the cell's name, of the cells that are wanted."""
+    return {
+        result.cell.name: record["fid"]["value"]
+        for result in results.cells
+        if wanted(result.cell) and (record := result.at_end(HEADLINE)) and record.get("fid")
+    }
+
+
+def _row(result: CellResult, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table of cells: each number with the record behind it."""
+    own = (
+        ""
+        if not result.cell.sampled_as
+        else f" as T={1000 if 1000 in result.cell.sampled_as else result.cell.sampled_as[0]}"
+    )
+
+    def number(key: str, score: str) -> dict[str, Any] | None:
+        record = result.at_end(key) or result.at_end(key + own)
+        if record is None or not record.get(score):
+            return None
+        return {**record[score], "record": records.index(record)}
+
+    return {
+        "name": result.cell.name,
+        "label": result.cell.label + own,
+        "done": result.done,
+        "fid": number(HEADLINE, "fid"),
+        "inception_score": number(HEADLINE, "inception_score"),
+        "kid": number(HEADLINE, "kid"),
+        "native": number("ancestral", "kid"),
+        "bound": number("bound", "bits_per_dimension"),
+        "samplers": {key: number(key, "fid") for key in result_keys(result)},
+    }
+
+
+def result_keys(result: CellResult) -> list[str]:
+    """The samplers a cell was scored with at its end."""
+    return [record["key"] for record in result.records if record.get("fid") and record["key"] != "training"]
+
+
+def _chains(results: Results) -> list[dict[str, Any]]:
+    """What each kind of chain does to an image by its end."""
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in results.cells:
+        diffusion = result.cell.config.diffusion
+        schedule: NoiseSchedule = build_schedule(diffusion)
+        gone = float((schedule.alpha_bar < 1e-3).double().mean())
+        last = float(schedule.alpha_bar[-1])
+        seen[(diffusion.num_timesteps, diffusion.beta_convention)] = {
+            "label": result.cell.label,
+            "signal": math.sqrt(last),
+            "snr": float(schedule.snr[-1]),
+            "gone": gone,
+        }
+    return [seen[key] for key in sorted(seen)]
+
+
+def _pictures(result: CellResult) -> dict[str, Any]:
+    """The pictures of a cell, as data in the page."""
+    embedded = {}
+    for name in PICTURES:
+        path = result.folder / name
+        if path.is_file():
+            content = base64.b64encode(path.read_bytes()).decode()
+            embedded[path.stem] = f"data:{MIME[path.suffix]};base64,{content}"
+    return {
+        "label": result.cell.label,
+        "name": result.cell.name,
+        **dict.fromkeys(Path(p).stem for p in PICTURES),
+        **embedded,
+    }
+
+
+def _flat(record: dict[str, Any]) -> dict[str, str]:
+    """A record as text, without what is empty."""
+    return {key: str(value) for key, value in record.items() if value is not None and key != "traceback"}
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _duration(seconds: float) -> str:
+    from ddpm_lab.progress import duration
+
+    return duration(seconds)

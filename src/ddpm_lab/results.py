@@ -1,0 +1,198 @@
+"""What a study found: its records, gathered; the comparison, with its uncertainty; the answer in a sentence."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_lab.cell import HEADLINE, MEASURES
+from ddpm_lab.files import read_json
+from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
+from ddpm_lab.log import read_lines
+
+COLUMNS = (
+    "cell", "seed", "trained_timesteps", "beta_convention", "key", "step", "images_seen", "num_timesteps", "sampler",
+    "num_steps", "num_evaluations", "num_images", "fid_label", "fid", "fid_low", "fid_high", "inception_score",
+    "inception_score_low", "inception_score_high", "kid", "kid_low", "kid_high", "bits_per_dimension",
+    "bits_per_dimension_low", "bits_per_dimension_high", "seconds_an_image", "floor_fid", "dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A cell and what is known of it.
+
+    Attributes:
+        cell: which.
+        folder: where it lies.
+        done: the summary, or None where it is not finished.
+        failure: why it failed, or None.
+        records: of its scores and measures, in the order they were made.
+    """
+
+    cell: Cell
+    folder: Path
+    done: dict[str, Any] | None
+    failure: str | None
+    records: list[dict[str, Any]]
+
+    def at_end(self, key: str) -> dict[str, Any] | None:
+        """The record of a measure, or None."""
+        return next((record for record in self.records if record["key"] == key), None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study with all its cells."""
+
+    study: Study
+    cells: list[CellResult]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [record for result in self.cells for record in result.records]
+
+
+def gather(out: Path) -> Results:
+    """Read what a study's folder holds.
+
+    Raises:
+        InputError: it is not a study.
+    """
+    study = open_study(out)
+    cells = []
+    for cell in study.cells:
+        folder, failure = cell_folder(out, cell), failure_path(out, cell)
+        done = read_json(folder / "done.json") if is_done(out, cell) else None
+        why = str(read_json(failure).get("error")) if failure.is_file() and done is None else None
+        cells.append(CellResult(cell, folder, done, why, list(_records(cell, folder))))
+    return Results(study, cells)
+
+
+def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
+    """Each record with the cell it is of; scores in the course of training have the key 'training'."""
+    training, data = cell.config.training, cell.config.diffusion
+    common = {
+        "cell": cell.name,
+        "label": cell.label,
+        "seed_of_training": training.seed,
+        "trained_timesteps": data.num_timesteps,
+        "trained_convention": data.beta_convention,
+    }
+    measures = read_lines(folder / MEASURES)
+    speed = next((line["seconds_an_evaluation"] for line in measures if line["key"] == "speed"), None)
+    for line in read_lines(folder / "scores.jsonl"):
+        if line.get("by") == "training":
+            yield common | {"key": "training", "images_seen": line["step"] * training.batch_size} | line
+    for line in measures:
+        evaluations = line.get("num_evaluations")
+        cost = None if speed is None or evaluations is None else speed * evaluations
+        yield common | {"images_seen": line["step"] * training.batch_size, "seconds_an_image": cost} | line
+
+
+def as_csv(records: list[dict[str, Any]]) -> str:
+    """One line a record, with the columns that most people plot."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        row = {name: record.get(name) for name in COLUMNS}
+        row["seed"] = record["seed_of_training"]
+        for name in ("fid", "inception_score", "kid", "bits_per_dimension"):
+            score = record.get(name)
+            if isinstance(score, dict):
+                row |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
+        floor = record.get("floor")
+        row["floor_fid"] = floor.get("fid") if isinstance(floor, dict) else None
+        writer.writerow(row)
+    return stream.getvalue()
+
+
+def as_json(records: list[dict[str, Any]]) -> str:
+    """All records, whole."""
+    return json.dumps(records, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A score at several lengths of chain.
+
+    Attributes:
+        means: by T, the mean over seeds.
+        half: half of the 95 % interval of a difference of two of them.
+        seeds: how many.
+        covers: what the interval covers, in words.
+    """
+
+    means: dict[int, float]
+    half: float
+    seeds: int
+    covers: str
+
+    @property
+    def extremes(self) -> tuple[int, int]:
+        """T of the least and of the greatest mean."""
+        return min(self.means, key=self.means.__getitem__), max(self.means, key=self.means.__getitem__)
+
+
+def compare(results: Results, score: str, key: str) -> Compared | None:
+    """Compare a score between the lengths of the rescaled (or cosine) chains.
+
+    With several seeds the spread within each T, pooled over all of them, gives the interval (Student's t); with one,
+    the intervals of the scores themselves, which cover the choice of images and not the training seed.
+
+    Returns:
+        None where fewer than two lengths have the score.
+    """
+    found: dict[int, list[dict[str, float]]] = {}
+    for result in results.cells:
+        record = result.at_end(key)
+        cell = result.cell
+        if cell.sampled_as or cell.config.diffusion.beta_convention == "fixed range" or not record:
+            continue
+        if record.get(score):
+            found.setdefault(cell.config.diffusion.num_timesteps, []).append(record[score])
+    if len(found) < 2:
+        return None
+    means = {T: statistics.fmean(s["value"] for s in scores) for T, scores in found.items()}
+    seeds = min(len(scores) for scores in found.values())
+    freedom = sum(len(scores) - 1 for scores in found.values())
+    if freedom > 0 and seeds > 1:
+        from scipy.stats import t as student
+
+        squares = sum((s["value"] - means[T]) ** 2 for T, scores in found.items() for s in scores)
+        half = float(student.ppf(0.975, freedom)) * (squares / freedom * 2 / seeds) ** 0.5
+        return Compared(means, half, seeds, f"{seeds} training seeds, their spread pooled over the lengths")
+    halves = sorted(((s["high"] - s["low"]) / 2 for scores in found.values() for s in scores[:1]), reverse=True)
+    half = (halves[0] ** 2 + halves[1] ** 2) ** 0.5
+    return Compared(means, half, 1, "the choice of sampled images, not the training seed, of which there is one")
+
+
+def answer(results: Results) -> str:
+    """The study's answer in one sentence, with its uncertainty and its axis."""
+    compared = compare(results, "fid", HEADLINE)
+    if compared is None:
+        return "Fewer than two lengths of the chain have been scored yet."
+    label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE)
+    least, greatest = compared.extremes
+    difference = compared.means[greatest] - compared.means[least]
+    listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))
+    lengths = " and ".join(str(T) for T in sorted(compared.means))
+    if difference > compared.half:
+        found = (
+            f"T = {least} scores better than T = {greatest} by {difference:.2g} (95 % interval {difference:.2g} +- "
+            f"{compared.half:.2g})"
+        )
+    else:
+        found = (
+            f"between T = {lengths} there is no difference larger than {difference + compared.half:.2g} (largest "
+            f"measured {difference:.2g}, 95 % interval +- {compared.half:.2g})"
+        )
+    return (
+        f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps), {found} in {label}: {listed}; the interval "
+        f"covers {compared.covers}."
+    )

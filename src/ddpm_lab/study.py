@@ -1,0 +1,107 @@
+"""`ddpm study`: compute what is missing of a study, cell by cell, and report.
+
+A cell is claimed by a lease, so that several workers share a folder: none is computed twice, and one whose worker died
+is taken up by the next.
+"""
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ddpm_lab.cell import compute_cell, study_cost
+from ddpm_lab.files import InUse, replace_atomically
+from ddpm_lab.grid import Study, cell_folder, failure_path, is_done, open_study
+from ddpm_lab.lease import leased
+from ddpm_lab.report import write_report
+from ddpm_lab.run import Interrupted
+from ddpm_lab.settings import InputError, RunError
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    cell: int | None = None,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Compute what is missing of a study, then its results and report.
+
+    Args:
+        out: the study's folder, new or to be continued; several workers may share it.
+        cell: index of the only one to compute; None: all, one after another.
+        device, data_dir, say: see `run.train`.
+    Raises:
+        InputError: a cell that does not exist, or a folder of another study.
+        RunError: a cell failed; the others are done all the same.
+        Interrupted: see `run.train`.
+    """
+    cells = study.cells
+    if cell is not None and not 0 <= cell < len(cells):
+        raise InputError(f"--cell must be from 0 to {len(cells) - 1}, the cells of study {study.name}, not {cell}")
+    _claim_folder(study, out)
+    chosen = cells if cell is None else [cells[cell]]
+    missing = [c for c in chosen if not is_done(out, c)]
+    say(f"study {study.name}: {len(cells)} cells, {sum(is_done(out, c) for c in cells)} done")
+    if missing:
+        for line in study_cost(study, missing, device, data_dir):
+            say(line)
+    failed, elsewhere = [], []
+    for one in missing:
+        with leased(out / "cells" / f"{one.name}.lease") as lease:
+            if lease is None:
+                elsewhere.append(one.name)
+                say(f"cell {one.index}, {one.name}, is being computed by another worker")
+                continue
+            if is_done(out, one):  # since we looked
+                continue
+            say(f"cell {one.index} of 0 .. {len(cells) - 1}: {one.name}")
+            try:
+                compute_cell(study, one, cell_folder(out, one), lease, device=device, data_dir=data_dir, say=say)
+                failure_path(out, one).unlink(missing_ok=True)
+            except InUse:
+                elsewhere.append(one.name)
+                say(f"cell {one.index}, {one.name}, is being written by another process")
+            except Interrupted:
+                raise
+            except Exception as error:  # whatever it is, the other cells are none the worse
+                failed.append(one.name)
+                _note_failure(failure_path(out, one), error)
+                say(f"cell {one.index}, {one.name}, failed: {error}")
+    if any(is_done(out, c) for c in cells):
+        say(write_report(out))
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}; {out / 'cells'} says why in "
+            "NAME.failed.json, and the same command tries again"
+        )
+    if elsewhere:
+        say(f"left to other workers: {', '.join(elsewhere)}")
+
+
+def _claim_folder(study: Study, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder, new or of a study")
+    if (out / "study.json").is_file():
+        there = open_study(out).to_dict()
+        for key, value in study.to_dict().items():
+            if there[key] != value:
+                raise InputError(f"--out {out} holds a study with another {key}; name another folder")
+    elif out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if others and others != ["cells"]:
+            raise InputError(f"--out {out} holds {others[0]} but no study.json; name an empty or new folder")
+    try:
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+        if not (out / "study.json").is_file():
+            replace_atomically(out / "study.json", (json.dumps(study.to_dict(), indent=2) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def _note_failure(path: Path, error: Exception) -> None:
+    told = {"error": str(error), "traceback": traceback.format_exc(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    replace_atomically(path, (json.dumps(told, indent=2) + "\n").encode())

@@ -1,0 +1,325 @@
+"""A study: its cells, what is never computed twice, what a failure leaves alone, and what is concluded."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddpm_lab import cell as cell_module
+from ddpm_lab import study as study_module
+from ddpm_lab.charts import Series, line_chart
+from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study, study_names
+from ddpm_lab.lease import leased
+from ddpm_lab.log import read_lines
+from ddpm_lab.report import report_page, write_report
+from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather
+from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.study import run_study
+
+from .conftest import TINY_RECIPE
+
+TINY_STUDY = """
+recipe = "tiny.toml"
+question = "Is it <quick>?"
+
+[grid]
+num_timesteps = [30, 60]
+
+[measures]
+checkpoints = 2
+images = 20
+final_images = 20
+samplers = ["ddim-5", "ddim-50", "dpmpp-5"]
+ancestral_images = 20
+bound_images = 4
+
+[settings.training]
+num_steps = 4
+checkpoint_every = 2
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY_RECIPE)
+    (tmp_path / "small.toml").write_text(TINY_STUDY.replace("[30, 60]", "[50, 60]"))
+    return tmp_path / "small.toml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished study; tests must not change it."""
+    place = tmp_path_factory.mktemp("study")
+    (place / "tiny.toml").write_text(TINY_RECIPE)
+    (place / "small.toml").write_text(TINY_STUDY.replace("[30, 60]", "[50, 60]"))
+    run_study(read_study(str(place / "small.toml")), place / "out", device="cpu")
+    return place / "out"
+
+
+def test_a_thousand_steps_are_one_cell_for_both_conventions():
+    study = dataclasses.replace(read_study("digits"))
+    assert [cell.name for cell in study.cells] == [
+        "T500-rescaled-seed0", "T1000-seed0", "T2000-rescaled-seed0", "T500-fixed-seed0", "T2000-fixed-seed0",
+        "continuous-seed0",
+    ]  # fmt: skip
+    assert [cell.index for cell in study.cells] == list(range(6))
+    chains = [cell.config.diffusion for cell in study.cells]
+    assert [chain.rescale_betas for chain in chains] == [True, True, True, False, False, True]
+    assert study.cells[-1].sampled_as == (500, 1000, 2000)
+    everything_else = {json.dumps(c.config.to_dict() | {"diffusion": None}, sort_keys=True) for c in study.cells}
+    assert len(everything_else) == 1  # the same images, steps and seed for all
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_packaged_studies_are_whole(name):
+    study = read_study(name)
+    again = Study(
+        study.name, study.question, study.recipe, type(study.grid).from_dict(study.to_dict()["grid"]), study.measures
+    )
+    assert again.cells == study.cells
+    for cell in study.cells:
+        assert len(range(0, cell.config.training.num_steps, cell.config.evaluation.score_every)) >= 3
+
+
+def test_a_study_is_computed_whole_and_reported(finished):
+    study = open_study(finished)
+    assert len(study.cells) == 5
+    for cell in study.cells:
+        folder = cell_folder(finished, cell)
+        done = json.loads((folder / "done.json").read_text())
+        assert done["images"] == 32
+        assert done["seconds_of_training"] > 0
+        scores = [line["step"] for line in read_lines(folder / "scores.jsonl") if line.get("by") == "training"]
+        assert scores == [2, 4]
+        keys = [line["key"] for line in read_lines(folder / "measures.jsonl")]
+        if cell.sampled_as:
+            assert keys == [
+                "speed", "ddim-50 as T=50", "ancestral as T=50", "ddim-50 as T=60", "ancestral as T=60", "bound",
+            ]  # fmt: skip
+        else:
+            assert keys == ["speed", "ddim-5", "ddim-50", "dpmpp-5", "ancestral", "bound"]
+        for name in ("samples.png", "ancestral.png", "forward.gif", "reverse.gif"):
+            assert (folder / name).stat().st_size > 500
+    records = json.loads((finished / "results.json").read_text())
+    assert len(records) == 5 * 2 + 4 * 6 + 6
+    assert {record["num_timesteps"] for record in records if record["key"].startswith("ddim-50")} == {50, 60}
+    rows = (finished / "results.csv").read_text().splitlines()
+    assert len(rows) == len(records) + 1
+    assert rows[0].startswith("cell,seed,trained_timesteps")
+
+
+def test_the_page_needs_nothing_but_itself(finished):
+    page = (finished / "report.html").read_text()
+    assert "Is it &lt;quick&gt;?" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert page.count("data:image/gif") == 5 * 2
+    assert page.count("<svg") == 5
+    assert len(re.findall(r"<title>[^<]*fixed-seed0[^<]*</title>", page)) > 4  # dots say what they are
+    for target in re.findall(r'href="#(record-\d+)"', page):
+        assert f'id="{target}"' in page
+
+
+def test_a_finished_cell_is_never_computed_twice(finished, monkeypatch):
+    monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed again"))
+    said = []
+    run_study(open_study(finished), finished, device="cpu", say=said.append)
+    assert "5 cells, 5 done" in said[0]
+
+
+def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch):
+    study = read_study(str(study_file))
+    done = []
+
+    def compute(study, cell, folder, *rest, **more):
+        if cell.index == 1:
+            raise RunError("the loss is not finite")
+        folder.mkdir()
+        (folder / "done.json").write_text("{}")
+        done.append(cell.index)
+
+    monkeypatch.setattr(study_module, "compute_cell", compute)
+    monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="1 of 5 cells failed: T60-rescaled-seed0"):
+        run_study(study, out, device="cpu")
+    assert done == [0, 2, 3, 4]
+    failure = json.loads((out / "cells" / "T60-rescaled-seed0.failed.json").read_text())
+    assert failure["error"] == "the loss is not finite"
+    assert [result.failure for result in gather(out).cells][1] == "the loss is not finite"
+    monkeypatch.setattr(
+        study_module,
+        "compute_cell",
+        lambda study, cell, folder, *a, **k: (folder.mkdir(), (folder / "done.json").write_text("{}")),
+    )
+    run_study(study, out, device="cpu")
+    assert not list((out / "cells").glob("*.failed.json"))
+
+
+def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypatch):
+    study, out, said = read_study(str(study_file)), tmp_path / "out", []
+    monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed"))
+    study_module._claim_folder(study, out)
+    with leased(out / "cells" / f"{study.cells[2].name}.lease"):
+        run_study(study, out, cell=2, device="cpu", say=said.append)
+    assert any("being computed by another worker" in line for line in said)
+
+
+def worker(study_file, out, *more):
+    command = [sys.executable, "-m", "ddpm_lab", "study", str(study_file), "--out", str(out), "--device", "cpu", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_studies_end_in_the_same_results(study_file, tmp_path, finished):
+    out = tmp_path / "out"
+    for seconds in (6, 9, 7):
+        process = worker(study_file, out)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for lease in (out / "cells").glob("*.lease"):
+            lease.unlink()  # of the dead; waiting for it to expire would take two minutes
+    process = worker(study_file, out)
+    process.communicate()
+    assert process.returncode == 0
+    assert essential(out) == essential(finished)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_folder_and_each_cell_is_computed_once(study_file, tmp_path, finished):
+    out = tmp_path / "out"
+    workers = [worker(study_file, out) for _ in range(2)]
+    said = [process.communicate()[0] for process in workers]
+    assert [process.returncode for process in workers] == [0, 0]
+    study = open_study(out)
+    started = [re.findall(r"cell \d of 0 \.\. 4: (\S+)", text) for text in said]
+    assert sorted(started[0] + started[1]) == sorted(cell.name for cell in study.cells)
+    assert all(is_done(out, cell) for cell in study.cells)
+    write_report(out)
+    assert essential(out) == essential(finished)
+
+
+def essential(out):
+    """All records without what depends on the clock or on where the folder lies."""
+    volatile = {"seconds", "seconds_an_image", "seconds_an_evaluation", "source", "images"}
+    records = json.loads((out / "results.json").read_text())
+    return [{k: v for k, v in record.items() if k not in volatile} for record in records]
+
+
+def made_up(values, score="fid", key="ddim-50"):
+    """Results with given scores: {(T, seed): (value, half)}."""
+    study = read_study("digits")
+    study = dataclasses.replace(study, grid=dataclasses.replace(study.grid, seeds=(0, 1, 2)))
+    cells = []
+    for cell in study.cells:
+        T, seed = cell.config.diffusion.num_timesteps, cell.config.training.seed
+        records = []
+        if (T, seed) in values and not cell.sampled_as and cell.config.diffusion.beta_convention != "fixed range":
+            value, half = values[T, seed]
+            found = {"value": value, "low": value - half, "high": value + half}
+            records = [{"key": key, score: found, "fid_label": "FD-classifier (n=360)"}]
+        cells.append(CellResult(cell, Path(), {}, None, records))
+    return Results(study, cells)
+
+
+def test_one_seed_is_compared_by_the_intervals_of_the_images():
+    results = made_up({(500, 0): (2.0, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})
+    compared = compare(results, "fid", "ddim-50")
+    assert compared.half == pytest.approx(0.5)
+    assert compared.extremes == (1000, 500)
+    assert "T = 1000 scores better than T = 500 by 1 (95 % interval 1 +- 0.5)" in answer(results)
+    assert "not the training seed" in answer(results)
+
+
+def test_a_difference_within_its_interval_is_none():
+    results = made_up({(500, 0): (1.1, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})
+    sentence = answer(results)
+    assert "there is no difference larger than 0.7" in sentence
+    assert "scores better" not in sentence
+
+
+def test_seeds_are_compared_by_their_spread():
+    values = {(500, s): (v, 9.0) for s, v in enumerate((1.0, 1.2, 1.4))} | {
+        (1000, s): (v, 9.0) for s, v in enumerate((3.0, 3.2, 3.4))
+    }
+    compared = compare(made_up(values), "fid", "ddim-50")
+    # Pooled variance 0.04 with 4 degrees of freedom; t = 2.776; sqrt(0.04 * 2 / 3) = 0.1633.
+    assert compared.half == pytest.approx(2.776 * 0.1633, rel=1e-3)
+    assert compared.means == pytest.approx({500: 1.2, 1000: 3.2})
+    assert "3 training seeds" in answer(made_up(values))
+    assert compare(made_up({(500, 0): (1.0, 0.1)}), "fid", "ddim-50") is None
+
+
+def test_charts_say_what_their_dots_are():
+    points = [(1, 2, 1.5, 2.5, "T < 5: 2"), (2, 3, None, None, "b")]
+    svg = line_chart("a", [Series("one & two", "#0072B2", points)], "x", "y")
+    assert svg.startswith("<svg")
+    assert "<title>T &lt; 5: 2</title>" in svg
+    assert "one &amp; two" in svg
+    assert svg == line_chart("a", [Series("one & two", "#0072B2", points)], "x", "y")
+
+
+def test_a_page_of_a_study_under_way_says_what_is_missing(study_file, tmp_path):
+    study = read_study(str(study_file))
+    out = tmp_path / "out"
+    run_study(study, out, cell=0, device="cpu")
+    results = gather(out)
+    assert sum(result.done is not None for result in results.cells) == 1
+    page = report_page(results)
+    assert "Not all is done" in page
+    assert "Fewer than two lengths" in page
+
+
+def test_csv_has_a_cell_for_each_column(finished):
+    lines = as_csv(gather(finished).records).splitlines()
+    assert len({line.count(",") for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('recipe = "none"', "no recipe 'none'"),
+        ("recipe = 3", "must name a recipe"),
+        ("[grid]\nnum_timesteps = []", "is empty"),
+        ("[grid]\nnum_timesteps = [20]", "more than 20"),
+        ("[grid]\nnum_timesteps = [50, 50]", "twice"),
+        ("[grid]\nbetas = ['sigmoid']", "betas"),
+        ("[grid]\nseeds = [-1]", "at least 0"),
+        ("[grid]\nT = 3", "no setting 'T'"),
+        ("[measures]\nsamplers = ['ddim']", "as 'ddim-50'"),
+        ("[measures]\nsamplers = ['euler-5']", "sampler"),
+        ("[measures]\nsamplers = ['ddim-600']", "more steps than the shortest chain"),
+        ("[measures]\nimages = 3", "at least 20"),
+        ("[settings.training]\nlr = 3", "no setting 'lr'"),
+        ("[settings]\ntraining = 3", "must be a table"),
+        ("cells = 5", "no setting 'cells'"),
+        ("[grid", "not a TOML file"),
+    ],
+)
+def test_bad_studies_are_refused(tmp_path, change, words):
+    path = tmp_path / "bad.toml"
+    path.write_text(change if change.startswith("recipe") else f'recipe = "digits"\n{change}\n')
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_study(str(path))
+
+
+def test_other_folders_are_refused(study_file, tmp_path, finished):
+    study = read_study(str(study_file))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("keep")
+    for out, words in ((tmp_path / "other", "holds a.txt"), (study_file, "is a file"), (finished, "another name")):
+        changed = dataclasses.replace(study, name="changed") if out == finished else study
+        with pytest.raises(InputError, match=words):
+            run_study(changed, out, device="cpu")
+    with pytest.raises(InputError, match="from 0 to 4"):
+        run_study(study, tmp_path / "out", cell=5, device="cpu")
+    with pytest.raises(InputError, match="is not a study"):
+        write_report(tmp_path / "other")
+    assert cell_module.MEASURES == "measures.jsonl"
