@@ -3,7 +3,11 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 SVG = "http://www.w3.org/2000/svg"
 
@@ -63,8 +67,10 @@ def line_chart(
             axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=level[1])
         if log_x:
             axes.set_xscale("log")
+            _plain_numbers(axes.xaxis)
         if log_y:
             axes.set_yscale("log")
+            _plain_numbers(axes.yaxis)
         if x_ticks:
             axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
             axes.minorticks_off()
@@ -77,6 +83,17 @@ def line_chart(
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return _with_titles(written.getvalue(), said, f"{y_label} over {x_label}")
+
+
+def _plain_numbers(axis: "Axis") -> None:
+    """20, not 2 x 10^1, at every tick of a logarithmic axis that has room for it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    few = high / low > 30
+    axis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 3.0, 5.0, 7.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _with_titles(svg: str, said: dict[str, str], label: str) -> str:

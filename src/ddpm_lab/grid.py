@@ -106,6 +106,8 @@ class Cell:
         diffusion = self.config.diffusion
         if self.sampled_as:
             return "continuous time"
+        if diffusion.schedule == "linear" and diffusion.num_timesteps == 1000:
+            return "T = 1000"  # by either convention
         return f"T = {diffusion.num_timesteps}, {diffusion.beta_convention}"
 
 

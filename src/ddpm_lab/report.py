@@ -55,7 +55,7 @@ def report_page(results: Results) -> str:
         rows=[_row(result, records) for result in finished],
         keys=results.study.measures.samplers,
         headline=HEADLINE,
-        label=next((record["fid_label"] for record in records if record.get("fid_label")), "FD"),
+        label=next((record["fid_label"] for record in records if record["key"] == HEADLINE), "FD"),
         unfinished=[result for result in results.cells if not result.done],
         chains=_chains(results),
         pictures=[_pictures(result) for result in finished if result.cell.config.training.seed == _first_seed(results)],
