@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--bf16", action="store_true", help="sample in bfloat16, as ours is; training stays as it is")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     given.out.mkdir(parents=True)
@@ -69,11 +70,13 @@ def main() -> None:
             print(f"{step} of {planned} steps, {time.monotonic() - begun:.0f} s", flush=True)
     seconds = time.monotonic() - begun
     first = range(0, given.num_images, 250)
-    batches = (peer.sample(min(250, given.num_images - begin), NUM_STEPS) for begin in first)
-    save_npz(given.out / "images.npz", batches, given.num_images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+        batches = (peer.sample(min(250, given.num_images - begin), NUM_STEPS) for begin in first)
+        save_npz(given.out / "images.npz", batches, given.num_images)
     record = {
         "system": given.system, "seed": given.seed, "steps": planned, "images": planned * BATCH,
         "minutes": given.minutes, "seconds": seconds, "parameters": peer.num_parameters, "num_steps": NUM_STEPS,
+        "sampled_in": "bf16" if given.bf16 else "float32",
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     (given.out / "record.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -20,6 +20,7 @@ from safetensors.torch import save as tensor_bytes
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig, recipe_names
 from ddpm_lab.generation import sampling_identity
+from ddpm_lab.grid import study_names
 from ddpm_lab.trained import load
 
 from .conftest import TINY_RECIPE, tree_hash
@@ -327,6 +328,16 @@ BAD_INPUTS = {
     "norms of no model": ("curves norms nothing --out a.png", "no model"),
     "norms of no images": ("curves norms run --num-images 0 --out a.png", "from 1 to 64"),
     "info of nothing": ("info empty", "holds no config.json"),
+    "study of nothing": ("study nothing --out new", "no study 'nothing'"),
+    "study that is no TOML": ("study torn.toml --out new", "not a TOML file"),
+    "study with an unknown setting": ("study group.toml --out new", "no setting 'trainer'"),
+    "study of no recipe": ("study list.toml --out new", "no setting 'training'"),
+    "study in a file": ("study digits --out a_file", "is a file"),
+    "study in another folder": ("study digits --out notes", "holds todo.txt"),
+    "study of a cell too many": ("study digits --out new --cell 6", "from 0 to 5"),
+    "study of a negative cell": ("study digits --out new --cell -1", "from 0 to 5"),
+    "report of another folder": ("report notes", "is not a study"),
+    "report of nothing": ("report nowhere", "is not a study"),
     "demo in a file": ("demo --out a_file", "a_file"),
 }
 
@@ -429,7 +440,9 @@ def test_a_warning_comes_before_the_work_and_never_beside_an_error(place):
     assert trained.stderr.splitlines()[0].startswith("warning: a level of 32 channels in 32 groups cannot see t")
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["data"], ["train"], ["sample"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["data"], ["train"], ["sample"], ["info"], ["study"], ["forward"], ["reverse"]]
+)
 def test_help_names_every_option_and_default(command, capsys):
     assert run_command([*command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -438,6 +451,8 @@ def test_help_names_every_option_and_default(command, capsys):
         assert "[default: 800000]" in text
         assert all(name in text for name in recipe_names())
         assert ".no-rescale-betas" in text
+    if command == ["study"]:
+        assert all(name in text for name in study_names())
 
 
 def test_help_imports_nothing_heavy():
@@ -464,19 +479,11 @@ def test_absent_data_is_told_in_time(tmp_path):
     assert "DDPM_DATA_DIR" in line
 
 
-@pytest.mark.slow
-def test_the_demo_ends_with_a_picture(tmp_path, capsys, monkeypatch):
-    """In small: a few steps of the recipe, all else as users get it; a second call has nothing left to train."""
-    from ddpm_lab import demo
-    from ddpm_lab.config import Config, SamplingConfig
+def test_the_demo_is_the_study_of_digits(tmp_path, monkeypatch):
+    from ddpm_lab import study
 
-    recipe = demo.load_recipe("digits").to_dict()
-    recipe["training"] |= {"num_steps": 4, "warmup_steps": 2}
-    recipe["evaluation"] |= {"sample_steps": 2}
-    monkeypatch.setattr(demo, "load_recipe", lambda name: Config.from_dict(recipe))
-    monkeypatch.setitem(demo.SAMPLERS, "ddpm", SamplingConfig(sampler="ddpm", num_steps=3))
-    for _ in range(2):
-        assert run_command(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
-    with Image.open(tmp_path / "demo" / "digits.png") as picture:
-        assert picture.size == (4 * (16 * 10 - 2), 4 * (12 * 10 - 2))
-    assert "validation loss" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(study, "run_study", lambda *given, **more: asked.append((given, more)))
+    assert run_command(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    (((found, out), more),) = asked
+    assert (found.name, out, more["device"]) == ("digits", tmp_path / "demo", "cpu")

@@ -293,9 +293,10 @@ def test_csv_has_a_cell_for_each_column(finished):
         ("[grid]\nbetas = ['sigmoid']", "betas"),
         ("[grid]\nseeds = [-1]", "at least 0"),
         ("[grid]\nT = 3", "no setting 'T'"),
-        ("[measures]\nsamplers = ['ddim']", "as 'ddim-50'"),
-        ("[measures]\nsamplers = ['euler-5']", "sampler"),
-        ("[measures]\nsamplers = ['ddim-600']", "more steps than the shortest chain"),
+        ("[measures]\nsamplers = ['ddim-10']", "must name ddim-50"),
+        ("[measures]\nsamplers = ['ddim', 'ddim-50']", "as 'ddim-50'"),
+        ("[measures]\nsamplers = ['euler-5', 'ddim-50']", "sampler"),
+        ("[measures]\nsamplers = ['ddim-600', 'ddim-50']", "more steps than the shortest chain"),
         ("[measures]\nimages = 3", "at least 20"),
         ("[settings.training]\nlr = 3", "no setting 'lr'"),
         ("[settings]\ntraining = 3", "must be a table"),
@@ -308,6 +309,16 @@ def test_bad_studies_are_refused(tmp_path, change, words):
     path.write_text(change if change.startswith("recipe") else f'recipe = "digits"\n{change}\n')
     with pytest.raises(InputError, match=re.escape(words)):
         read_study(str(path))
+
+
+def test_the_example_of_the_docs_is_a_study(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "studies.md").read_text()
+    (example,) = re.findall(r"^```toml\n(.*?)^```", text, flags=re.M | re.S)
+    (tmp_path / "mine.toml").write_text(example)
+    study = read_study(str(tmp_path / "mine.toml"))
+    assert len(study.cells) == 3 * 6  # rescaled and fixed are one at 1000, rescaled and cosine are not
+    assert study.cells[-1].config.diffusion.schedule == "cosine"
+    assert study.cells[0].config.data.dataset == "my-pictures/"
 
 
 def test_other_folders_are_refused(study_file, tmp_path, finished):

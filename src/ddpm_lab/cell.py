@@ -20,7 +20,7 @@ from ddpm_lab.files import replace_atomically
 from ddpm_lab.film import save_film
 from ddpm_lab.forward import Process, forward_frames
 from ddpm_lab.generation import build_sampler, generate
-from ddpm_lab.grid import Cell, Study, parse_sampler
+from ddpm_lab.grid import HEADLINE, Cell, Study, parse_sampler
 from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.lease import Lease
 from ddpm_lab.likelihood import variational_bound
@@ -36,7 +36,6 @@ from ddpm_lab.training import new_state, resolve_device
 from ddpm_lab.unet import build_unet
 
 MEASURES = "measures.jsonl"
-HEADLINE = "ddim-50"  # the sampler of scores in the course of training, and of headlines
 SHOWN = 16  # samples of the same seeds, side by side
 FILM = PictureConfig(frames=31, fps=10, hold=2.0)
 
@@ -114,6 +113,7 @@ def compute_cell(
         "seconds_of_scoring": scoring,
         "device": str(resolve_device(device)),
         "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {name: version(name) for name in ("ddpm-lab", "torch", "numpy")}
         | {"python": platform.python_version()},
     }

@@ -54,14 +54,15 @@ app["--help"].group = app["--version"].group = "About"
 
 @app.command
 def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
-    """Train on the embedded 8x8 digits, sample, and show: minutes on two CPU cores, no network.
+    """Run the study in small, on the embedded 8x8 digits: minutes on two CPU cores, no network; ends with report.html.
 
     Args:
         out: folder for everything it makes; running it again continues.
     """
-    from ddpm_lab.demo import run_demo
+    from ddpm_lab.grid import read_study
+    from ddpm_lab.study import run_study
 
-    run_demo(out, device, say=say)
+    run_study(read_study("digits"), out, device=device, say=say)
 
 
 @app.command
@@ -220,7 +221,7 @@ def study(
     """Train the same network with chains of several lengths, score them alike, and report; stopped, it goes on.
 
     Args:
-        name: a packaged study (STUDIES) or the path of a TOML file.
+        name: a packaged study (cifar10, cifar10-cpu, digits, mnist) or the path of a TOML file.
         out: folder of the study, new or to be continued; several workers may share it.
         cell: index of the only cell to compute, from 0; unset: all that are missing.
     """

@@ -20,6 +20,7 @@ from ddpm_lab.config import Config, SamplingConfig, read_recipe
 from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError, SettingsGroup, require
 
+HEADLINE = "ddim-50"  # the sampler of headlines: equal evaluations whatever T
 CONTINUOUS = 10_000  # timesteps that stand for continuous time: a network of that chain is sampled as any other
 Features = Literal["classifier", "inception"]
 
@@ -67,7 +68,7 @@ class MeasuresConfig(SettingsGroup):
         self._at_least(1, "checkpoints")
         self._at_least(20, "images", "final_images", "ancestral_images")
         self._at_least(2, "bound_images")
-        require(bool(self.samplers), "measures.samplers is empty; name at least one")
+        require(HEADLINE in self.samplers, f"measures.samplers must name {HEADLINE}, by which cells are compared")
         for name in self.samplers:
             parse_sampler(name)
 
@@ -150,8 +151,9 @@ class Study:
 
     def _config(self, T: int, seed: int, linear: bool, rescale: bool) -> Config:
         values = {group: dict(settings) for group, settings in self.recipe.items()}
-        diffusion = {"num_timesteps": T, "schedule": "linear" if linear else "cosine"}
-        values["diffusion"] = values.get("diffusion", {}) | diffusion | ({"rescale_betas": rescale} if linear else {})
+        chain = {"num_timesteps": T, "schedule": "linear" if linear else "cosine"}
+        others = {k: v for k, v in values.get("diffusion", {}).items() if k != "rescale_betas"}
+        values["diffusion"] = others | chain | ({"rescale_betas": rescale} if linear else {})
         values["training"] = values.get("training", {}) | {"seed": seed}
         num_steps = Config.from_dict(values).training.num_steps
         evaluation = {

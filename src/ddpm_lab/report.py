@@ -6,11 +6,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ddpm_lab.cell import HEADLINE
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.drawing import COLOURS
 from ddpm_lab.files import replace_atomically
-from ddpm_lab.grid import Cell
+from ddpm_lab.grid import HEADLINE, Cell
 from ddpm_lab.results import CellResult, Results, answer, as_csv, as_json, compare, gather
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.settings import InputError

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_lab.cell import HEADLINE, MEASURES
+from ddpm_lab.cell import MEASURES
 from ddpm_lab.files import read_json
-from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
+from ddpm_lab.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.log import read_lines
 
 COLUMNS = (
