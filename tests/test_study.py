@@ -18,7 +18,7 @@ from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study, s
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
 from ddpm_lab.report import report_page, write_report
-from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather
+from ddpm_lab.results import SUMMARY, CellResult, Results, answer, as_csv, compare, gather
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.study import run_study
 
@@ -141,7 +141,7 @@ def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch
         if cell.index == 1:
             raise RunError("the loss is not finite")
         folder.mkdir()
-        (folder / "done.json").write_text("{}")
+        (folder / "done.json").write_text(json.dumps(dict.fromkeys(SUMMARY, 1)))
         done.append(cell.index)
 
     monkeypatch.setattr(study_module, "compute_cell", compute)
@@ -160,6 +160,8 @@ def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch
     )
     run_study(study, out, device="cpu")
     assert not list((out / "cells").glob("*.failed.json"))
+    with pytest.raises(InputError, match=r"T60-rescaled-seed0/done.json is not what a study writes"):
+        gather(out)
 
 
 def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def line_chart(
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         said: dict[str, str] = {}
-        for line in series:
+        for line in (line for line in series if line.points):
             x, y = [point[0] for point in line.points], [point[1] for point in line.points]
             axes.plot(x, y, line.style or "none", color=line.colour, linewidth=1.6, label=line.name or None)
             for index, (x_i, y_i, low, high, text) in enumerate(line.points):
@@ -78,7 +78,7 @@ def line_chart(
         axes.set_ylabel(y_label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
-        if any(line.name for line in series) or level is not None:
+        if any(line.name and line.points for line in series) or level is not None:
             axes.legend(fontsize=8, frameon=False)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})

@@ -13,6 +13,7 @@ from ddpm_lab.cell import MEASURES
 from ddpm_lab.files import read_json
 from ddpm_lab.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.log import read_lines
+from ddpm_lab.settings import InputError
 
 COLUMNS = (
     "cell", "seed", "trained_timesteps", "beta_convention", "key", "step", "images_seen", "num_timesteps", "sampler",
@@ -20,6 +21,7 @@ COLUMNS = (
     "inception_score_low", "inception_score_high", "kid", "kid_low", "kid_high", "bits_per_dimension",
     "bits_per_dimension_low", "bits_per_dimension_high", "seconds_an_image", "floor_fid", "dtype",
 )  # fmt: skip
+SUMMARY = ("images", "seed", "seconds_of_training", "seconds_of_scoring", "device", "machine", "threads", "versions")
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,18 @@ def gather(out: Path) -> Results:
     cells = []
     for cell in study.cells:
         folder, failure = cell_folder(out, cell), failure_path(out, cell)
-        done = read_json(folder / "done.json") if is_done(out, cell) else None
+        done = _read_done(folder / "done.json") if is_done(out, cell) else None
         why = str(read_json(failure).get("error")) if failure.is_file() and done is None else None
         cells.append(CellResult(cell, folder, done, why, list(_records(cell, folder))))
     return Results(study, cells)
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    done = read_json(path)
+    missing = [name for name in SUMMARY if not isinstance(done, dict) or name not in done]
+    if missing:
+        raise InputError(f"{path} is not what a study writes: it has no {missing[0]}; delete it, and study goes on")
+    return dict(done)
 
 
 def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
@@ -83,8 +93,8 @@ def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
         "trained_timesteps": data.num_timesteps,
         "trained_convention": data.beta_convention,
     }
-    measures = read_lines(folder / MEASURES)
-    speed = next((line["seconds_an_evaluation"] for line in measures if line["key"] == "speed"), None)
+    measures = [line for line in read_lines(folder / MEASURES) if isinstance(line.get("key"), str)]
+    speed = next((line.get("seconds_an_evaluation") for line in measures if line["key"] == "speed"), None)
     for line in read_lines(folder / "scores.jsonl"):
         if line.get("by") == "training":
             yield common | {"key": "training", "images_seen": line["step"] * training.batch_size} | line
@@ -181,7 +191,8 @@ def answer(results: Results) -> str:
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
     listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))
-    lengths = " and ".join(str(T) for T in sorted(compared.means))
+    *first, last = sorted(compared.means)
+    lengths = f"{', '.join(map(str, first))} and {last}"
     if difference > compared.half:
         found = (
             f"T = {least} scores better than T = {greatest} by {difference:.2g} (95 % interval {difference:.2g} +- "
