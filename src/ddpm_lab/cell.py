@@ -15,11 +15,10 @@ from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.cost import evaluation_seconds, step_seconds
 from ddpm_lab.data import load_images, to_float
 from ddpm_lab.drawing import framed, image_table
-from ddpm_lab.evaluation import feature_network
+from ddpm_lab.evaluation import feature_network, generated_images
 from ddpm_lab.files import replace_atomically
 from ddpm_lab.film import save_film
 from ddpm_lab.forward import Process, forward_frames
-from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.grid import HEADLINE, Cell, Study, parse_sampler
 from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.lease import Lease
@@ -36,6 +35,7 @@ from ddpm_lab.training import new_state, resolve_device
 from ddpm_lab.unet import build_unet
 
 MEASURES = "measures.jsonl"
+BOUND_TIMESTEPS = 50
 SHOWN = 16  # samples of the same seeds, side by side
 FILM = PictureConfig(frames=31, fps=10, hold=2.0)
 
@@ -60,15 +60,29 @@ def study_cost(study: Study, cells: Sequence[Cell], device: str, data_dir: Path 
 
 def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
     """Evaluations of the network for each measure of a cell, in images times steps."""
-    measures, T = study.measures, cell.config.diffusion.num_timesteps
+    measures = study.measures
     planned = {"while training": measures.checkpoints * measures.images * cell.config.evaluation.sample_steps}
-    for chain in cell.sampled_as or (T,):
-        suffix = f" as T={chain}" if cell.sampled_as else ""
-        for name in (HEADLINE,) if cell.sampled_as else measures.samplers:
-            planned[name + suffix] = measures.final_images * (parse_sampler(name).num_steps or 0)
-        planned["ancestral" + suffix] = measures.ancestral_images * chain
-    planned["bound"] = measures.bound_images * 51
+    for key, (num_images, _, sampling) in _scored(study, cell).items():
+        planned[key] = num_images * (sampling.num_steps or cell.config.diffusion.num_timesteps)
+    planned["bound"] = measures.bound_images * (BOUND_TIMESTEPS + 1)
     return planned
+
+
+def _scored(study: Study, cell: Cell) -> dict[str, tuple[int, int | None, SamplingConfig]]:
+    """What is sampled and scored at the end, by the measure's key: number of images, chain to sample it as, sampler.
+
+    A network of continuous time is sampled as each chain by the headline's sampler alone.
+    """
+    measures = study.measures
+    if cell.sampled_as:
+        headline = parse_sampler(HEADLINE)
+        return {f"{HEADLINE} as T={T}": (measures.final_images, T, headline) for T in cell.sampled_as}
+    scored: dict[str, tuple[int, int | None, SamplingConfig]] = {
+        name: (measures.final_images, None, parse_sampler(name)) for name in measures.samplers
+    }
+    few = min(64, measures.ancestral_images)  # rows beyond those wanted would be computed for nothing
+    ancestral = SamplingConfig(sampler="ddpm", precision="auto", batch_size=few)
+    return scored | {"ancestral": (measures.ancestral_images, None, ancestral)}
 
 
 def compute_cell(
@@ -97,7 +111,7 @@ def compute_cell(
         record = {"key": key, "step": trained.step, **measure()}
         append_line(folder / MEASURES, record | {"seconds": time.monotonic() - begun})
         say(f"{cell.name}: {key}{_told(record)}, {duration(time.monotonic() - begun)}")
-    _draw(trained, cell, folder, data_dir)
+    _draw(study, cell, trained, folder, data_dir)
     lease.check()
     log, scores = read_lines(folder / "log.jsonl"), read_lines(folder / "scores.jsonl")
     scoring = sum(line["seconds"] for line in scores + read_lines(folder / MEASURES))
@@ -138,7 +152,7 @@ def _measures(
     network = feature_network(plan.features, trained.image_shape, reference, None, str(on))
     held_out = load_images(data.dataset, "test", data_dir, data.image_size).images[: plan.bound_images]
 
-    def scores(model: TrainedModel, sampling: SamplingConfig, num_images: int, metrics: tuple[str, ...]) -> Any:
+    def scores(model: TrainedModel, num_images: int, sampling: SamplingConfig, metrics: tuple[str, ...]) -> Any:
         splits, subset = min(10, num_images // 10), min(1000, num_images)
         scoring = ScoringConfig(metrics=metrics, is_splits=splits, kid_subset_size=subset)
         return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
@@ -148,12 +162,13 @@ def _measures(
         return {"seconds_an_evaluation": each, "rows": 64, "device": str(on), "threads": torch.get_num_threads()}
 
     def bound() -> dict[str, Any]:
-        with progress("bounding", len(held_out) * 51, "evaluations") as advance:
+        with progress("bounding", len(held_out) * (BOUND_TIMESTEPS + 1), "evaluations") as advance:
             found = variational_bound(
                 trained.model,
                 trained.schedule,
                 held_out.to(on),
                 prediction=trained.config.diffusion.prediction,
+                num_timesteps=BOUND_TIMESTEPS,
                 on_batch=advance,
             )
         half = 1.96 * found.standard_error
@@ -161,29 +176,24 @@ def _measures(
         return {"bits_per_dimension": value, **dataclasses.asdict(found), "variance": "beta", "images": "test"}
 
     planned: dict[str, Callable[[], dict[str, Any]]] = {"speed": speed}
-    for chain in cell.sampled_as or (cell.config.diffusion.num_timesteps,):
-        model = with_timesteps(trained, chain) if cell.sampled_as else trained
-        suffix = f" as T={chain}" if cell.sampled_as else ""
-        for name in (HEADLINE,) if cell.sampled_as else plan.samplers:
-            planned[name + suffix] = scores(model, parse_sampler(name), plan.final_images, ("fid", "is", "kid"))
-        ancestral = SamplingConfig(sampler="ddpm", precision="auto")
-        planned["ancestral" + suffix] = scores(model, ancestral, plan.ancestral_images, ("is", "kid"))
+    for key, (num_images, T, sampling) in _scored(study, cell).items():
+        model = trained if T is None else with_timesteps(trained, T)
+        metrics = ("is", "kid") if key == "ancestral" else ("fid", "is", "kid")  # too few images for a distance
+        planned[key] = scores(model, num_images, sampling, metrics)
     return planned | {"bound": bound}
 
 
-def _draw(trained: TrainedModel, cell: Cell, folder: Path, data_dir: Path | None) -> None:
-    """Samples of the same seeds by the headline's sampler and by all T steps, and a film of each process."""
+def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_dir: Path | None) -> None:
+    """The first images of what was scored, by the headline's sampler and by all T steps, and a film of each process."""
     scale = visible_scale(trained.image_shape[1])
-    shown = with_timesteps(trained, 1000) if cell.sampled_as else trained
-    samplers = {"samples": parse_sampler(HEADLINE), "ancestral": SamplingConfig(sampler="ddpm", precision="auto")}
-    for name, sampling in samplers.items():
-        path = folder / f"{name}.png"
-        if not path.exists():
-            steps = build_sampler(shown, sampling).num_steps
-            with progress(f"sampling {SHOWN}", SHOWN * steps, "steps") as advance:
-                one_batch = dataclasses.replace(sampling, batch_size=SHOWN)
-                images = torch.cat(list(generate(shown, SHOWN, one_batch, on_step=advance)))
-            save_png(path, framed(image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)))
+    shown = with_timesteps(trained, cell.sampled_as[0]) if cell.sampled_as else trained
+    for key, (num_images, T, sampling) in _scored(study, cell).items():
+        name = {HEADLINE: "samples", "ancestral": "ancestral"}.get(key.partition(" ")[0])
+        if name is not None and not (folder / f"{name}.png").exists():
+            model = trained if T is None else with_timesteps(trained, T)
+            images = next(iter(generated_images(model, num_images, sampling).take(SHOWN).batches()))
+            table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)
+            save_png(folder / f"{name}.png", framed(table))
     if not (folder / "reverse.gif").exists():
         sampling = dataclasses.replace(parse_sampler(HEADLINE), batch_size=4)
         trajectory = record_trajectory(shown, sampling, 4, FILM.frames or 2)
