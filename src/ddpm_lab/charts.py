@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ class Series:
         colour: of matplotlib.
         points: (x, y, low, high, what to say of it); low and high None where no interval is known.
         style: of the line: '-', '--', ':' or '' for none.
+        marker: of the points, matplotlib's.
     """
 
     name: str
     colour: str
     points: Sequence[tuple[float, float, float | None, float | None, str]]
     style: str = "-"
+    marker: str = "o"
 
 
 def line_chart(
@@ -56,13 +58,14 @@ def line_chart(
         said: dict[str, str] = {}
         for line in (line for line in series if line.points):
             x, y = [point[0] for point in line.points], [point[1] for point in line.points]
-            axes.plot(x, y, line.style or "none", color=line.colour, linewidth=1.6, label=line.name or None)
+            marker: dict[str, Any] = {} if line.style else {"marker": line.marker, "markersize": 5}  # for the legend
+            axes.plot(x, y, color=line.colour, linestyle=line.style or "none", label=line.name or None, **marker)
             for index, (x_i, y_i, low, high, text) in enumerate(line.points):
                 key = f"{name}-{len(said)}-{index}"
                 said[key] = text
                 if low is not None and high is not None:
                     axes.plot([x_i, x_i], [low, high], color=line.colour, linewidth=1, alpha=0.6)
-                axes.plot([x_i], [y_i], "o", color=line.colour, markersize=5, gid=key)
+                axes.plot([x_i], [y_i], line.marker, color=line.colour, markersize=5, gid=key)
         if level is not None:
             axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=level[1])
         if log_x:

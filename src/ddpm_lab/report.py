@@ -4,6 +4,7 @@ import base64
 import math
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ddpm_lab.charts import Series, line_chart
@@ -15,6 +16,7 @@ from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.settings import InputError
 
 STYLES = {"rescaled": "-", "cosine": "-", "fixed range": "--"}
+MARKERS = {"-": "o", "--": "D", ":": "s"}  # by the style of the line
 PICTURES = ("samples.png", "ancestral.png", "forward.gif", "reverse.gif")
 MIME = {".png": "image/png", ".gif": "image/gif"}
 
@@ -134,7 +136,7 @@ def _training_series(results: Results) -> list[Series]:
             if r["key"] == "training" and r.get("fid")
         ]
         colour, style = _colour(results, result.cell), _style(result.cell)
-        series.append(Series(_legend(results, result), colour, points, style))
+        series.append(Series(_legend(results, result), colour, points, style, MARKERS[style]))
     return series
 
 
@@ -150,9 +152,10 @@ def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
                 if r["sampler"] == sampler and r.get(cost)
             ]
             name = _legend(results, result) if sampler == "ddim" else ""
-            style = _style(result.cell) if sampler == "ddim" else ""
+            style = _style(result.cell)
+            shape = (style, MARKERS[style]) if sampler == "ddim" else ("", "^")
             if points:
-                series.append(Series(name, _colour(results, result.cell), points, style))
+                series.append(Series(name, _colour(results, result.cell), points, *shape))
     return series
 
 
@@ -160,13 +163,15 @@ def _single_series(results: Results, key: str, score: str, x: str) -> list[Serie
     """One kind of measure, a dot for each record of it."""
     series = []
     for result in results.cells:
+        aside = 1.0 if _style(result.cell) == "-" else 1.04  # or dots of one T would cover each other
         points = [
-            _point(r[x], r, score, f"{result.cell.name}, {r['key']}")
+            _point(r[x] * aside, r, score, f"{result.cell.name}, {r['key']}")
             for r in result.records
             if r["key"].partition(" ")[0] == key and r.get(score)
         ]
         if points:
-            series.append(Series(_legend(results, result), _colour(results, result.cell), points, ""))
+            marker = MARKERS[_style(result.cell)]
+            series.append(Series(_legend(results, result), _colour(results, result.cell), points, "", marker))
     return series
 
 
@@ -180,30 +185,25 @@ def _other_answers(results: Results) -> list[str]:
             f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}), KID: {listed}; "
             f"the 95 % interval of a difference is +- {_short(native.half)}, and covers {native.covers}."
         )
-    fixed = _headline_values(results, lambda cell: cell.config.diffusion.beta_convention == "fixed range")
-    if fixed:
-        listed = ", ".join(f"{_short(value)} for {name}" for name, value in fixed.items())
-        said.append(f"With betas of a fixed range, at equal evaluations: {listed}.")
-    continuous = {
-        r["num_timesteps"]: r["fid"]["value"]
-        for r in results.records
-        if r["key"].startswith(f"{HEADLINE} as") and r["seed_of_training"] == _first_seed(results)
-    }
-    if continuous:
-        listed = ", ".join(f"{_short(value)} as T = {T}" for T, value in sorted(continuous.items()))
-        said.append(
-            f"One network of continuous time (T = 10,000), sampled at equal evaluations as each chain: {listed}."
-        )
+    for ending, wanted in (("", "fixed range"), (" as T=", "rescaled")):
+        means = _headline_means(results, ending, wanted)
+        listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(means.items()))
+        if listed and ending:
+            said.append(f"One network of continuous time (T = 10,000), sampled at equal evaluations: {listed}.")
+        elif listed:
+            said.append(f"With betas of a fixed range, at equal evaluations: {listed}.")
     return said
 
 
-def _headline_values(results: Results, wanted: Any) -> dict[str, float]:
-    """Scores at equal evaluations, by the cell's name, of the cells that are wanted."""
-    return {
-        result.cell.name: record["fid"]["value"]
-        for result in results.cells
-        if wanted(result.cell) and (record := result.at_end(HEADLINE)) and record.get("fid")
-    }
+def _headline_means(results: Results, ending: str, convention: str) -> dict[int, float]:
+    """Scores at equal evaluations by T, the mean over seeds, of a kind of betas and an ending of the measure's key."""
+    found: dict[int, list[float]] = {}
+    for record in results.records:
+        key, fid = record["key"], record.get("fid")
+        alike = key.startswith(HEADLINE + ending) if ending else key == HEADLINE
+        if alike and fid and record["trained_convention"] == convention:
+            found.setdefault(record["num_timesteps"], []).append(fid["value"])
+    return {T: fmean(values) for T, values in found.items()}
 
 
 def _row(result: CellResult, records: list[dict[str, Any]]) -> dict[str, Any]:
