@@ -22,6 +22,10 @@ with leased(Path(sys.argv[1]), float(sys.argv[2])) as lease:
 """
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def holder(path, seconds):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), str(seconds)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -36,37 +40,61 @@ def test_one_holds_and_the_next_is_refused_until_it_ends(tmp_path):
         with leased(path) as second:
             assert second is None
         assert path.exists()
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == ["a.lease.lock"]
     with leased(path) as third:
         assert third is not None
 
 
 def test_a_holder_keeps_its_lease_for_longer_than_it_lasts(tmp_path):
     path = tmp_path / "a.lease"
-    with leased(path, 1.0) as lease:
-        for _ in range(5):
-            time.sleep(0.4)
-            with leased(path, 1.0) as other:
+    with leased(path, 2.0) as lease:
+        for _ in range(6):
+            time.sleep(0.5)
+            with leased(path, 2.0) as other:
                 assert other is None
         lease.check()
 
 
-def test_the_lease_of_the_dead_is_taken_over(tmp_path):
+def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
     path = tmp_path / "a.lease"
-    process = holder(path, 1.0)
+    process = holder(path, 100.0)
+    with leased(path, 100.0) as lease:
+        assert lease is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert path.exists()
+    with leased(path, 100.0) as lease:
+        assert lease is not None
+    assert names(tmp_path) == ["a.lease.lock"]
+
+
+def test_the_lease_of_a_worker_elsewhere_is_taken_over_when_it_is_no_longer_touched(tmp_path):
+    path = tmp_path / "a.lease"
+    path.write_text('{"owner": "another-machine/pid:[1] 1 x"}\n')
     with leased(path, 1.0) as lease:
         assert lease is None  # not at once: it might live
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with leased(path, 1.0) as lease:
-            if lease is not None:
-                break
-        time.sleep(0.1)
-    assert lease is not None
-    assert list(tmp_path.iterdir()) == []
+    os.utime(path, (time.time() - 2, time.time() - 2))
+    with leased(path, 1.0) as lease:
+        assert lease is not None
+
+
+def test_a_moment_without_the_file_system_loses_no_lease(tmp_path, monkeypatch):
+    from ddpm_lab import lease as module
+
+    path, read, failures = tmp_path / "a.lease", module._owner, []
+
+    def stumbles(of):
+        if len(failures) < 3:
+            failures.append(1)
+            raise OSError(116, "Stale file handle")
+        return read(of)
+
+    with leased(path, 0.5) as lease:
+        monkeypatch.setattr(module, "_owner", stumbles)
+        time.sleep(0.8)
+        assert failures == [1, 1, 1]
+        lease.check()
+    assert names(tmp_path) == ["a.lease.lock"]
 
 
 def test_who_stood_still_finds_its_lease_lost_and_leaves_the_new_one(tmp_path):
@@ -80,7 +108,7 @@ def test_who_stood_still_finds_its_lease_lost_and_leaves_the_new_one(tmp_path):
                 lease.check()
             time.sleep(0.5)
             other.check()
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == ["a.lease.lock"]
 
 
 def _try(path, seconds, results):

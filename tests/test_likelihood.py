@@ -108,6 +108,22 @@ def test_the_decoder_is_a_normal_density_over_levels():
     assert bound.decoder == pytest.approx(float(-(upper - lower).log2().mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize("error", [0.05, 0.3])
+def test_the_decoder_has_no_ceiling(error):
+    schedule = linear_schedule(5000)  # its first step back is narrow: an error is many deviations
+    levels = torch.full((2, 1, 2, 2), 100, dtype=torch.uint8)
+
+    def off(x_t, t):
+        return to_float(levels).double() + error
+
+    a_1, a_2 = schedule.alpha_bar[:2].tolist()
+    sigma = ((1 - a_1) / (1 - a_2) * (1 - a_2 / a_1)) ** 0.5
+    away = (error - 1 / 255) / sigma  # deviations to the near edge of the level
+    found = variational_bound(off, schedule, levels, prediction="x_0", num_timesteps=1).decoder
+    tail = (away**2 / 2 + math.log(away * (2 * math.pi) ** 0.5)) / math.log(2)  # -log2 of the normal tail beyond
+    assert found == pytest.approx(tail, rel=0.01)
+
+
 def test_few_timesteps_estimate_the_whole_sum(images):
     schedule = linear_schedule(200)
     model = gaussian_model(schedule)

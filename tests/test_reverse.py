@@ -87,7 +87,7 @@ def test_generators_of_different_lengths_go_in_step(trained):
     short = record_trajectory(trained, SamplingConfig(num_steps=2, batch_size=2), 2, 9)
     long = record_trajectory(trained, SamplingConfig(num_steps=8, batch_size=2), 2, 9)
     assert len(short.timesteps) == len(long.timesteps) == 9
-    assert short.timesteps == [1000, 1000, 1000, 500, 500, 500, 0, 0, 0] or short.timesteps[4] == 500
+    assert short.timesteps == [1000, 1000, 1000, 500, 500, 500, 0, 0, 0]
     frames = list(reverse_frames([short, long]))
     assert len(frames) == 9
     assert len({frame.shape for frame in frames}) == 1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import random
 import re
 import signal
 import subprocess
@@ -11,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lab import cell as cell_module
 from ddpm_lab import study as study_module
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study, study_names
@@ -166,9 +167,30 @@ def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypat
     study, out, said = read_study(str(study_file)), tmp_path / "out", []
     monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed"))
     study_module._claim_folder(study, out)
+    monkeypatch.setattr(study_module, "SECONDS", 0.5)
     with leased(out / "cells" / f"{study.cells[2].name}.lease"):
         run_study(study, out, cell=2, device="cpu", say=said.append)
-    assert any("being computed by another worker" in line for line in said)
+    assert said[-1] == f"left to other workers, which are at it: {study.cells[2].name}"
+
+
+def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, monkeypatch):
+    study, out, computed = read_study(str(study_file)), tmp_path / "out", []
+
+    def compute(study, cell, folder, *rest, **more):
+        computed.append(cell.index)
+        folder.mkdir()
+        (folder / "done.json").write_text(json.dumps(dict.fromkeys(SUMMARY, 1)))
+
+    monkeypatch.setattr(study_module, "compute_cell", compute)
+    monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
+    monkeypatch.setattr(study_module, "SECONDS", 5.0)
+    study_module._claim_folder(study, out)
+    lease = out / "cells" / f"{study.cells[1].name}.lease"
+    lease.write_text('{"owner": "another-machine/pid:[1] 1 x"}')
+    in_a_second = time.time() - 119.0  # from when it counts as dead
+    os.utime(lease, (in_a_second, in_a_second))
+    run_study(study, out, device="cpu")
+    assert computed == [0, 2, 3, 4, 1]
 
 
 def worker(study_file, out, *more):
@@ -179,13 +201,15 @@ def worker(study_file, out, *more):
 @pytest.mark.slow
 def test_killed_studies_end_in_the_same_results(study_file, tmp_path, finished):
     out = tmp_path / "out"
-    for seconds in (6, 9, 7):
+    cells = [cell_folder(out, cell) for cell in read_study(str(study_file)).cells]
+    for awaited in (cells[0] / "checkpoints", cells[0] / "measures.jsonl", cells[2] / "samples.png"):
         process = worker(study_file, out)
-        time.sleep(seconds)
+        deadline = time.monotonic() + 120
+        while not awaited.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # in the midst of it, not after its end
         process.communicate()
-        for lease in (out / "cells").glob("*.lease"):
-            lease.unlink()  # of the dead; waiting for it to expire would take two minutes
     process = worker(study_file, out)
     process.communicate()
     assert process.returncode == 0
@@ -202,59 +226,92 @@ def test_two_workers_share_a_folder_and_each_cell_is_computed_once(study_file, t
     started = [re.findall(r"cell \d of 0 \.\. 4: (\S+)", text) for text in said]
     assert sorted(started[0] + started[1]) == sorted(cell.name for cell in study.cells)
     assert all(is_done(out, cell) for cell in study.cells)
-    write_report(out)
     assert essential(out) == essential(finished)
 
 
 def essential(out):
     """All records without what depends on the clock or on where the folder lies."""
-    volatile = {"seconds", "seconds_an_image", "seconds_an_evaluation", "source", "images"}
-    records = json.loads((out / "results.json").read_text())
-    return [{k: v for k, v in record.items() if k not in volatile} for record in records]
+    volatile = {"seconds", "seconds_an_image", "seconds_an_evaluation", "source"}
+    kept = []
+    for record in json.loads((out / "results.json").read_text()):
+        images = record.get("images")
+        kept.append({k: v for k, v in record.items() if k not in volatile})
+        if isinstance(images, dict):
+            kept[-1]["images"] = images["sha256"]
+    return kept
 
 
-def made_up(values, score="fid", key="ddim-50"):
-    """Results with given scores: {(T, seed): (value, half)}."""
+def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):
+    """Results with given scores: {(T, kind of betas, seed): (value, half of its interval)}."""
     study = read_study("digits")
-    study = dataclasses.replace(study, grid=dataclasses.replace(study.grid, seeds=(0, 1, 2)))
+    study = dataclasses.replace(study, grid=dataclasses.replace(study.grid, seeds=seeds, betas=betas))
     cells = []
     for cell in study.cells:
-        T, seed = cell.config.diffusion.num_timesteps, cell.config.training.seed
+        diffusion, seed = cell.config.diffusion, cell.config.training.seed
+        kind = {"fixed range": "fixed"}.get(diffusion.beta_convention, diffusion.beta_convention)
         records = []
-        if (T, seed) in values and not cell.sampled_as and cell.config.diffusion.beta_convention != "fixed range":
-            value, half = values[T, seed]
+        if (diffusion.num_timesteps, kind, seed) in values and not cell.sampled_as:
+            value, half = values[diffusion.num_timesteps, kind, seed]
             found = {"value": value, "low": value - half, "high": value + half}
-            records = [{"key": key, score: found, "fid_label": "FD-classifier (n=360)"}]
+            records = [{"key": "ddim-50", "fid": found, "fid_label": "FD-classifier (n=360)"}]
         cells.append(CellResult(cell, Path(), {}, None, records))
     return Results(study, cells)
 
 
+def rescaled(values):
+    return {(T, "rescaled", seed): score for (T, seed), score in values.items()}
+
+
 def test_one_seed_is_compared_by_the_intervals_of_the_images():
-    results = made_up({(500, 0): (2.0, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})
-    compared = compare(results, "fid", "ddim-50")
-    assert compared.half == pytest.approx(0.5)
+    values = rescaled({(500, 0): (3.0, 0.392), (1000, 0): (1.0, 0.392), (2000, 0): (1.2, 0.392)})
+    compared = compare(made_up(values), "fid", "ddim-50")
+    # Deviations of 0.2; the studentised range of three with no end of freedom is 3.314.
+    assert compared.half == pytest.approx(3.314 * 0.2, rel=2e-3)
     assert compared.extremes == (1000, 500)
-    assert "T = 1000 scores better than T = 500 by 1 (95 % interval 1 +- 0.5)" in answer(results)
-    assert "not the training seed" in answer(results)
+    sentence = answer(made_up(values))
+    assert "T = 1000 scores better than T = 500 by 2 (95 % interval 2 +- 0.66)" in sentence
+    assert "not the training seed" in sentence
 
 
 def test_a_difference_within_its_interval_is_none():
-    results = made_up({(500, 0): (1.1, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})
-    sentence = answer(results)
-    assert "there is no difference larger than 0.7" in sentence
+    sentence = answer(made_up(rescaled({(500, 0): (1.1, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})))
+    assert "between T = 500, 1000 and 2000 there is no difference larger than" in sentence
     assert "scores better" not in sentence
 
 
-def test_seeds_are_compared_by_their_spread():
+def test_seeds_are_compared_by_their_spread_and_only_those_that_all_share():
     values = {(500, s): (v, 9.0) for s, v in enumerate((1.0, 1.2, 1.4))} | {
         (1000, s): (v, 9.0) for s, v in enumerate((3.0, 3.2, 3.4))
     }
-    compared = compare(made_up(values), "fid", "ddim-50")
-    # Pooled variance 0.04 with 4 degrees of freedom; t = 2.776; sqrt(0.04 * 2 / 3) = 0.1633.
-    assert compared.half == pytest.approx(2.776 * 0.1633, rel=1e-3)
+    compared = compare(made_up(rescaled(values)), "fid", "ddim-50")
+    # Pooled variance 0.04 with 4 degrees of freedom; the studentised range of two is t sqrt(2) = 2.776 * 1.414.
+    assert compared.half == pytest.approx(2.776 * 2**0.5 * (0.04 / 3) ** 0.5, rel=1e-3)
     assert compared.means == pytest.approx({500: 1.2, 1000: 3.2})
-    assert "3 training seeds" in answer(made_up(values))
-    assert compare(made_up({(500, 0): (1.0, 0.1)}), "fid", "ddim-50") is None
+    assert "3 training seeds" in answer(made_up(rescaled(values)))
+    del values[1000, 2], values[1000, 1]
+    alone = compare(made_up(rescaled(values)), "fid", "ddim-50")
+    assert alone.means == pytest.approx({500: 1.0, 1000: 3.0})  # of seed 0, though T = 500 has three
+    assert compare(made_up(rescaled({(500, 0): (1.0, 0.1)})), "fid", "ddim-50") is None
+
+
+def test_the_interval_holds_for_the_largest_of_the_differences():
+    """Among equal lengths a difference is called one about once in twenty, though the largest of three is told."""
+    generator, called = random.Random(0), 0
+    for _ in range(400):
+        values = rescaled({(T, 0): (generator.gauss(5, 0.2), 0.392) for T in (500, 1000, 2000)})
+        called += "scores better" in answer(made_up(values, seeds=(0,)))
+    assert 6 <= called <= 36
+
+
+@pytest.mark.parametrize("betas", [("rescaled", "cosine"), ("cosine", "rescaled"), ("fixed", "rescaled"), ("fixed",)])
+def test_lengths_are_compared_within_one_kind_of_betas(betas):
+    scores = {"rescaled": 1.0, "cosine": 5.0, "fixed": 9.0}
+    values = {(T, kind, 0): (scores[kind] + T / 1e5, 0.1) for kind in scores for T in (500, 1000, 2000)}
+    compared = compare(made_up(values, betas, (0,)), "fid", "ddim-50")
+    kind = betas[0] if betas[0] != "fixed" else betas[-1]
+    assert set(compared.means) == {500, 1000, 2000}
+    assert compared.means[500] == pytest.approx(scores[kind] + 0.005)
+    assert compared.seeds == 1
 
 
 def test_charts_say_what_their_dots_are():
@@ -301,11 +358,13 @@ def test_csv_has_a_cell_for_each_column(finished):
         ("[settings.training]\nlr = 3", "no setting 'lr'"),
         ("[settings]\ntraining = 3", "must be a table"),
         ("cells = 5", "no setting 'cells'"),
+        ('recipe = "flat.toml"', "training must be a table"),
         ("[grid", "not a TOML file"),
     ],
 )
 def test_bad_studies_are_refused(tmp_path, change, words):
     path = tmp_path / "bad.toml"
+    (tmp_path / "flat.toml").write_text("training = 3")
     path.write_text(change if change.startswith("recipe") else f'recipe = "digits"\n{change}\n')
     with pytest.raises(InputError, match=re.escape(words)):
         read_study(str(path))
@@ -333,4 +392,8 @@ def test_other_folders_are_refused(study_file, tmp_path, finished):
         run_study(study, tmp_path / "out", cell=5, device="cpu")
     with pytest.raises(InputError, match="is not a study"):
         write_report(tmp_path / "other")
-    assert cell_module.MEASURES == "measures.jsonl"
+    (tmp_path / "torn").mkdir()
+    for change in ({"recipe": 3}, {"grid": None}, {"measures": {"images": 1}}):
+        (tmp_path / "torn" / "study.json").write_text(json.dumps(study.to_dict() | change))
+        with pytest.raises(InputError, match="not what a study writes"):
+            write_report(tmp_path / "torn")

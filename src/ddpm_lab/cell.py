@@ -109,6 +109,7 @@ def compute_cell(
             continue
         begun = time.monotonic()
         record = {"key": key, "step": trained.step, **measure()}
+        lease.check()
         append_line(folder / MEASURES, record | {"seconds": time.monotonic() - begun})
         say(f"{cell.name}: {key}{_told(record)}, {duration(time.monotonic() - begun)}")
     _draw(study, cell, trained, folder, data_dir)
@@ -153,8 +154,7 @@ def _measures(
     held_out = load_images(data.dataset, "test", data_dir, data.image_size).images[: plan.bound_images]
 
     def scores(model: TrainedModel, num_images: int, sampling: SamplingConfig, metrics: tuple[str, ...]) -> Any:
-        splits, subset = min(10, num_images // 10), min(1000, num_images)
-        scoring = ScoringConfig(metrics=metrics, is_splits=splits, kid_subset_size=subset)
+        scoring = ScoringConfig(metrics=metrics, is_splits=min(10, num_images // 10))
         return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
 
     def speed() -> dict[str, Any]:
@@ -186,10 +186,10 @@ def _measures(
 def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_dir: Path | None) -> None:
     """The first images of what was scored, by the headline's sampler and by all T steps, and a film of each process."""
     scale = visible_scale(trained.image_shape[1])
-    shown = with_timesteps(trained, cell.sampled_as[0]) if cell.sampled_as else trained
+    shown = with_timesteps(trained, cell.shown_as) if cell.sampled_as else trained
     for key, (num_images, T, sampling) in _scored(study, cell).items():
         name = {HEADLINE: "samples", "ancestral": "ancestral"}.get(key.partition(" ")[0])
-        if name is not None and not (folder / f"{name}.png").exists():
+        if name is not None and T in (None, cell.shown_as) and not (folder / f"{name}.png").exists():
             model = trained if T is None else with_timesteps(trained, T)
             images = next(iter(generated_images(model, num_images, sampling).take(SHOWN).batches()))
             table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DRAWN = ("images", "loss", "loss_by_t", "images_per_second")  # of a line of log.jsonl
 WIDTH, HEIGHT = 8.4, 2.9  # inches, of a row of panels
 
 
@@ -109,7 +110,7 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
     for run in runs:
         if not (run / "config.json").is_file():
             raise InputError(f"{run} is not a run folder: it holds no config.json")
-        lines = [line for line in read_lines(run / "log.jsonl") if "loss" in line]
+        lines = [line for line in read_lines(run / "log.jsonl") if all(name in line for name in DRAWN)]
         if not lines:
             raise InputError(f"run {run} has no line in log.jsonl yet")
         logs.append(RunLog(run.resolve().name, lines))

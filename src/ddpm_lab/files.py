@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ def cache_dir() -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` to write under first, one a process, so that two writers do not meet in it."""
-    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    """A name beside `path` to write under first, a new one each time, so that no two writers meet in it."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 @contextmanager

@@ -90,8 +90,10 @@ def _nearest(picture: Picture, colours: np.ndarray) -> np.ndarray:
     packed = picture.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     present, where = np.unique(packed, return_inverse=True)
     rgb = np.stack([present >> 16, present >> 8 & 255, present & 255], axis=1)
-    distances = np.square(rgb[:, None] - colours[None]).sum(2)
-    index: np.ndarray = distances.argmin(1).astype(np.uint8)[where].reshape(packed.shape)
+    nearest = [
+        np.square(part[:, None] - colours[None]).sum(2).argmin(1) for part in np.array_split(rgb, -(-len(rgb) // 4096))
+    ]
+    index: np.ndarray = np.concatenate(nearest).astype(np.uint8)[where].reshape(packed.shape)
     return index
 
 

@@ -121,10 +121,11 @@ def forward_states(
     if closed_form:
         eps = noise()
         return torch.stack([q_sample(schedule, x_0, at(t), eps) if t else x_0 for t in timesteps])
-    states, x_t = {0: x_0}, x_0
+    states, x_t, wanted = {0: x_0}, x_0, set(timesteps)
     for t in range(1, timesteps[-1] + 1):
         x_t = q_step(schedule, x_t, at(t), noise())
-        states[t] = x_t
+        if t in wanted:
+            states[t] = x_t
     return torch.stack([states[t] for t in timesteps])
 
 
@@ -172,6 +173,7 @@ def forward_frames(
     num_frames: int,
     *,
     seed: int = 0,
+    spacing: Columns = "uniform",
     closed_form: bool = False,
     scale: int | None = None,
 ) -> Iterator[Picture]:
@@ -182,7 +184,7 @@ def forward_frames(
     scale = scale or visible_scale(x_0.shape[-1])
     parts = []
     for process in shown:
-        timesteps = shown_timesteps(process.schedule, num_frames)
+        timesteps = shown_timesteps(process.schedule, num_frames, spacing)
         states = to_uint8(forward_states(process.schedule, x_0, timesteps, seed, closed_form))
         captions = [f"t = {t}    SNR {number(snr_at(process.schedule, t))}" for t in timesteps]
         parts.append((process, timesteps, states, captions, Curves(process.schedule)))
@@ -291,7 +293,9 @@ def show_forward(
     x_0 = chosen_images(dataset, split, num_images, seed, data_dir, image_size)
     if moving:
         with progress("drawing", count, "frames") as advance:
-            frames = forward_frames(shown, x_0, count, seed=seed, closed_form=closed_form, scale=look.scale)
+            frames = forward_frames(
+                shown, x_0, count, seed=seed, spacing=spacing, closed_form=closed_form, scale=look.scale
+            )
             save_film(out, counted(frames, advance), look)
     else:
         picture = forward_picture(

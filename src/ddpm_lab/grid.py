@@ -102,6 +102,12 @@ class Cell:
     sampled_as: tuple[int, ...] = ()
 
     @property
+    def shown_as(self) -> int:
+        """The length of chain that pictures and tables show it as."""
+        own = self.config.diffusion.num_timesteps
+        return own if not self.sampled_as else 1000 if 1000 in self.sampled_as else self.sampled_as[0]
+
+    @property
     def label(self) -> str:
         """What figures call it."""
         diffusion = self.config.diffusion
@@ -142,7 +148,7 @@ class Study:
                     if key not in seen:
                         seen.add(key)
                         kind = "" if key[1] == "both" else f"-{betas}"
-                        config = self._config(T, seed, linear, betas != "fixed")
+                        config = self._config(T, seed, linear, betas != "fixed" or T == 1000)
                         cells.append(Cell(len(cells), f"T{T}{kind}-seed{seed}", config))
             if self.grid.continuous:
                 config = self._config(CONTINUOUS, seed, True, True)
@@ -219,6 +225,7 @@ def _parse_study(path: Path, values: dict[str, Any]) -> Study:
     require(isinstance(question, str), "question must be a text")
     beside = path.parent / str(recipe)
     base = read_recipe(str(beside) if beside.is_file() else str(recipe))
+    Config.from_dict(base)  # a recipe stands on its own
     changes = values.get("settings", {})
     require(isinstance(changes, dict), "settings must be a table of the recipe's groups")
     for group, settings in changes.items():
@@ -264,12 +271,15 @@ def open_study(out: Path) -> Study:
         raise InputError(f"{out} is not a study: it holds no study.json")
     values = read_json(out / "study.json")
     try:
-        return Study(
+        Config.from_dict(values["recipe"])
+        study = Study(
             str(values["name"]),
             str(values["question"]),
             values["recipe"],
             GridConfig.from_dict(values["grid"]),
             MeasuresConfig.from_dict(values["measures"]),
         )
-    except (KeyError, TypeError) as error:
+        assert study.cells
+        return study
+    except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{out / 'study.json'} is not what a study writes: {error}") from error

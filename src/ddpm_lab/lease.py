@@ -1,7 +1,8 @@
 """Leases: which of several workers, on one machine or many, does a piece of work in a shared folder.
 
 A lease is a file that its holder touches again and again. One that was not touched for a while belongs to a worker that
-is dead, and is taken over. Ages are read from the file system's own clock, for those of machines may differ.
+is dead, and is taken over; of a worker of this machine whose process is gone, at once. Ages are read from the file
+system's own clock, for those of machines may differ.
 """
 
 import contextlib
@@ -13,10 +14,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_lab.files import TEMPORARY_PREFIX, read_json
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.files import TEMPORARY_PREFIX
+from ddpm_lab.settings import RunError
 
 SECONDS = 120.0
+
+
+class LeaseLost(RunError):
+    """Another worker took the work over."""
 
 
 class Lease:
@@ -36,11 +41,9 @@ class Lease:
         while not self._ended.wait(seconds / 5):
             try:
                 if _owner(self.path) != self._owner:
-                    raise FileNotFoundError
+                    self._lost.set()
+                    return
                 os.utime(self.path)
-            except FileNotFoundError:
-                self._lost.set()
-                return
             except OSError:  # a file system that does not answer for a moment
                 continue
 
@@ -48,17 +51,18 @@ class Lease:
         """Raise where another worker has taken the work over, because this one stood still for too long.
 
         Raises:
-            RunError: the lease is lost.
+            LeaseLost: so it is.
         """
         if self._lost.is_set() or _owner(self.path) != self._owner:
-            raise RunError(f"{self.path} was taken over by another worker; this one stood still for too long")
+            raise LeaseLost(f"{self.path} was taken over by another worker; this one stood still for too long")
 
     def release(self) -> None:
         """End it; the file goes, if it is still this worker's."""
         self._ended.set()
         self._thread.join()
-        if _owner(self.path) == self._owner:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if _owner(self.path) == self._owner:
+                self.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -66,7 +70,7 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
     """Hold a lease while the block runs.
 
     Args:
-        path: of its file; the folder exists.
+        path: of its file; the folder exists. Beside it lies PATH.lock, held only while a lease is taken.
         seconds: without a touch after which a lease counts as dead.
     Yields:
         The lease, or None where another worker holds it.
@@ -80,37 +84,55 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
 
 
 def _acquire(path: Path, seconds: float) -> Lease | None:
-    owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+    from filelock import FileLock
+
+    owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}"
     mine = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    mine.write_text(json.dumps({"owner": owner}) + "\n")
-    try:
-        for _ in range(3):
-            try:
-                os.link(mine, path)  # fails where the file exists, on network file systems too
-                return Lease(path, owner, seconds)
-            except FileExistsError:
-                os.utime(mine)
-                try:
-                    age = mine.stat().st_mtime - path.stat().st_mtime
-                except FileNotFoundError:
-                    continue  # released just now
-                if age < seconds:
+    with FileLock(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
+        mine.write_text(json.dumps({"owner": owner}) + "\n")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                age = mine.stat().st_mtime - path.stat().st_mtime
+                if age < seconds and not _is_gone(_owner(path)):
                     return None
-                dead = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-                with contextlib.suppress(FileNotFoundError):  # another takes it away
-                    path.rename(dead)
-                    if dead.stat().st_mtime - mine.stat().st_mtime > -seconds:  # it was another, new one
-                        with contextlib.suppress(FileExistsError):
-                            os.link(dead, path)
-                    dead.unlink(missing_ok=True)
-        return None
-    finally:
-        mine.unlink(missing_ok=True)
+            mine.replace(path)
+        finally:
+            mine.unlink(missing_ok=True)
+    return Lease(path, owner, seconds)
 
 
 def _owner(path: Path) -> str | None:
+    """Who holds a lease; None where there is none, or one that cannot be understood.
+
+    Raises:
+        OSError: the file system does not answer.
+    """
     try:
-        held = read_json(path)
-    except InputError:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
     return str(held.get("owner")) if isinstance(held, dict) else None
+
+
+def _this_machine() -> str:
+    """A name of this machine and of its table of processes, for containers have their own."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = "-"
+    return f"{socket.gethostname()}/{processes}"
+
+
+def _is_gone(owner: str | None) -> bool:
+    """Whether a holder is a process of this machine that is no more."""
+    machine, _, rest = (owner or "").partition(" ")
+    pid = rest.partition(" ")[0]
+    if machine != _this_machine() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False

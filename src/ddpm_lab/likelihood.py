@@ -159,8 +159,9 @@ def _decoder_costs(
     clean = x_0.double()
     above = torch.where(clean > 0.999, torch.inf, (clean + 1 / 255 - mean) / sigma)
     below = torch.where(clean < -0.999, -torch.inf, (clean - 1 / 255 - mean) / sigma)
-    # By whichever tail is lighter, for the difference of two numbers near 1 is 0.
-    upper = torch.special.ndtr(-below) - torch.special.ndtr(-above)
-    lower = torch.special.ndtr(above) - torch.special.ndtr(below)
-    probability = torch.where(below > 0, upper, lower).clamp(min=1e-300)
-    return (-probability.log2()).flatten(1).mean(1).cpu()
+    # log(F(above) - F(below)) by whichever tail is lighter: two numbers near 1 would leave nothing, and a level far
+    # from the mean has a probability that no float64 holds.
+    near, far = torch.where(below > 0, -below, above), torch.where(below > 0, -above, below)
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    nats: Tensor = -(log_near + torch.log1p(-torch.exp(log_far - log_near)))
+    return (nats / math.log(2)).flatten(1).mean(1).cpu()

@@ -50,7 +50,7 @@ def forward(
         split: which part of it.
         num_images: drawn at random, from 1 to 64.
         columns: timesteps in a picture, the clean image and the last among them.
-        spacing: columns even in t (uniform), or in the logarithm of the signal-to-noise ratio (logsnr).
+        spacing: columns and frames even in t (uniform), or in the logarithm of the signal-to-noise ratio (logsnr).
         closed_form: jump from the image to each timestep with one noise, rather than walk step by step.
         seed: of the images and of the noise.
         image_size: pixels to which the images of a folder are cropped and scaled; unset: they have one size already.

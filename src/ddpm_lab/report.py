@@ -9,14 +9,14 @@ from typing import Any
 
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.drawing import COLOURS
-from ddpm_lab.files import replace_atomically
-from ddpm_lab.grid import HEADLINE, Cell
+from ddpm_lab.files import locked, replace_atomically
+from ddpm_lab.grid import HEADLINE, Cell, study_names
 from ddpm_lab.results import CellResult, Results, answer, as_csv, as_json, compare, gather
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.settings import InputError
 
-STYLES = {"rescaled": "-", "cosine": "-", "fixed range": "--"}
-MARKERS = {"-": "o", "--": "D", ":": "s"}  # by the style of the line
+STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
+MARKERS = {"-": "o", "-.": "v", "--": "D", ":": "s"}  # by the style of the line
 PICTURES = ("samples.png", "ancestral.png", "forward.gif", "reverse.gif")
 MIME = {".png": "image/png", ".gif": "image/gif"}
 
@@ -29,13 +29,16 @@ def write_report(out: Path) -> str:
     Raises:
         InputError: not a study, or one of which nothing is done yet.
     """
-    results = gather(out)
-    if not results.records:
-        raise InputError(f"study {out} has no score yet")
-    records = results.records
-    replace_atomically(out / "results.json", as_json(records).encode())
-    replace_atomically(out / "results.csv", as_csv(records).encode())
-    replace_atomically(out / "report.html", report_page(results).encode())
+    if not (out / "study.json").is_file():
+        raise InputError(f"{out} is not a study: it holds no study.json")
+    with locked(out, "--out", wait=True):  # of two workers that end together, the last writes what both have done
+        results = gather(out)
+        records = results.records
+        if not records:
+            raise InputError(f"study {out} has no score yet")
+        replace_atomically(out / "results.json", as_json(records).encode())
+        replace_atomically(out / "results.csv", as_csv(records).encode())
+        replace_atomically(out / "report.html", report_page(results).encode())
     return f"{out / 'report.html'}: {answer(results)}"
 
 
@@ -50,6 +53,7 @@ def report_page(results: Results) -> str:
     records = results.records
     return environment.from_string(text).render(
         study=results.study,
+        source=results.study.name + ("" if results.study.name in study_names() else ".toml"),
         answer=answer(results),
         others=_other_answers(results),
         charts=_charts(results),
@@ -183,7 +187,7 @@ def _other_answers(results: Results) -> list[str]:
         listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(native.means.items()))
         said.append(
             f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}), KID: {listed}; "
-            f"the 95 % interval of a difference is +- {_short(native.half)}, and covers {native.covers}."
+            f"the 95 % interval of the largest difference is +- {_short(native.half)}, and covers {native.covers}."
         )
     for ending, wanted in (("", "fixed range"), (" as T=", "rescaled")):
         means = _headline_means(results, ending, wanted)
@@ -208,11 +212,7 @@ def _headline_means(results: Results, ending: str, convention: str) -> dict[int,
 
 def _row(result: CellResult, records: list[dict[str, Any]]) -> dict[str, Any]:
     """A line of the table of cells: each number with the record behind it."""
-    own = (
-        ""
-        if not result.cell.sampled_as
-        else f" as T={1000 if 1000 in result.cell.sampled_as else result.cell.sampled_as[0]}"
-    )
+    own = f" as T={result.cell.shown_as}" if result.cell.sampled_as else ""
 
     def number(key: str, score: str) -> dict[str, Any] | None:
         record = result.at_end(key) or result.at_end(key + own)
@@ -263,8 +263,9 @@ def _pictures(result: CellResult) -> dict[str, Any]:
         if path.is_file():
             content = base64.b64encode(path.read_bytes()).decode()
             embedded[path.stem] = f"data:{MIME[path.suffix]};base64,{content}"
+    shown = f"{result.cell.label}, as T = {result.cell.shown_as}" if result.cell.sampled_as else result.cell.label
     return {
-        "label": result.cell.label,
+        "label": shown,
         "name": result.cell.name,
         **dict.fromkeys(Path(p).stem for p in PICTURES),
         **embedded,

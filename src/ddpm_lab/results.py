@@ -98,7 +98,7 @@ def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
     for line in read_lines(folder / "scores.jsonl"):
         if line.get("by") == "training":
             yield common | {"key": "training", "images_seen": line["step"] * training.batch_size} | line
-    for line in measures:
+    for line in {line["key"]: line for line in measures}.values():
         evaluations = line.get("num_evaluations")
         cost = None if speed is None or evaluations is None else speed * evaluations
         yield common | {"images_seen": line["step"] * training.batch_size, "seconds_an_image": cost} | line
@@ -133,7 +133,7 @@ class Compared:
 
     Attributes:
         means: by T, the mean over seeds.
-        half: half of the 95 % interval of a difference of two of them.
+        half: half of the 95 % interval of the largest difference between two of them.
         seeds: how many.
         covers: what the interval covers, in words.
     """
@@ -149,36 +149,47 @@ class Compared:
         return min(self.means, key=self.means.__getitem__), max(self.means, key=self.means.__getitem__)
 
 
-def compare(results: Results, score: str, key: str) -> Compared | None:
-    """Compare a score between the lengths of the rescaled (or cosine) chains.
+def compared_convention(study: Study) -> str:
+    """The kind of betas whose lengths are compared: the first that is one process at every T, else the fixed range."""
+    names = {"rescaled": "rescaled", "cosine": "cosine", "fixed": "fixed range"}
+    return names[min(study.grid.betas, key=lambda betas: betas == "fixed")]
 
-    With several seeds the spread within each T, pooled over all of them, gives the interval (Student's t); with one,
-    the intervals of the scores themselves, which cover the choice of images and not the training seed.
+
+def compare(results: Results, score: str, key: str) -> Compared | None:
+    """Compare a score between the lengths of the chains of one kind of betas, over the seeds that all of them share.
+
+    The interval is that of the largest of all differences (Tukey's studentised range), for it is the largest that is
+    told. With several seeds it comes from their spread within each T, pooled over all; with one, from the intervals of
+    the scores themselves, which cover the choice of images and not the training seed.
 
     Returns:
         None where fewer than two lengths have the score.
     """
-    found: dict[int, list[dict[str, float]]] = {}
-    for result in results.cells:
-        record = result.at_end(key)
-        cell = result.cell
-        if cell.sampled_as or cell.config.diffusion.beta_convention == "fixed range" or not record:
-            continue
-        if record.get(score):
-            found.setdefault(cell.config.diffusion.num_timesteps, []).append(record[score])
-    if len(found) < 2:
-        return None
-    means = {T: statistics.fmean(s["value"] for s in scores) for T, scores in found.items()}
-    seeds = min(len(scores) for scores in found.values())
-    freedom = sum(len(scores) - 1 for scores in found.values())
-    if freedom > 0 and seeds > 1:
-        from scipy.stats import t as student
+    from scipy.stats import studentized_range
 
-        squares = sum((s["value"] - means[T]) ** 2 for T, scores in found.items() for s in scores)
-        half = float(student.ppf(0.975, freedom)) * (squares / freedom * 2 / seeds) ** 0.5
+    convention = compared_convention(results.study)
+    found: dict[int, dict[int, dict[str, float]]] = {}
+    for result in results.cells:
+        diffusion, record = result.cell.config.diffusion, result.at_end(key)
+        both = diffusion.num_timesteps == 1000 and diffusion.schedule == "linear" and convention != "cosine"
+        if result.cell.sampled_as or not record or not record.get(score):
+            continue
+        if both or diffusion.beta_convention == convention:
+            found.setdefault(diffusion.num_timesteps, {})[result.cell.config.training.seed] = record[score]
+    shared = set.intersection(*(set(scores) for scores in found.values())) if found else set()
+    if len(found) < 2 or not shared:
+        return None
+    values = {T: [scores[seed]["value"] for seed in sorted(shared)] for T, scores in found.items()}
+    means = {T: statistics.fmean(of_T) for T, of_T in values.items()}
+    seeds, lengths = len(shared), len(found)
+    if seeds > 1:
+        freedom = lengths * (seeds - 1)
+        variance = sum((value - means[T]) ** 2 for T, of_T in values.items() for value in of_T) / freedom
+        half = float(studentized_range.ppf(0.95, lengths, freedom)) * (variance / seeds) ** 0.5
         return Compared(means, half, seeds, f"{seeds} training seeds, their spread pooled over the lengths")
-    halves = sorted(((s["high"] - s["low"]) / 2 for scores in found.values() for s in scores[:1]), reverse=True)
-    half = (halves[0] ** 2 + halves[1] ** 2) ** 0.5
+    (seed,) = shared
+    deviations = [(scores[seed]["high"] - scores[seed]["low"]) / 2 / 1.96 for scores in found.values()]
+    half = float(studentized_range.ppf(0.95, lengths, 10_000)) * (statistics.fmean(d * d for d in deviations)) ** 0.5
     return Compared(means, half, 1, "the choice of sampled images, not the training seed, of which there is one")
 
 

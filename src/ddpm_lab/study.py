@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ddpm_lab.cell import compute_cell, study_cost
 from ddpm_lab.files import InUse, replace_atomically
-from ddpm_lab.grid import Study, cell_folder, failure_path, is_done, open_study
-from ddpm_lab.lease import leased
+from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
+from ddpm_lab.lease import SECONDS, LeaseLost, leased
 from ddpm_lab.report import write_report
 from ddpm_lab.run import Interrupted
 from ddpm_lab.settings import InputError, RunError
@@ -49,28 +49,36 @@ def run_study(
     if missing:
         for line in study_cost(study, missing, device, data_dir):
             say(line)
-    failed, elsewhere = [], []
-    for one in missing:
+    failed: list[str] = []
+
+    def attempt(one: Cell) -> bool:
+        """Compute a cell, unless another worker has it; whether it is done or failed."""
         with leased(out / "cells" / f"{one.name}.lease") as lease:
             if lease is None:
-                elsewhere.append(one.name)
-                say(f"cell {one.index}, {one.name}, is being computed by another worker")
-                continue
-            if is_done(out, one):  # since we looked
-                continue
-            say(f"cell {one.index} of 0 .. {len(cells) - 1}: {one.name}")
-            try:
-                compute_cell(study, one, cell_folder(out, one), lease, device=device, data_dir=data_dir, say=say)
-                failure_path(out, one).unlink(missing_ok=True)
-            except InUse:
-                elsewhere.append(one.name)
-                say(f"cell {one.index}, {one.name}, is being written by another process")
-            except Interrupted:
-                raise
-            except Exception as error:  # whatever it is, the other cells are none the worse
-                failed.append(one.name)
-                _note_failure(failure_path(out, one), error)
-                say(f"cell {one.index}, {one.name}, failed: {error}")
+                return False
+            if not is_done(out, one):  # since we looked
+                say(f"cell {one.index} of 0 .. {len(cells) - 1}: {one.name}")
+                try:
+                    compute_cell(study, one, cell_folder(out, one), lease, device=device, data_dir=data_dir, say=say)
+                except (InUse, LeaseLost):
+                    return False
+                except Interrupted:
+                    raise
+                except Exception as error:  # whatever it is, the other cells are none the worse
+                    failed.append(one.name)
+                    _note_failure(failure_path(out, one), error)
+                    say(f"cell {one.index}, {one.name}, failed: {error}")
+                    return True
+            failure_path(out, one).unlink(missing_ok=True)
+            return True
+
+    left = [one for one in missing if not attempt(one)]
+    if left:
+        say(f"held by other workers: {', '.join(one.name for one in left)}; is one of them dead?")
+        deadline = time.monotonic() + 1.2 * SECONDS
+        while left and time.monotonic() < deadline:  # a living one touches its lease, a dead one's runs out
+            time.sleep(min(5.0, SECONDS / 10))
+            left = [one for one in left if not is_done(out, one) and not attempt(one)]
     if any(is_done(out, c) for c in cells):
         say(write_report(out))
     if failed:
@@ -78,8 +86,8 @@ def run_study(
             f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}; {out / 'cells'} says why in "
             "NAME.failed.json, and the same command tries again"
         )
-    if elsewhere:
-        say(f"left to other workers: {', '.join(elsewhere)}")
+    if left:
+        say(f"left to other workers, which are at it: {', '.join(one.name for one in left)}")
 
 
 def _claim_folder(study: Study, out: Path) -> None:
