@@ -307,6 +307,9 @@ def _denoising_step(of: Subject, device: torch.device, dtype: torch.dtype) -> Ca
     return denoising_peer(of.num_parameters, of.levels, of.image_shape, dtype, lambda: x_0).step
 
 
+STEPS = {OURS: _our_step, "diffusers": _diffusers_step, "denoising-diffusion-pytorch": _denoising_step}
+
+
 def _peer_networks(of: Subject, model: UNet) -> dict[str, nn.Module]:
     device = next(model.parameters()).device
     found: dict[str, nn.Module] = {}
