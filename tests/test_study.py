@@ -195,7 +195,10 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
 
 def worker(study_file, out, *more):
     command = [sys.executable, "-m", "ddpm_lab", "study", str(study_file), "--out", str(out), "--device", "cpu", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # as in this process, for sums of two threads differ in their bits
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow
