@@ -44,24 +44,30 @@ def build(system: str, seed: int, num_steps: int) -> Peer:
     return denoising_peer(sum(p.numel() for p in ours.parameters()), 3, SHAPE, torch.float32, batch)
 
 
+def steps_in(system: str, minutes: float) -> int:
+    """How many steps the peer takes in so many minutes, at the speed of its first."""
+    trial = build(system, 0, 100_000)
+    trial.step()
+    begun = time.monotonic()
+    tried = 0
+    while time.monotonic() - begun < min(60, 2 * minutes):
+        trial.step()
+        tried += 1
+    return int(minutes * 60 / (time.monotonic() - begun) * tried)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=["diffusers", "denoising-diffusion-pytorch"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--num-steps", type=int, help="so many steps, counted before, in place of a minute's count")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--bf16", action="store_true", help="sample in bfloat16, as ours is; training stays as it is")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     given.out.mkdir(parents=True)
-    trial = build(given.system, given.seed, 100_000)
-    trial.step()
-    begun = time.monotonic()
-    tried = 0
-    while time.monotonic() - begun < min(60, 2 * given.minutes):
-        trial.step()
-        tried += 1
-    planned = int(given.minutes * 60 / (time.monotonic() - begun) * tried)
+    planned = given.num_steps or steps_in(given.system, given.minutes)
     peer = build(given.system, given.seed, planned)
     begun = time.monotonic()
     for step in range(1, planned + 1):
