@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab import checkpoint, cost, load, run
+from ddpm_lab import checkpoint, cost, load, session
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
@@ -205,13 +205,13 @@ def test_another_process_is_refused(tmp_path, tiny_recipe):
 
 def poison(monkeypatch, number, change):
     """Have training report step `number` changed."""
-    real = run.training_loop
+    real = session.training_loop
 
     def poisoned(*arguments):
         for step in real(*arguments):
             yield change(step) if step.step == number else step
 
-    monkeypatch.setattr(run, "training_loop", poisoned)
+    monkeypatch.setattr(session, "training_loop", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_seed(tmp_path, tiny_recipe, monkeypatch):
@@ -235,15 +235,15 @@ def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tin
 @pytest.mark.parametrize("moment", ["_validation_loss", "_sample_grid"])
 def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_path, tiny_recipe, monkeypatch, moment):
     """Step 6 validates and samples and is no checkpoint's; the signal comes in the middle of it."""
-    real = getattr(run._Session, moment)
+    real = getattr(session.Session, moment)
 
-    def interrupted(session):
-        if session.state.step == 6:
+    def interrupted(sitting):
+        if sitting.state.step == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(session)
+        return real(sitting)
 
-    monkeypatch.setattr(run._Session, moment, interrupted)
-    with pytest.raises(run.Interrupted, match="stopped at step 7"):
+    monkeypatch.setattr(session.Session, moment, interrupted)
+    with pytest.raises(session.Interrupted, match="stopped at step 7"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4, 7]
 
@@ -294,7 +294,7 @@ def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_pa
     config = load_recipe(str(tiny_recipe))
     evaluation = dataclasses.replace(config.evaluation, score_every=5, score_images=30)
     config = dataclasses.replace(config, evaluation=evaluation)
-    run.train(config, tmp_path / "scored", device="cpu")
+    train(config, tmp_path / "scored", device="cpu")
     scores = read_lines(tmp_path / "scored" / "scores.jsonl")
     assert [line["step"] for line in scores] == [5, 10, 12]
     for line in scores:
@@ -309,7 +309,7 @@ def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_pa
 
     # A kill at step 10, after its score and before a checkpoint: the score of step 10 is cut, and comes again.
     shutil.rmtree(tmp_path / "scored" / "checkpoints" / "step_00000012")
-    run.train(config, tmp_path / "scored", device="cpu")
+    train(config, tmp_path / "scored", device="cpu")
     again = read_lines(tmp_path / "scored" / "scores.jsonl")
     unchanging = ("step", "fid", "kid", "inception_score", "images")
     assert [[line[n] for n in unchanging] for line in again] == [[line[n] for n in unchanging] for line in scores]
@@ -318,7 +318,7 @@ def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_pa
     # A kill after the last checkpoint, before its picture and its score: the same command makes both.
     (tmp_path / "scored" / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again[:2]))
     (tmp_path / "scored" / "samples" / "step_00000012.png").unlink()
-    run.train(config, tmp_path / "scored", device="cpu")
+    train(config, tmp_path / "scored", device="cpu")
     last = read_lines(tmp_path / "scored" / "scores.jsonl")
     assert [line["fid"] for line in last] == [line["fid"] for line in scores]
     assert (tmp_path / "scored" / "samples" / "step_00000012.png").is_file()

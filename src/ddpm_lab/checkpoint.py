@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
 from ddpm_lab.settings import InputError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """`checkpoints/step_00010000` of a run folder."""
@@ -150,14 +152,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     """
     name = "optimizer.safetensors"
     tensors, parameters = load_tensors(folder, name), dict(model.named_parameters())
-    moments = ("exp_avg", "exp_avg_sq")
-    _same_names(folder / name, tensors, {f"{m}.{key}": p.shape for m in moments for key, p in parameters.items()})
+    _same_names(folder / name, tensors, {f"{m}.{key}": p.shape for m in MOMENTS for key, p in parameters.items()})
+    set_moments(optimizer, model, step, tensors)
+
+
+def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, tensors: dict[str, Tensor]) -> None:
+    """Give Adam its moments, named as in `_optimizer_state` and zero where there are none, and its count of steps."""
     state = {
         index: {
             "step": torch.tensor(float(step)),
-            **{m: torch.empty_like(parameter).copy_(tensors[f"{m}.{key}"]) for m in moments},
+            **{
+                m: torch.zeros_like(parameter)
+                if (held := tensors.get(f"{m}.{key}")) is None
+                else torch.empty_like(parameter).copy_(held)
+                for m in MOMENTS
+            },
         }
-        for index, (key, parameter) in enumerate(parameters.items())
+        for index, (key, parameter) in enumerate(model.named_parameters())
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -175,7 +186,7 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     """Adam's moments under the names of the parameters they belong to."""
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
-        for moment in ("exp_avg", "exp_avg_sq")
+        for moment in MOMENTS
         for name, parameter in model.named_parameters()
     }
 

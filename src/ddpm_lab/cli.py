@@ -8,14 +8,19 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from cyclopts import CycloptsError
 
-from ddpm_lab import picture_commands  # noqa: F401 (adds its commands to the app)
+from ddpm_lab import (
+    picture_commands,  # noqa: F401 (adds its commands to the app)
+    processes,
+)
 from ddpm_lab.commands import app
 from ddpm_lab.settings import InputError
 from ddpm_lab.telling import hold_warnings, tell_warnings
 
+SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -29,9 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and turn what went wrong into a line on stderr and an exit code."""
     hold_warnings()
-    code = _run(arguments)
+    code = _run_shared(arguments) if "WORLD_SIZE" in os.environ else _run(arguments)
     if code != 2:  # of bad input nothing is told but the one line
         tell_warnings()
+    return code
+
+
+def _run_shared(arguments: Sequence[str]) -> int:
+    """Run as one of several processes that a launcher started; all but the leader are silent when all goes well."""
+    try:
+        alone = processes.count() == 1
+        leader = processes.lead()
+    except InputError as error:
+        return _fail(2, str(error))
+    if not alone and arguments and arguments[0] not in SHARED:
+        return _fail(2, f"{arguments[0]} runs in one process; several share {', '.join(SHARED)}") if leader else 2
+    with nullcontext() if leader else redirect_stdout(io.StringIO()):
+        code = _run(arguments)
+    if code == 0:
+        processes.leave()
     return code
 
 
@@ -57,7 +78,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _run_failure(error: RuntimeError) -> int:
-    from ddpm_lab.run import Interrupted
+    from ddpm_lab.session import Interrupted
     from ddpm_lab.settings import RunError
 
     if isinstance(error, Interrupted):
@@ -70,5 +91,7 @@ def _run_failure(error: RuntimeError) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    which = f"process {rank}: " if rank.isdecimal() and int(rank) else ""
+    print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
     return code

@@ -202,10 +202,9 @@ def evaluate(
         weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
         pairs=pairs, scores=scores, device=device, data_dir=data_dir, begin=tell_warnings,
     )  # fmt: skip
-    if json:
-        print(dumps(record))
-    else:
-        print("\n".join(score_table(record)))
+    if record is None:  # the leading process speaks
+        return
+    print(dumps(record) if json else "\n".join(score_table(record)))
 
 
 @app.command

@@ -17,6 +17,7 @@ from ddpm_lab.settings import InputError, SettingsGroup, require
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["eps", "x_0", "v"]
 Precision = Literal["auto", "float32", "bf16"]
+Compile = Literal["auto", "yes", "no"]
 Decay = Literal["constant", "linear", "cosine"]
 Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]
@@ -164,6 +165,8 @@ class TrainingConfig(SettingsGroup):
     precision: Precision = "auto"
     """bf16 computes convolutions, products and attention in bfloat16, the rest in float32; auto: where the device is
     fast at it"""
+    compile: Compile = "auto"
+    """whether torch.compile makes kernels for the network, which takes a minute or more first; auto: on a GPU"""
     seed: int = 0
     """of everything random in training"""
     log_every: int = 100

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from ddpm_lab import processes
 from ddpm_lab.features import FeatureNetwork
 from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing
 from ddpm_lab.image_stream import BATCH, ImageStream
@@ -108,34 +109,33 @@ def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None
     partial = folder.with_name(TEMPORARY_PREFIX + folder.name)
     partial.mkdir(exist_ok=True)
     done = _rows_done(partial)
+    waiting = (batch for chunk in images.batches() for batch in torch.split(chunk, network.batch_size))
     position = 0
+    while position < done:  # whole chunks, so whole batches
+        position += len(next(waiting))
     with (
         (partial / FEATURES).open("ab") as features_file,
         (partial / LOGITS).open("ab") as logits_file,
         progress(f"features of {images.name}", images.num_images, "images", start=done) as advance,
     ):
-        for chunk in images.batches():
-            for batch in torch.split(chunk, network.batch_size):
-                position += len(batch)
-                if position <= done:
-                    continue
-                features, logits = network(batch)
-                if not bool(features.isfinite().all()):
-                    raise InputError(f"features {network.name} of {images.name} are not finite")
-                if position == len(batch):
-                    meta = {
-                        "num_features": features.shape[1],
-                        "num_classes": 0 if logits is None else logits.shape[1],
-                        "network": network.name,
-                        "images": images.name,
-                    }
-                    replace_atomically(partial / META, (json.dumps(meta, indent=2) + "\n").encode())
-                if logits is not None:
-                    logits_file.write(logits.numpy().tobytes())
-                    logits_file.flush()
-                features_file.write(features.numpy().tobytes())
-                features_file.flush()
-                advance(len(batch))
+        for features, logits in processes.share_out("features", network, waiting):
+            if not bool(features.isfinite().all()):
+                raise InputError(f"features {network.name} of {images.name} are not finite")
+            if position == 0:
+                meta = {
+                    "num_features": features.shape[1],
+                    "num_classes": 0 if logits is None else logits.shape[1],
+                    "network": network.name,
+                    "images": images.name,
+                }
+                replace_atomically(partial / META, (json.dumps(meta, indent=2) + "\n").encode())
+            if logits is not None:
+                logits_file.write(logits.numpy().tobytes())
+                logits_file.flush()
+            features_file.write(features.numpy().tobytes())
+            features_file.flush()
+            position += len(features)
+            advance(len(features))
     partial.rename(folder)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_lab import processes
 from ddpm_lab.config import SamplingConfig, Spacing, Variance
 from ddpm_lab.data import to_uint8
 from ddpm_lab.diffusion import Model
@@ -29,7 +30,7 @@ from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.trained import TrainedModel, Weights, load
-from ddpm_lab.training import autocast, resolve_precision
+from ddpm_lab.training import autocast, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
 SAMPLING = "sampling.json"  # in a folder of samples
@@ -153,13 +154,28 @@ def generate(
     """
     if num_images < 1:
         raise InputError(f"num_images must be at least 1, not {num_images}")
+    size = config.batch_size
+    pieces = ((first, min(size, num_images - first)) for first in range(begin, num_images, size))
+    for index, images in enumerate(processes.share_out("sample", sampling_task(trained, config, on_step), pieces)):
+        if processes.computed_elsewhere(index):
+            on_step(len(images) * build_sampler(trained, config).num_steps)
+        yield images
+
+
+def sampling_task(
+    trained: TrainedModel, config: SamplingConfig, on_step: Callable[[int], object] = lambda rows: None
+) -> Callable[[tuple[int, int]], Tensor]:
+    """What samples one batch: (first, how many are wanted) -> (b, C, H, W) uint8 on the CPU."""
     sampler = build_sampler(trained, config)
-    for first in range(begin, num_images, config.batch_size):
-        wanted = min(config.batch_size, num_images - first)
+
+    def sample_batch(piece: tuple[int, int]) -> Tensor:
+        first, wanted = piece
         for step in trajectory(trained, sampler, first):
             x_0 = step.x_s
             on_step(wanted)
-        yield to_uint8(x_0[:wanted]).cpu()
+        return to_uint8(x_0[:wanted]).cpu()
+
+    return sample_batch
 
 
 def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Iterator[Step]:
@@ -257,8 +273,9 @@ def sample_to_file(
     Raises:
         InputError: a source, setting or path that cannot be used; told before any work.
     """
+    processes.join(resolve_device(device))
     folder = out.is_dir() or out.suffix == ""
-    if not folder:
+    if not folder and processes.lead():
         check_writable(out, (".png", ".npz"))
     grid = out.suffix.lower() == ".png"
     if not 1 <= num_images <= (MAX_GRID_IMAGES if grid else 10_000_000):
@@ -268,12 +285,15 @@ def sample_to_file(
     sampler = build_sampler(trained, config)
     begin()
     begun = time.monotonic()
-    if folder:
-        before = sample_to_folder(trained, out, num_images, config)
-        made = f"{num_images} images" + (f" ({before} were there)" if before else "")
-    else:
-        made = f"{num_images} images"
-        _sample_to_file(trained, out, num_images, config, grid)
+    before = processes.led(
+        lambda: (
+            sample_to_folder(trained, out, num_images, config)
+            if folder
+            else _sample_to_file(trained, out, num_images, config, grid)
+        ),
+        sample=sampling_task(trained, config),
+    )
+    made = f"{num_images} images" + (f" ({before} were there)" if before else "")
     return (
         f"{out}: {made} of {source} at step {trained.step} ({weights}), {config.sampler}, "
         f"{sampler.num_steps} of {trained.schedule.num_timesteps} steps, seed {config.seed}, "
@@ -281,7 +301,7 @@ def sample_to_file(
     )
 
 
-def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: SamplingConfig, grid: bool) -> None:
+def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: SamplingConfig, grid: bool) -> int:
     steps = num_images * build_sampler(trained, config).num_steps
     with progress("sampling", steps, "steps") as advance:
         batches = generate(trained, num_images, config, on_step=advance)
@@ -289,3 +309,4 @@ def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: S
             save_png(out, image_grid(torch.cat(list(batches)), scale=visible_scale(trained.image_shape[1])))
         else:
             save_npz(out, batches, num_images)
+    return 0

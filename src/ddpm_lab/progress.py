@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ddpm_lab import processes
+
 PLAIN_INTERVAL_SECONDS = 10.0
 
 Advance = Callable[..., None]  # advance(amount, note="text shown behind the bar")
@@ -30,7 +32,9 @@ def progress(description: str, total: int, unit: str, start: int = 0) -> Iterato
     Yields:
         A function: call it with how many more are done, and optionally a note.
     """
-    if sys.stderr.isatty():
+    if not processes.lead():
+        yield lambda amount, note=None: None
+    elif sys.stderr.isatty():
         with _bar(description, total, unit, start) as advance:
             yield advance
     else:

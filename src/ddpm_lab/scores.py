@@ -3,11 +3,13 @@
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_lab import processes
 from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, ImageSet, load_images
 from ddpm_lab.evaluation import (
@@ -21,7 +23,7 @@ from ddpm_lab.evaluation import (
 )
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
-from ddpm_lab.generation import build_sampler, generate
+from ddpm_lab.generation import build_sampler, generate, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.log import append_line
@@ -54,7 +56,7 @@ def evaluate_source(
     device: str = "auto",
     data_dir: Path | None = None,
     begin: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Score a model, or images, against a reference.
 
     Args:
@@ -68,18 +70,19 @@ def evaluate_source(
         begin: called once the input is found to be in order, before the work.
         scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
     Returns:
-        The record.
+        The record; None in a process that only helps to make it.
     Raises:
         InputError: anything of it that does not exist or does not fit.
     """
     begun = time.monotonic()
     on = str(resolve_device(device))
+    processes.join(torch.device(on))
     engine = resolve_engine(sampling.engine, torch.device(on))
-    if pairs is not None:
+    if pairs is not None and processes.lead():
         check_writable(pairs, (".png",), "--pairs")
         if "memorisation" not in scoring.metrics:
             raise InputError("--pairs is a picture of memorisation; add it to --metrics")
-    if scores is not None:
+    if scores is not None and processes.lead():
         check_writable(scores, (".jsonl",), "--scores")
     if _is_images(source):
         if checkpoint is not None:
@@ -92,8 +95,10 @@ def evaluate_source(
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
         begin()
         network = onnx_features(network, images.shape) if engine == "onnx" else network
-        record = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
-        record |= {"source": source, **dict.fromkeys(MODEL_FIELDS)}
+        record = processes.led(
+            lambda: evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs), features=network
+        )
+        of_model: dict[str, Any] = {"source": source, **dict.fromkeys(MODEL_FIELDS)}
     else:
         trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
         build_sampler(trained, sampling)
@@ -102,15 +107,21 @@ def evaluate_source(
         else:
             size, channels = image_size or trained.config.data.image_size, trained.image_shape[0]
             compared = open_reference(reference, data_dir, size, channels)
-        scores = scores or _scores_file(trained)
+        scores = scores or (_scores_file(trained) if processes.lead() else None)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         begin()
         network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
-        record = score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs)
-    record |= {"image_size": image_size, "device": on}
-    record["seconds"] = time.monotonic() - begun
+        record = processes.led(
+            lambda: score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs),
+            sample=sampling_task(trained, sampling),
+            features=network,
+        )
+        of_model = {}
+    if record is None:
+        return None
+    record |= of_model | {"image_size": image_size, "device": on, "seconds": time.monotonic() - begun}
     if scores is not None:
         append_line(scores, record)
     return record
@@ -203,32 +214,53 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
     }
 
 
+@dataclass(frozen=True)
+class TrainingScorer:
+    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM."""
+
+    num_images: int
+    sampling: SamplingConfig
+    reference: Reference
+    network: FeatureNetwork
+    scoring: ScoringConfig
+    data_dir: Path | None
+
+    def __call__(self, trained: TrainedModel) -> dict[str, Any] | None:
+        """The record, or None in a process that only helps to make it."""
+        return processes.led(
+            lambda: self._score(trained), sample=sampling_task(trained, self.sampling), features=self.network
+        )
+
+    def _score(self, trained: TrainedModel) -> dict[str, Any]:
+        begun = time.monotonic()
+        images = torch.cat(list(generate(trained, self.num_images, self.sampling)))
+        stream = tensor_stream(f"images of step {trained.step}", images)
+        record = evaluate(stream, self.reference, self.network, self.scoring, data_dir=self.data_dir, keep=False)
+        device = str(next(trained.model.parameters()).device)
+        record |= {"source": trained.name, "by": "training", "device": device, **model_record(trained, self.sampling)}
+        return record | {"seconds": time.monotonic() - begun}
+
+
 def training_scorer(
     config: Config, training_set: ImageSet, data_dir: Path | None, device: torch.device
-) -> Callable[[TrainedModel], dict[str, Any]]:
-    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM.
+) -> TrainingScorer | None:
+    """The scorer of a run, or None where it is not scored.
 
     Raises:
         InputError: no network for such images, told before training starts.
     """
     evaluation, dataset = config.evaluation, config.data.dataset
+    if evaluation.score_every == 0:
+        return None
     reference = _training_reference(training_set, dataset)
     assert reference.images is not None
     network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=0)
     sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=config.training.precision)
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
-    features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
-
-    def score(trained: TrainedModel) -> dict[str, Any]:
-        begun = time.monotonic()
-        images = torch.cat(list(generate(trained, evaluation.score_images, sampling)))
-        name = f"images of step {trained.step}"
-        record = evaluate(tensor_stream(name, images), reference, network, scoring, data_dir=data_dir, keep=False)
-        record |= {"source": trained.name, "by": "training", "device": str(device), **model_record(trained, sampling)}
-        return record | {"seconds": time.monotonic() - begun}
-
-    return score
+    if processes.lead():
+        features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
+    return TrainingScorer(evaluation.score_images, sampling, reference, network, scoring, data_dir)
 
 
 ROWS = (

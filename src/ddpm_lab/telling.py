@@ -6,6 +6,8 @@ Of bad input nothing is told but one line, and no warning is told twice.
 import sys
 import warnings
 
+from ddpm_lab import processes
+
 _held: list[str] = []  # warnings of the command under way that are not yet told
 _told: list[str] = []  # and that are
 
@@ -30,7 +32,7 @@ def say(line: str) -> None:
 
 def tell_warnings() -> None:
     """Tell the warnings that wait."""
-    for message in _held:
+    for message in _held if processes.lead() else ():
         print(f"warning: {message}", file=sys.stderr)
     _told.extend(_held)
     _held.clear()

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpm_lab import processes
 from ddpm_lab.config import Config, Prediction, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses
@@ -42,7 +44,8 @@ class TrainingStep:
 
     Attributes:
         step: steps done, counted from 1.
-        losses: of each image, (B,) float32; t: their timesteps, (B,) int64; both on the device.
+        losses: of each image of the batch, those of all processes, (B,) float32; t: their timesteps, (B,) int64; both
+            on the device.
         grad_norm: Euclidean norm before clipping, a scalar on the device.
         learning_rate: used in this step.
     """
@@ -62,14 +65,23 @@ def resolve_device(device: str) -> torch.device:
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+        return _own(torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name])))
     if device not in available:
         raise InputError(f"device must be auto, cpu, cuda or mps, not {device!r}")
     if not available[device]:
         raise InputError(
             f"device {device} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
         )
-    return torch.device(device)
+    return _own(torch.device(device))
+
+
+def _own(device: torch.device) -> torch.device:
+    """Of several processes on a node, each has a GPU to itself."""
+    if device.type != "cuda" or processes.count() == 1:
+        return device
+    if processes.local_rank() >= torch.cuda.device_count():
+        raise InputError(f"{torch.cuda.device_count()} GPUs are here, too few for a process {processes.local_rank()}")
+    return torch.device("cuda", processes.local_rank())
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -141,6 +153,17 @@ def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor
     return torch.cat(pieces)
 
 
+def engine(model: UNet, config: TrainingConfig, device: torch.device) -> Model:
+    """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
+    the processes where there are several."""
+    network: nn.Module = model
+    if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
+        network = cast(nn.Module, torch.compile(model, dynamic=False))
+    if processes.joined():
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return network
+
+
 def training_loop(
     state: TrainingState, schedule: NoiseSchedule, images: Tensor, config: Config
 ) -> Iterator[TrainingStep]:
@@ -156,12 +179,13 @@ def training_loop(
     """
     training, seed, device = config.training, config.training.seed, images.device
     dtype = resolve_precision(training.precision, device)
+    network = engine(state.model, training, device)
     parameters: list[Tensor] = list(state.model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
     state.model.train()
     for k in range(state.step, training.num_steps):
         generator = torch.Generator(device).manual_seed(random_seed(seed, STEP, k))
-        torch.manual_seed(random_seed(seed, STEP, k, 1))  # dropout has no generator of its own
+        torch.manual_seed(random_seed(seed, STEP, k, 1 + processes.rank()))  # dropout has no generator of its own
 
         # x_0 ~ q(x_0)
         indices = batch_indices(len(images), training.batch_size, seed, k).to(device)
@@ -171,11 +195,14 @@ def training_loop(
         t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=device)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
+        # All was drawn for the whole batch, so that it does not depend on how many processes share it.
+        x_0, own_t, eps = processes.share(x_0), processes.share(t), processes.share(eps)
+
         # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
         with autocast(device, dtype):
-            losses = denoising_losses(state.model, schedule, x_0, t, eps, config.diffusion.prediction)
+            losses = denoising_losses(network, schedule, x_0, own_t, eps, config.diffusion.prediction)
         state.optimizer.zero_grad()
-        torch.autograd.backward(losses.mean())
+        torch.autograd.backward(losses.mean())  # among processes gradients are averaged on the way
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(training, k)
@@ -184,7 +211,7 @@ def training_loop(
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
         state.step = k + 1
-        yield TrainingStep(k + 1, losses.detach(), t, grad_norm, learning_rate(training, k))
+        yield TrainingStep(k + 1, processes.gather(losses.detach()), t, grad_norm, learning_rate(training, k))
 
 
 def validation_loss(

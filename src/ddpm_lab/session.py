@@ -1,0 +1,229 @@
+"""One sitting of a run: the training loop, and what happens between its steps, of which the loop knows nothing.
+
+Invariant: what is written of a step comes in the order log, checkpoint, samples, scores, so that the log is never
+behind the newest checkpoint.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ddpm_lab import processes
+from ddpm_lab.checkpoint import checkpoint_steps, remove_old_checkpoints, save_checkpoint
+from ddpm_lab.config import Config, SamplingConfig
+from ddpm_lab.data import ImageSet
+from ddpm_lab.generation import generate
+from ddpm_lab.images import image_grid, save_png, visible_scale
+from ddpm_lab.log import append_line, read_lines
+from ddpm_lab.progress import Advance, progress
+from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import RunError
+from ddpm_lab.trained import TrainedModel
+from ddpm_lab.training import TrainingState, TrainingStep, training_loop, validation_loss
+
+LOG, SCORES = "log.jsonl", "scores.jsonl"
+BANDS = 10  # of timesteps, in loss_by_t
+
+
+class Interrupted(RuntimeError):
+    """The user stopped the run; a checkpoint was written."""
+
+
+@dataclass
+class Interval:
+    """What is summed up between two lines of the log."""
+
+    steps: list[TrainingStep]
+    begun: float
+
+
+class Session:
+    """One sitting of a run: the loop, and what happens between its steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        state: TrainingState,
+        schedule: NoiseSchedule,
+        held_out: Tensor,
+        training_set: ImageSet,
+        record: dict[str, Any],
+        seconds: float,
+        scorer: Callable[[TrainedModel], dict[str, Any] | None] | None,
+    ) -> None:
+        self.config, self.run_dir, self.state, self.schedule = config, run_dir, state, schedule
+        self.held_out = held_out[: config.evaluation.validation_images]
+        channels, height, width = training_set.images.shape[1:]
+        self.image_shape = (channels, height, width)
+        self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
+        self.scorer = scorer
+
+    def catch_up(self) -> None:
+        """Draw and score what was due at the newest checkpoint, where a kill came before it."""
+        step, last = self.state.step, self.state.step == self.config.training.num_steps
+        due = step > 0 and (last or step % self.config.evaluation.sample_every == 0)
+        if due and processes.lead() and not self._grid_path().exists():
+            self._sample_grid()
+        missing = processes.lead() and step > 0 and self._scoring(step) and not self._scored()
+        if processes.any_of(missing):
+            self._score()
+
+    def run(self, images: Tensor) -> None:
+        """Train to the end, logging, validating, sampling and saving when each is due.
+
+        All processes go through the steps and the scores; what else there is to do the leader does.
+        """
+        training, state = self.config.training, self.state
+        interval = Interval([], time.monotonic())
+        with (
+            _stop_signals() as stopped,
+            progress("training", training.num_steps, "steps", start=state.step) as advance,
+        ):
+            for step in training_loop(state, self.schedule, images, self.config):
+                k, last = step.step, step.step == training.num_steps
+                # asked once, and of all: a signal that comes later, or to one process only, is served alike by all
+                stopping = processes.any_of(stopped.is_set())
+                logged = False
+                if processes.lead():
+                    interval.steps.append(step)
+                    logged = self._keep(interval, stopping, advance)
+                if self._scoring(k):
+                    self._score()
+                if logged:  # what was drawn and scored since is not counted as time of training
+                    interval = Interval([], time.monotonic())
+                advance(1)
+                if stopping and not last:
+                    raise Interrupted(
+                        f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
+                    )
+
+    def _keep(self, interval: Interval, stopping: bool, advance: Advance) -> bool:
+        """Log, save and draw what is due after a step; whether it was logged."""
+        training, evaluation, state = self.config.training, self.config.evaluation, self.state
+        k, last = state.step, state.step == training.num_steps
+        saving = k % training.checkpoint_every == 0 or last or stopping
+        validating = k % evaluation.validate_every == 0 or last
+        sampling = k % evaluation.sample_every == 0 or last
+        logging = k % training.log_every == 0 or saving or validating or sampling or self._scoring(k)
+        if logging:
+            line = self._summary(interval)
+            if validating:
+                line["validation_loss"] = self._validation_loss()
+            append_line(self.run_dir / LOG, line)
+            advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+        if saving:
+            save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
+            remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
+        if sampling:
+            self._sample_grid()
+        return logging
+
+    def _summary(self, interval: Interval) -> dict[str, Any]:
+        """A line of the log; stops the run where a loss or a gradient was not finite."""
+        steps, config = interval.steps, self.config
+        losses = torch.stack([step.losses for step in steps]).double().cpu()
+        grad_norms = torch.stack([step.grad_norm for step in steps]).double().cpu()
+        for values, what in ((losses.mean(1), "loss"), (grad_norms, "gradient")):
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                self._stop_not_finite(what, steps[int(bad[0])].step)
+        elapsed = time.monotonic() - interval.begun
+        t = torch.stack([step.t for step in steps]).cpu()
+        bands = t * BANDS // config.diffusion.num_timesteps
+        by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
+        return {
+            "step": steps[-1].step,
+            "images": steps[-1].step * config.training.batch_size,
+            "loss": losses.mean().item(),
+            "loss_by_t": by_t,
+            "grad_norm": grad_norms.mean().item(),
+            "lr": steps[-1].learning_rate,
+            "images_per_second": losses.numel() / elapsed,
+            "seconds": self.seconds_before + time.monotonic() - self.begun,
+        }
+
+    def _validation_loss(self) -> float:
+        loss = validation_loss(self.state.ema, self.schedule, self.held_out, self.config.diffusion.prediction)
+        if not math.isfinite(loss):
+            self._stop_not_finite("validation loss", self.state.step)
+        return loss
+
+    def _stop_not_finite(self, what: str, step: int) -> NoReturn:
+        raise RunError(
+            f"the {what} is not finite at step {step} (seed {self.config.training.seed}); "
+            f"the last checkpoint is of step {last_step(self.run_dir)}; a lower --training.learning-rate may help"
+        )
+
+    def _grid_path(self) -> Path:
+        return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
+
+    def _trained(self) -> TrainedModel:
+        return TrainedModel(
+            str(self.run_dir), self.config, self.state.ema, self.schedule, self.image_shape, self.state.step,
+            "ema", self.run_dir, self.record,
+        )  # fmt: skip
+
+    def _scoring(self, step: int) -> bool:
+        every = self.config.evaluation.score_every
+        return every > 0 and (step % every == 0 or step == self.config.training.num_steps)
+
+    def _scored(self) -> bool:
+        return any(
+            line["step"] == self.state.step and line.get("by") == "training"
+            for line in read_lines(self.run_dir / SCORES)
+        )
+
+    def _score(self) -> None:
+        assert self.scorer is not None
+        try:
+            record = self.scorer(self._trained())
+        except OSError as error:
+            raise RunError(
+                f"step {self.state.step} could not be scored: {error.filename or 'cache'}: {error.strerror or error} "
+                f"(DDPM_CACHE_DIR names another cache); the last checkpoint is of step {last_step(self.run_dir)}"
+            ) from error
+        if record is not None:  # the leader's
+            append_line(self.run_dir / SCORES, record)
+
+    def _sample_grid(self) -> None:
+        evaluation = self.config.evaluation
+        sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
+        images = torch.cat(list(generate(self._trained(), evaluation.sample_images, sampling)))
+        self._grid_path().parent.mkdir(exist_ok=True)
+        save_png(self._grid_path(), image_grid(images, scale=visible_scale(self.image_shape[1])))
+
+
+def last_step(run_dir: Path) -> str:
+    steps = checkpoint_steps(run_dir)
+    return str(steps[-1]) if steps else "none yet"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set an event, so that the step under way can end; a second SIGINT interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

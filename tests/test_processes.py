@@ -1,0 +1,227 @@
+"""Several processes: what one would have made, and what happens when one of them ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_lab import processes
+from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
+from ddpm_lab.cli import run_command
+from ddpm_lab.log import read_lines
+
+FLAGS = ["--device", "cpu", "--model.dropout", "0", "--training.precision", "float32"]
+
+
+def launch(*arguments: str, count: int = 2) -> list[subprocess.Popen]:
+    """Start a command as a launcher does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_lab", *arguments],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def outcome(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    told = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, told, strict=True)]
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the weights, averages and moments of two runs' last checkpoints."""
+    worst = 0.0
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(checkpoint_path(run, 12) / f"{name}.safetensors") for run in (one, other))
+        assert a.keys() == b.keys()
+        worst = max(worst, *(float((a[key] - b[key]).abs().max()) for key in a))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_recipe, tmp_path_factory):
+    """The same run by one process and by two; scored twice."""
+    folder = tmp_path_factory.mktemp("runs")
+    scored = ["--evaluation.score-every", "6", "--evaluation.score-images", "24", *FLAGS]
+    assert run_command(["train", str(tiny_recipe), "--run", str(folder / "one"), *scored]) == 0
+    told = outcome(launch("train", str(tiny_recipe), "--run", str(folder / "two"), *scored))
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert "trained:" in told[0][1]
+    assert told[1][1:] == ("", ""), "only the leader speaks"
+    return folder
+
+
+def test_two_processes_end_where_one_does(runs):
+    assert largest_difference(runs / "one", runs / "two") < 2e-5
+    assert sorted(p.name for p in (runs / "two").rglob("*")) == sorted(p.name for p in (runs / "one").rglob("*"))
+
+
+def test_two_processes_log_the_loss_of_the_whole_batch(runs):
+    one, two = (read_lines(runs / name / "log.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert [x is None for x in a["loss_by_t"]] == [x is None for x in b["loss_by_t"]]
+
+
+def test_two_processes_score_as_one_does(runs):
+    one, two = (read_lines(runs / name / "scores.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [6, 12]
+    for a, b in zip(one, two, strict=True):
+        assert b["fid"]["value"] == pytest.approx(a["fid"]["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize("out", ["images.npz", "folder", "grid.png"])
+def test_two_processes_sample_the_same_images(runs, tmp_path, out):
+    command = ["sample", str(runs / "one"), "--num-images", "11", "--batch-size", "4", "--num-steps", "3"]
+    command += ["--device", "cpu", "--out"]
+    assert run_command([*command, str(tmp_path / f"one-{out}")]) == 0
+    told = outcome(launch(*command, str(tmp_path / f"two-{out}")))
+    assert [code for code, _, _ in told] == [0, 0], told
+    one, two = tmp_path / f"one-{out}", tmp_path / f"two-{out}"
+    if out == "images.npz":
+        assert np.array_equal(np.load(one)["images"], np.load(two)["images"])
+    elif out == "folder":
+        names = sorted(path.name for path in one.glob("*.png"))
+        assert len(names) == 11
+        assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    else:
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_two_processes_evaluate_alike(runs, tmp_path, monkeypatch):
+    command = ["evaluate", str(runs / "one"), "--features", "classifier", "--num-images", "50", "--num-steps", "2"]
+    command += ["--batch-size", "8", "--metrics", "fid", "is", "kid", "--device", "cpu", "--json", "--scores"]
+    assert run_command([*command, str(tmp_path / "one.jsonl")]) == 0
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "another"))  # so that all is computed again
+    told = outcome(launch(*command, str(tmp_path / "two.jsonl")))
+    assert [code for code, _, _ in told] == [0, 0], told
+    record = json.loads(told[0][1])
+    alone = json.loads((tmp_path / "one.jsonl").read_text())
+    for score in ("fid", "inception_score", "kid", "floor"):
+        assert record[score] == alone[score], score
+    assert record["images"]["sha256"] == alone["images"]["sha256"]
+
+
+def wait_for_checkpoint(run: Path) -> None:
+    until = time.monotonic() + 60
+    while not checkpoint_steps(run):
+        assert time.monotonic() < until, "no checkpoint"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_ends_the_run_and_another_number_resumes_it(tiny_recipe, runs, tmp_path, victim):
+    long = ["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *FLAGS, "--training.keep-checkpoints", "0"]
+    started = launch(*long, "--training.num-steps", "100000")
+    wait_for_checkpoint(tmp_path / "run")
+    started[victim].send_signal(signal.SIGKILL)
+    told = outcome(started)
+    assert told[victim][0] == -signal.SIGKILL
+    code, _, err = told[1 - victim]
+    assert code == 1, err
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1, err
+    assert "another of the 2 processes ended; the same command goes on from the newest checkpoint" in errors[0]
+    # One process takes up what two left at step 4, and ends where one alone would have.
+    steps = checkpoint_steps(tmp_path / "run")
+    assert steps[0] == 4
+    for step in steps[1:]:
+        shutil.rmtree(checkpoint_path(tmp_path / "run", step))
+    assert run_command([*long, "--training.num-steps", "12"]) == 0
+    assert largest_difference(runs / "one", tmp_path / "run") < 2e-5
+
+
+def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
+    """From step 8 of what two processes trained one goes on, and from what one trained two."""
+    command = ["train", str(tiny_recipe), *FLAGS, "--run"]
+    scored = ["--evaluation.score-every", "6", "--evaluation.score-images", "24"]
+    for name, number in (("one", 2), ("two", 1)):
+        run = tmp_path / name
+        shutil.copytree(runs / name, run)
+        shutil.rmtree(checkpoint_path(run, 12))
+        assert checkpoint_steps(run) == [8]
+        told = outcome(launch(*command, str(run), *scored, count=number))
+        assert [code for code, _, _ in told] == [0] * number, told
+        assert largest_difference(runs / "one", run) < 2e-5
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_path):
+    command = [
+        "train",
+        str(tiny_recipe),
+        "--run",
+        str(tmp_path / "run"),
+        *FLAGS,
+        "--training.checkpoint-every",
+        "1000000",
+    ]
+    started = launch(*command, "--training.num-steps", "100000", "--training.log-every", "1")
+    until = time.monotonic() + 60
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    told = outcome(started)
+    assert [code for code, _, _ in told] == [130, 130], told
+    stopped = re.search(r"stopped at step (\d+)", told[0][2])
+    assert stopped is not None, told
+    assert checkpoint_steps(tmp_path / "run") == [int(stopped[1])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "message"),
+    [
+        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "cannot be shared by 2 processes"),
+        (["study", "digits", "--out", "RUN"], 2, "study runs in one process; several share train, sample, evaluate"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, capsys, arguments, count, message):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.chdir(tmp_path)
+    assert run_command(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_environment_that_says_nonsense_is_told(monkeypatch, capsys, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    assert run_command(["info", "mnist"]) == 2
+    assert f"error: environment variable {name} must be a whole number, not 'two'" in capsys.readouterr().err
+
+
+def test_alone_nothing_is_shared():
+    rows = torch.arange(6)
+    assert processes.share(rows) is rows
+    assert processes.gather(rows) is rows
+    assert list(processes.share_out("double", lambda x: 2 * x, iter([1, 2, 3]))) == [2, 4, 6]
+    assert processes.led(lambda: 5, double=abs) == 5
+    assert not processes.any_of(False)
+    assert not processes.computed_elsewhere(1)
