@@ -232,6 +232,55 @@ def test_two_workers_share_a_folder_and_each_cell_is_computed_once(study_file, t
     assert essential(out) == essential(finished)
 
 
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Starts jobs of an array as Slurm would: `srun` runs what follows its options, `scontrol` notes what it hears."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    ddpm = Path(sys.executable).with_name("ddpm")
+    (commands / "srun").write_text(f'#!/usr/bin/env bash\n[ -z "$FAIL" ] || exit $FAIL\nshift 2\nexec {ddpm} "$@"\n')
+    (commands / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" > {tmp_path}/told\n')
+    for path in commands.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    script = Path(__file__).parent.parent / "scripts" / "study.slurm"
+
+    def submit(study, out, *indices, **environment):
+        common = os.environ | {"SLURM_ARRAY_JOB_ID": "7", "OMP_NUM_THREADS": "1", "FAIL": ""} | environment
+        jobs = [
+            subprocess.Popen(
+                ["bash", str(script), str(study), str(out)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=common | {"SLURM_ARRAY_TASK_ID": str(index)},
+            )
+            for index in indices
+        ]  # fmt: skip
+        said = [job.communicate(timeout=240)[0] for job in jobs]
+        return [job.returncode for job in jobs], said
+
+    return submit
+
+
+@pytest.mark.slow
+def test_an_array_of_jobs_computes_a_cell_each(slurm, study_file, tmp_path):
+    codes, said = slurm(study_file, tmp_path / "out", 0, 1)
+    assert codes == [0, 0], said
+    assert "cell 0 of" in said[0]
+    cells = open_study(tmp_path / "out").cells
+    assert [is_done(tmp_path / "out", cell) for cell in cells] == [True, True, False, False, False]
+    codes, said = slurm(study_file, tmp_path / "out", 0)
+    assert codes == [0]
+    assert "cell 0 of" not in said[0], "a finished cell is not computed again"
+
+
+def test_a_job_that_ran_out_of_time_goes_back_into_the_queue(slurm, study_file, tmp_path):
+    assert slurm(study_file, tmp_path / "out", 3, FAIL="130")[0] == [130]
+    assert (tmp_path / "told").read_text() == "requeue 7_3\n"
+    (tmp_path / "told").unlink()
+    assert slurm(study_file, tmp_path / "out", 3, FAIL="1")[0] == [1]
+    assert not (tmp_path / "told").exists()
+
+
 def essential(out):
     """All records without what depends on the clock or on where the folder lies."""
     volatile = {"seconds", "seconds_an_image", "seconds_an_evaluation", "source"}

@@ -85,6 +85,9 @@ def _run_failure(error: RuntimeError) -> int:
         return _fail(130, str(error))
     if isinstance(error, RunError):
         return _fail(1, str(error))
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        first = str(error).strip().partition("\n")[0]
+        return _fail(1, f"torch.compile failed: {first}; --training.compile no or --engine torch does without it")
     if "allocate memory" in str(error) or "out of memory" in str(error):
         return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
     raise error

@@ -23,7 +23,7 @@ Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
-Engine = Literal["torch", "onnx"]
+Engine = Literal["torch", "compile", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,8 @@ class SamplingConfig(SettingsGroup):
     """bf16 computes convolutions, products and attention in bfloat16, faster where the device has it, and images differ
     a little; auto: where the device is fast at it"""
     engine: Engine = "torch"
-    """onnx evaluates networks by ONNX Runtime, on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
+    """compile: kernels made by torch.compile, which takes a minute or more first and pays on a GPU; onnx: ONNX Runtime,
+    on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
 
     @classmethod
     def _prefix(cls) -> str:
@@ -268,7 +269,7 @@ class SamplingConfig(SettingsGroup):
             f"singlestep applies to the dpmpp sampler, not to {self.sampler}",
         )
         require(
-            self.engine == "torch" or self.precision == "float32",
+            self.engine != "onnx" or self.precision == "float32",
             f"the onnx engine computes in float32; precision {self.precision} is for the torch engine",
         )
 

@@ -30,7 +30,7 @@ from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.trained import TrainedModel, Weights, load
-from ddpm_lab.training import autocast, resolve_device, resolve_precision
+from ddpm_lab.training import autocast, compiled, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
 SAMPLING = "sampling.json"  # in a folder of samples
@@ -115,6 +115,8 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     def network() -> Model:
         if resolved.engine == "torch":
             return trained.model
+        if resolved.engine == "compile":
+            return compiled(trained.model)
         example = torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)
         identity = f"{trained.weights_sha256} {trained.config.model} T = {T}"
         return cast(Model, OnnxNetwork(trained.model, example, identity))

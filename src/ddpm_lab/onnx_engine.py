@@ -29,8 +29,8 @@ def resolve_engine(engine: Engine, device: torch.device) -> Engine:
     Raises:
         InputError: ONNX Runtime is asked for elsewhere than on the CPU.
     """
-    if engine == "torch":
-        return "torch"
+    if engine != "onnx":
+        return engine
     if device.type != "cpu":
         raise InputError(f"--engine onnx is for the CPU, not for {device.type}; give --device cpu, or --engine torch")
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]

@@ -168,6 +168,8 @@ def load(
         model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
     model = model.to_empty(device=on)
     load_parameters(model, folder, WEIGHT_FILES[weights])
+    if on.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
     return TrainedModel(
         name=str(source),
         config=config,

@@ -153,12 +153,20 @@ def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor
     return torch.cat(pieces)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The same network and parameters with kernels of its own, made at the first call for its batch size and dtype.
+
+    The timesteps are a tensor, so there is one graph for all of them; batches have one size in training and sampling.
+    """
+    return cast(nn.Module, torch.compile(model, dynamic=False))
+
+
 def engine(model: UNet, config: TrainingConfig, device: torch.device) -> Model:
     """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
     the processes where there are several."""
     network: nn.Module = model
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
-        network = cast(nn.Module, torch.compile(model, dynamic=False))
+        network = compiled(model)
     if processes.joined():
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
     return network
