@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch
         if cell.index == 1:
             raise RunError("the loss is not finite")
         folder.mkdir()
-        (folder / "done.json").write_text(json.dumps(dict.fromkeys(SUMMARY, 1)))
+        (folder / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
         done.append(cell.index)
 
     monkeypatch.setattr(study_module, "compute_cell", compute)
@@ -179,7 +180,7 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
     def compute(study, cell, folder, *rest, **more):
         computed.append(cell.index)
         folder.mkdir()
-        (folder / "done.json").write_text(json.dumps(dict.fromkeys(SUMMARY, 1)))
+        (folder / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
 
     monkeypatch.setattr(study_module, "compute_cell", compute)
     monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
@@ -291,6 +292,32 @@ def essential(out):
         if isinstance(images, dict):
             kept[-1]["images"] = images["sha256"]
     return kept
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("done.json", {"seconds_of_training": float("nan")}, "it has no seconds_of_training, or one of another kind"),
+        ("done.json", {"images": "many"}, "it has no images"),
+        ("done.json", {"versions": 3}, "it has no versions"),
+        ("measures.jsonl", {"num_timesteps": None}, "it has no ddim-5: num_timesteps"),
+        ("measures.jsonl", {"fid": 3}, "it has no ddim-5: fid: value"),
+        ("measures.jsonl", {"kid": {"value": 1.0, "low": "x", "high": 2.0}}, "it has no ddim-5: kid: low"),
+        ("measures.jsonl", {"floor": []}, "it has no ddim-5: floor: num_images"),
+        ("scores.jsonl", {"fid_label": 7}, "it has no 2: fid_label"),
+    ],
+)
+def test_records_that_no_study_writes_are_told(finished, tmp_path, name, change, message):
+    """Found by scripts/fuzz.py."""
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "cells" / "T50-rescaled-seed0" / name
+    lines = [path.read_text()] if name == "done.json" else path.read_text().splitlines(keepends=True)
+    row = 1 if name == "measures.jsonl" else 0  # the first is of the speed
+    lines[row] = json.dumps(json.loads(lines[row]) | change) + "\n"
+    path.write_text("".join(lines))
+    with pytest.raises(InputError, match=re.escape(message)) as refused:
+        write_report(tmp_path / "out")
+    assert str(path) in str(refused.value)
 
 
 def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):

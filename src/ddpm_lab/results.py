@@ -13,7 +13,8 @@ from ddpm_lab.cell import MEASURES
 from ddpm_lab.files import read_json
 from ddpm_lab.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.log import read_lines
-from ddpm_lab.settings import InputError
+from ddpm_lab.session import SCORES
+from ddpm_lab.settings import InputError, fits
 
 COLUMNS = (
     "cell", "seed", "trained_timesteps", "beta_convention", "key", "step", "images_seen", "num_timesteps", "sampler",
@@ -21,7 +22,20 @@ COLUMNS = (
     "inception_score_low", "inception_score_high", "kid", "kid_low", "kid_high", "bits_per_dimension",
     "bits_per_dimension_low", "bits_per_dimension_high", "seconds_an_image", "floor_fid", "dtype",
 )  # fmt: skip
-SUMMARY = ("images", "seed", "seconds_of_training", "seconds_of_scoring", "device", "machine", "threads", "versions")
+SUMMARY: dict[str, Any] = {
+    "images": int,
+    "seed": int,
+    "seconds_of_training": float,
+    "seconds_of_scoring": float,
+    "device": str,
+    "machine": str,
+    "threads": int,
+    "versions": dict,
+}
+INTERVAL: dict[str, Any] = {"value": float, "low": float | None, "high": float | None}
+INTERVALS = ("fid", "inception_score", "kid", "bits_per_dimension")
+FLOOR: dict[str, Any] = {"num_images": int, "fid": float | None, "inception_score": float | None, "kid": float | None}
+SCORED: dict[str, Any] = {"fid_label": str, "sampler": str, "num_timesteps": int, "num_evaluations": int}
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,33 @@ def gather(out: Path) -> Results:
 
 def _read_done(path: Path) -> dict[str, Any]:
     done = read_json(path)
-    missing = [name for name in SUMMARY if not isinstance(done, dict) or name not in done]
-    if missing:
-        raise InputError(f"{path} is not what a study writes: it has no {missing[0]}; delete it, and study goes on")
+    _check(path, done, SUMMARY)
     return dict(done)
+
+
+def _check(path: Path, held: object, kinds: dict[str, Any], where: str = "") -> None:
+    """Refuse what a study did not write, by naming what is amiss first."""
+    for name, kind in kinds.items():
+        if not isinstance(held, dict) or name not in held or not fits(held[name], kind):
+            raise InputError(
+                f"{path} is not what a study writes: it has no {where}{name}, or one of another kind; "
+                "delete it, and study goes on"
+            )
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    """A score or measure: what reports and comparisons take from it must be there."""
+    where = f"{record.get('key', record['step'])}: "
+    if any(record.get(name) is not None for name in ("fid", "inception_score", "kid")):
+        _check(path, record, SCORED, where)
+    if record.get("floor") is not None:
+        _check(path, record["floor"], FLOOR, where + "floor: ")
+    for name in INTERVALS:
+        if record.get(name) is not None:
+            _check(path, record[name], INTERVAL, f"{where}{name}: ")
+    for name, kind in (("num_evaluations", int), ("seconds_an_evaluation", float), ("sampler", str)):
+        if record.get(name) is not None:
+            _check(path, record, {name: kind}, where)
 
 
 def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
@@ -94,10 +131,13 @@ def _records(cell: Cell, folder: Path) -> Iterable[dict[str, Any]]:
         "trained_convention": data.beta_convention,
     }
     measures = [line for line in read_lines(folder / MEASURES) if isinstance(line.get("key"), str)]
+    scores = [line for line in read_lines(folder / SCORES) if line.get("by") == "training"]
+    for path, lines in ((folder / MEASURES, measures), (folder / SCORES, scores)):
+        for line in lines:
+            _check_record(path, line)
     speed = next((line.get("seconds_an_evaluation") for line in measures if line["key"] == "speed"), None)
-    for line in read_lines(folder / "scores.jsonl"):
-        if line.get("by") == "training":
-            yield common | {"key": "training", "images_seen": line["step"] * training.batch_size} | line
+    for line in scores:
+        yield common | {"key": "training", "images_seen": line["step"] * training.batch_size} | line
     for line in {line["key"]: line for line in measures}.values():
         evaluations = line.get("num_evaluations")
         cost = None if speed is None or evaluations is None else speed * evaluations

@@ -25,15 +25,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
+        return any(fits(value, option) for option in typing.get_args(hint))
     if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
@@ -66,7 +66,7 @@ class SettingsGroup:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            require(_fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
+            require(fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
         self._check()
 
     @classmethod

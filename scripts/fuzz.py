@@ -1,0 +1,344 @@
+"""Damage every kind of file that ddpm-lab reads, at random, and see that each command ends in one clear line.
+
+    python scripts/fuzz.py --minutes 60 --seed 0 [--only NAME ...] --out DIR
+
+A try damages one file of a sound set, runs a command on it within this process, and expects exit code 0 or 1, or 2
+with exactly one line that begins with `error: `. What comes otherwise (an exception, a second line, another code) is kept
+under DIR, with the damaged file and what was raised. Try number k of a seed is always the same.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_lab.cli import run_command
+from ddpm_lab.data import load_images
+
+RECIPE = """
+[data]
+dataset = "digits"
+[model]
+base_channels = 8
+channel_multipliers = [1, 2]
+num_blocks = 1
+attention_levels = [1]
+norm_groups = 4
+[diffusion]
+num_timesteps = 50
+schedule = "cosine"
+[training]
+num_steps = 2
+batch_size = 4
+log_every = 1
+[evaluation]
+validation_images = 8
+sample_images = 1
+sample_steps = 1
+"""
+STUDY = """
+recipe = "recipe.toml"
+question = "Which?"
+[grid]
+num_timesteps = [50, 60]
+[measures]
+checkpoints = 1
+images = 20
+final_images = 20
+samplers = ["ddim-5", "ddim-50"]
+ancestral_images = 20
+bound_images = 2
+[settings.training]
+num_steps = 2
+batch_size = 4
+[settings.diffusion]
+schedule = "linear"
+"""
+SECONDS = 20  # after which a try is given up, and counted
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to damage, below the sound set, and the command that reads it."""
+
+    file: str
+    command: list[str]
+    damage: Callable[[random.Random, bytes], bytes]
+    hashed: str = ""  # its name in the meta.json beside it, which is brought up to date, so that the parser is reached
+
+
+def any_bytes(chance: random.Random, content: bytes) -> bytes:
+    """One to four damages: bits flipped, pieces cut, doubled, zeroed, put in, or the end missing."""
+    held = bytearray(content)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(held) + 1)
+        # the head of a file is where its structure is
+        at = min(at, chance.choice([16, 256, 4096, 1 << 40]))
+        length = chance.choice([1, 2, 4, 8, 100, 1000])
+        kind = chance.randrange(7)
+        if kind == 0 and at < len(held):
+            held[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            del held[at : at + length]
+        elif kind == 2:
+            held[at:at] = held[at : at + length]
+        elif kind == 3:
+            held[at : at + length] = bytes(len(held[at : at + length]))
+        elif kind == 4:
+            held[at:at] = chance.randbytes(length)
+        elif kind == 5:
+            del held[at:]
+        elif at < len(held):
+            held[at : at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80"])
+    return bytes(held)
+
+
+ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e308, 10**30, 2**63, float("nan"), float("inf"), "", "x", "inf", "cosine",
+    [], [0], [1, 2, 3], {}, {"a": 1}, "../../..", "\x00", "ü", [[]], [None], "1e5",
+]  # fmt: skip
+
+
+def any_json(chance: random.Random, content: bytes) -> bytes:
+    """A value changed, taken away, or put in, somewhere in the tree; or plain damage to the bytes."""
+    if chance.random() < 0.25:
+        return any_bytes(chance, content)
+    lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
+    row = chance.randrange(len(lines))
+    tree = json.loads(lines[row])
+    for _ in range(chance.randint(1, 3)):
+        tree = _change(chance, tree)
+    lines[row] = json.dumps(tree)
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _change(chance: random.Random, tree: Any) -> Any:
+    if chance.random() < 0.25 or not isinstance(tree, dict | list) or not tree:
+        return chance.choice(ODD)
+    if isinstance(tree, list):
+        at = chance.randrange(len(tree))
+        return [*tree[:at], _change(chance, tree[at]), *tree[at + 1 :]]
+    name = chance.choice(sorted(tree))
+    if chance.random() < 0.15:
+        return {key: value for key, value in tree.items() if key != name}
+    if chance.random() < 0.05:
+        return tree | {chance.choice(["", "x", "seed"]): chance.choice(ODD)}
+    return tree | {name: _change(chance, tree[name])}
+
+
+def any_toml(chance: random.Random, content: bytes) -> bytes:
+    """A line's value changed, a line doubled, taken away or moved; or plain damage to the bytes."""
+    if chance.random() < 0.25:
+        return any_bytes(chance, content)
+    lines = content.decode().splitlines()
+    for _ in range(chance.randint(1, 2)):
+        row = chance.randrange(len(lines))
+        kind = chance.randrange(4)
+        if kind == 0:
+            del lines[row]
+        elif kind == 1:
+            lines.insert(chance.randrange(len(lines)), lines[row])
+        else:
+            name = lines[row].partition("=")[0].strip() or "x"
+            values = [
+                "true",
+                "0",
+                "-1",
+                "3",
+                "1e400",
+                "nan",
+                '""',
+                '"x"',
+                "[]",
+                "[1]",
+                "[0, -1]",
+                "{}",
+                "1979-05-27",
+                "7.5",
+                '"v"',
+                "[[2]]",
+            ]
+            lines[row] = f"{name} = {chance.choice(values)}"
+    return "\n".join(lines).encode()
+
+
+def prepare(sound: Path) -> list[Target]:
+    """Make one sound file of each kind, and say what reads it."""
+    (sound / "recipe.toml").write_text(RECIPE)
+    (sound / "study.toml").write_text(STUDY)
+    run, device = str(sound / "run"), ["--device", "cpu"]
+    quietly(["train", str(sound / "recipe.toml"), "--run", run, *device])
+    quietly(["study", str(sound / "study.toml"), "--out", str(sound / "study"), "--cell", "0", *device])
+    samples = ["sample", "SOUND/run", "--num-images", "2", "--num-steps", "1", "--batch-size", "2", *device, "--out"]
+    quietly([part.replace("SOUND", str(sound)) for part in [*samples, "SOUND/samples"]])
+    images = load_images("digits", "test").images[:40]
+    np.savez(sound / "images.npz", images=images.permute(0, 2, 3, 1).numpy())
+    np.savez_compressed(sound / "packed.npz", images=images.permute(0, 2, 3, 1).numpy())
+    factor = np.random.default_rng(0).standard_normal((64, 64))
+    np.savez(sound / "statistics.npz", mu=np.zeros(64), sigma=factor @ factor.T)
+    (sound / "pictures").mkdir()
+    for index, image in enumerate(images[:20]):
+        Image.fromarray(image[0].numpy()).save(sound / "pictures" / f"{index:02d}.png")
+    Image.fromarray(images[0, 0].numpy()).save(sound / "pictures" / "20.bmp")
+    (sound / "data" / "mnist").mkdir(parents=True)
+    for part, count in (("train", 60), ("t10k", 10)):  # not the official ones, which are told by their hash
+        head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        held = head + bytes(count * 784)
+        (sound / "data" / "mnist" / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(held, 1))
+        labels = (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(count)
+        (sound / "data" / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    (sound / "classifier").mkdir()
+    from ddpm_lab.classifier import packaged_path
+
+    shutil.copy(packaged_path("digits"), sound / "classifier" / "classifier.safetensors")
+
+    last = "run/checkpoints/step_00000002"
+    score = ["--reference", "digits:train", "--features", "classifier", "--metrics", "fid", "is", *device]
+    drawn = [*samples, "SOUND/x.png"]
+    train = ["train", "SOUND/recipe.toml", "--run", "SOUND/run", *device]
+    cell = "study/cells/T50-rescaled-seed0"
+    return [
+        Target("recipe.toml", ["train", "SOUND/recipe.toml", "--run", "SOUND/new", *device], any_toml),
+        Target("study.toml", ["study", "SOUND/study.toml", "--out", "SOUND/new", "--cell", "999"], any_toml),
+        Target("run/config.json", drawn, any_json),
+        Target("run/config.json", ["info", "SOUND/run"], any_json),
+        Target("run/config.json", train, any_json),
+        Target("run/log.jsonl", train, any_json),
+        Target("run/log.jsonl", ["curves", "training", "SOUND/run", "--out", "SOUND/x.png"], any_json),
+        Target(f"{last}/meta.json", drawn, any_json),
+        Target(f"{last}/ema.safetensors", drawn, any_bytes),
+        Target(f"{last}/ema.safetensors", drawn, any_bytes, "ema.safetensors"),
+        Target(f"{last}/optimizer.safetensors", train, any_bytes, "optimizer.safetensors"),
+        Target("samples/sampling.json", [*samples, "SOUND/samples"], any_json),
+        Target("images.npz", ["evaluate", "SOUND/images.npz", *score], any_bytes),
+        Target("packed.npz", ["evaluate", "SOUND/packed.npz", *score], any_bytes),
+        Target("statistics.npz", ["evaluate", "digits:test", "--reference", "SOUND/statistics.npz", "--features", "classifier", "--metrics", "fid", *device], any_bytes),
+        Target("pictures/07.png", ["evaluate", "SOUND/pictures", *score], any_bytes),
+        Target("pictures/20.bmp", ["evaluate", "SOUND/pictures", *score], any_bytes),
+        Target("data/mnist/train-images-idx3-ubyte.gz", ["data", "mnist", "--data-dir", "SOUND/data"], any_bytes),
+        Target("data/mnist/train-labels-idx1-ubyte", ["data", "mnist", "--data-dir", "SOUND/data"], any_bytes),
+        Target("classifier/classifier.safetensors", ["evaluate", "SOUND/images.npz", *score[:2], "--features", "SOUND/classifier", "--metrics", "fid", *device], any_bytes),
+        Target("study/study.json", ["report", "SOUND/study"], any_json),
+        Target(f"{cell}/measures.jsonl", ["report", "SOUND/study"], any_json),
+        Target(f"{cell}/done.json", ["report", "SOUND/study"], any_json),
+        Target(f"{cell}/config.json", ["report", "SOUND/study"], any_json),
+        Target(f"{cell}/log.jsonl", ["report", "SOUND/study"], any_json),
+        Target(f"{cell}/scores.jsonl", ["report", "SOUND/study"], any_json),
+    ]  # fmt: skip
+
+
+def quietly(command: list[str]) -> tuple[int, str]:
+    """Run a command here; its exit code and what it said on stderr."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = run_command(command)
+    return code, said.getvalue()
+
+
+def attempt(target: Target, sound: Path, place: Path, chance: random.Random) -> tuple[str, str]:
+    """One try: ('', its ending) where all is as it should be, else what is wrong."""
+    shutil.copytree(sound, place)
+    path = place / target.file
+    damaged = target.damage(chance, path.read_bytes())
+    path.write_bytes(damaged)
+    if target.hashed:
+        import hashlib
+
+        meta = json.loads((path.parent / "meta.json").read_text())
+        meta["sha256"][target.hashed] = hashlib.sha256(damaged).hexdigest()
+        (path.parent / "meta.json").write_text(json.dumps(meta))
+    command = [part.replace("SOUND", str(place)) for part in target.command]
+
+    def too_long(number: int, frame: object) -> None:
+        raise TimeoutError("too long")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    try:
+        code, said = quietly(command)
+    except TimeoutError:
+        return "", "given up"
+    except BaseException:
+        return traceback.format_exc(), ""
+    finally:
+        signal.alarm(0)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    if "too long" in said:
+        return "", "given up"
+    if code == 2 and (len(errors) != 1 or said.count("\n") != 1):
+        return f"exit code 2 and not one line:\n{said}", ""
+    if code not in (0, 1, 2) or "Traceback" in said:
+        return f"exit code {code}:\n{said}", ""
+    return "", f"exit code {code}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names of files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what was found")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+    ended: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as held:
+        os.environ["DDPM_CACHE_DIR"] = f"{held}/cache"
+        sound = Path(held) / "sound"
+        sound.mkdir()
+        targets = [t for t in prepare(sound) if not given.only or any(part in t.file for part in given.only)]
+        for target in targets:
+            code, said = quietly([part.replace("SOUND", str(sound)) for part in target.command])
+            print(f"sound: {target.file}: exit code {code} {said.strip().splitlines()[-1:] or ''}", flush=True)
+            shutil.rmtree(sound / "new", ignore_errors=True)
+        until, number = time.monotonic() + 60 * given.minutes, 0
+        while time.monotonic() < until:
+            target = targets[number % len(targets)]
+            place = Path(held) / "place"
+            wrong, ending = attempt(target, sound, place, random.Random(f"{given.seed} {number}"))
+            if wrong:
+                last = wrong.strip().splitlines()[-1]
+                key = f"{target.file}: {target.command[0]}: {last[:160]}"
+                found[key] += 1
+                if found[key] == 1:
+                    kept = given.out / f"{Path(target.file).name}-{given.seed}-{number}"
+                    shutil.rmtree(kept, ignore_errors=True)
+                    kept.mkdir()
+                    shutil.copy(place / target.file, kept)
+                    (kept / "what.txt").write_text(f"{' '.join(target.command)}\n{wrong}")
+                    print(f"FOUND {key}", flush=True)
+            else:
+                ended[f"{target.file}: {ending}"] += 1
+            shutil.rmtree(place)
+            number += 1
+            if number % 500 == 0:
+                print(f"{number} tries, {sum(found.values())} faults of {len(found)} kinds", flush=True)
+    for name, count in sorted(ended.items()):
+        print(f"{count:6d}  {name}")
+    print(f"{number} tries of seed {given.seed}: {sum(found.values())} faults of {len(found)} kinds")
+    for name, count in found.most_common():
+        print(f"{count:6d}  {name}")
+
+
+if __name__ == "__main__":
+    main()
