@@ -1,6 +1,7 @@
 """The benchmark: turns and ratios by a clock of our own, contestants that do the same thing, a record of all of it."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ddpm_lab.contests import (
     evaluation_contest,
     input_contest,
     sampling_contest,
+    scoring_contest,
     statistics_contest,
     subject,
     training_contest,
@@ -134,6 +136,13 @@ def test_every_contest_runs():
             assert len(contest.contestants) >= 1 + len(installed_peers()) * (contest.case[:10] != "statistics")
 
 
+def test_those_who_score_find_the_same():
+    with scoring_contest(CPU, 12) as contest:
+        ours, theirs = (contestant() for contestant in contest.contestants.values())
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-3), name
+
+
 @pytest.mark.parametrize("name", ["_our_step", "_diffusers_step", "_denoising_step"])
 def test_a_training_step_moves_the_weights(name, monkeypatch):
     """A contestant that did nothing would win."""
@@ -156,12 +165,14 @@ def test_a_training_step_moves_the_weights(name, monkeypatch):
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ddpm_lab.contests.statistics_contest", lambda: statistics_contest(8, 32))
+    monkeypatch.setattr("ddpm_lab.contests.scoring_contest", lambda on: nullcontext(statistics_contest(8, 32)))
     out = tmp_path / "bench.json"
     flags = ["--network", "digits", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--out", str(out)]
     assert run_command(["bench", *flags]) == 0
     record, said = json.loads(out.read_text()), capsys.readouterr().out
     cases = [contest["case"].split(",")[0] for contest in record["contests"]]
     assert {"evaluation", "training step", "sampling", "input path"} <= set(cases)
+    assert cases.count("statistics and Frechet distance") == 2, "in place of the long scoring, too"
     assert set(record["peak"]) == {"evaluation", "training step"}
     assert record["network"]["name"] == "digits"
     assert record["conditions"]["versions"]["torch"] == torch.__version__.split("+")[0]

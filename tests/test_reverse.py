@@ -1,6 +1,7 @@
 """The reverse process as shown: it ends in the very images that are sampled."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -190,6 +191,24 @@ def test_figures_are_drawn(tiny_run, trained):
         picture = rendered(figure)
         assert picture.shape[1] == 840, name
         assert (picture < 128).mean() > 0.002, name
+
+
+def test_lines_that_no_run_writes_are_not_drawn(tiny_run, tmp_path):
+    """Found by scripts/fuzz.py."""
+    lines = (tiny_run / "log.jsonl").read_text().splitlines()
+    (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
+    changes = [
+        {"loss_by_t": None},
+        {"loss_by_t": [1.0]},
+        {"loss_by_t": ["x"] * 10},
+        {"loss": "small"},
+        {"images": None},
+    ]
+    damaged = [json.dumps(json.loads(lines[0]) | change) for change in changes]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, *damaged]) + "\n")
+    (log,) = read_runs([tmp_path])
+    assert log.lines == read_runs([tiny_run])[0].lines
+    training_figure([log])
 
 
 def test_noised_images_have_the_norm_of_theory(trained):

@@ -245,11 +245,12 @@ def report(folder: Path, /) -> None:
 @app.command
 def bench(
     *,
-    cases: tuple[Literal["evaluation", "training", "sampling", "statistics", "input", "peak"], ...] = (
+    cases: tuple[Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"], ...] = (
         "evaluation",
         "training",
         "sampling",
         "statistics",
+        "scoring",
         "input",
         "peak",
     ),
@@ -265,7 +266,8 @@ def bench(
 
     Args:
         cases: what is measured: one evaluation of the network, one training step, sampling, statistics of features,
-            the input path, and the share of the machine's peak that evaluation and step reach.
+            scoring by Inception (about five minutes on two CPU cores), the input path, and the share of the machine's
+            peak that evaluation and step reach.
         network: small (1.7 million parameters), or that of a recipe: cifar10 is the paper's.
         repeats: turns of each.
         batch_size: images in an evaluation or training step; unset: one that suits the network.

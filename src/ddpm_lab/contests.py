@@ -5,9 +5,11 @@ denoising-diffusion-pytorch's has another design and as nearly as many parameter
 """
 
 import contextlib
+import io
 import itertools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +32,11 @@ from ddpm_lab.bench import (
 )
 from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe, recipe_names
 from ddpm_lab.data import to_uint8, training_batch
+from ddpm_lab.feature_store import features_of
+from ddpm_lab.features import inception_network
+from ddpm_lab.image_stream import tensor_stream
 from ddpm_lab.interop import diffusers_network
-from ddpm_lab.metrics import frechet_distance
+from ddpm_lab.metrics import frechet_distance, inception_score
 from ddpm_lab.metrics import statistics as feature_statistics
 from ddpm_lab.peers import denoising_diffusion, denoising_images, denoising_peer, diffusers_images, diffusers_peer
 from ddpm_lab.progress import progress
@@ -41,7 +46,7 @@ from ddpm_lab.settings import InputError
 from ddpm_lab.training import batch_indices, new_state, resolve_device, resolve_precision, training_loop
 from ddpm_lab.unet import UNet, build_unet
 
-Case = Literal["evaluation", "training", "sampling", "statistics", "input", "peak"]
+Case = Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"]
 SMALL = "small"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
@@ -100,8 +105,8 @@ def run_bench(
     """Hold the contests and measure the share of the peak, telling each result as it comes.
 
     Args:
-        cases: which; each network is also measured in bfloat16 where the device is fast at it. Of statistics there are
-            three turns at most, for they take long.
+        cases: which; each network is also measured in bfloat16 where the device is fast at it. Of statistics and
+            scoring there are three turns at most, for they take long.
         network: see `subject`.
         repeats: turns of each contestant.
         batch_size: images in an evaluation or step; None: one that suits the network.
@@ -150,6 +155,9 @@ def run_bench(
         meet(sampling_contest(of, on))
     if "statistics" in cases:
         meet(statistics_contest(), min(repeats, 3))
+    if "scoring" in cases:
+        with scoring_contest(on) as contest:
+            meet(contest, min(repeats, 3))
     if "input" in cases:
         with input_contest(of, on) as contest:
             meet(contest)
@@ -224,6 +232,62 @@ def statistics_contest(num_features: int = 2048, num_images: int = 4096) -> Cont
         "torch-fidelity": lambda: fid_statistics_to_metric(fid_features_to_statistics(found), theirs, verbose=False),
     }
     return Contest(f"statistics and Frechet distance, {num_features} features", "images", num_images, contestants)
+
+
+@contextlib.contextmanager
+def scoring_contest(device: torch.device, num_images: int = 250) -> Iterator[Contest]:
+    """FID and Inception Score of some images against as many others, from uint8 to numbers, nothing known before.
+
+    The weights of Inception are random, for its speed does not depend on them.
+    """
+    import torch_fidelity
+    from torch.utils.data import Dataset
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]  # which has no types
+        def load_state_dict(self, *given: Any, **flags: Any) -> None:  # keeps the weights it was made with
+            pass
+
+    class Images(Dataset[Tensor]):
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> Tensor:
+            return self.images[index]
+
+    torch.manual_seed(0)
+    sets = torch.randint(256, (2, num_images, 3, 32, 32), dtype=torch.uint8)
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "untrained.pth"
+        torch.save(Untrained("untrained", ["2048"], empty).state_dict(), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these are not the official weights
+            network = inception_network(path, device)
+
+        def ours() -> dict[str, float]:
+            known, found = (features_of(tensor_stream(f"set {k}", s), network, keep=False) for k, s in enumerate(sets))
+            assert found.logits is not None
+            distance = frechet_distance(feature_statistics(found.values), feature_statistics(known.values))
+            mean, _ = inception_score(found.logits)
+            return {"frechet_inception_distance": distance, "inception_score_mean": mean}
+
+        def theirs() -> dict[str, float]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its workers, more than there are cores
+                metrics: dict[str, float] = torch_fidelity.calculate_metrics(
+                    input1=Images(sets[1]), input2=Images(sets[0]), fid=True, isc=True, cuda=device.type == "cuda",
+                    feature_extractor_weights_path=str(path), verbose=False,
+                )  # fmt: skip
+            return metrics
+
+        contestants: dict[str, Callable[[], object]] = {OURS: ours, "torch-fidelity": theirs}
+        yield Contest("scoring: FID and Inception Score by Inception", "images", 2 * num_images, contestants)
 
 
 @contextlib.contextmanager

@@ -17,14 +17,15 @@ from ddpm_lab.generation import build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
-from ddpm_lab.settings import InputError, require
+from ddpm_lab.session import BANDS, LOG
+from ddpm_lab.settings import InputError, fits, require
 from ddpm_lab.trained import TrainedModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DRAWN = ("images", "loss", "loss_by_t", "images_per_second")  # of a line of log.jsonl
+DRAWN: dict[str, Any] = {"images": int, "loss": float, "images_per_second": float}  # of a line of log.jsonl
 WIDTH, HEIGHT = 8.4, 2.9  # inches, of a row of panels
 
 
@@ -110,11 +111,23 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
     for run in runs:
         if not (run / "config.json").is_file():
             raise InputError(f"{run} is not a run folder: it holds no config.json")
-        lines = [line for line in read_lines(run / "log.jsonl") if all(name in line for name in DRAWN)]
+        lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
         if not lines:
             raise InputError(f"run {run} has no line in log.jsonl yet")
         logs.append(RunLog(run.resolve().name, lines))
     return logs
+
+
+def _is_drawn(line: dict[str, Any]) -> bool:
+    """Whether a line is one that a run writes; what is none is passed over, as everywhere in a log."""
+    bands = line.get("loss_by_t")
+    return (
+        all(fits(line.get(name), kind) for name, kind in DRAWN.items())
+        and isinstance(bands, list)
+        and len(bands) == BANDS
+        and all(fits(band, float | None) for band in bands)
+        and fits(line.get("validation_loss"), float | None)
+    )
 
 
 def training_figure(logs: Sequence[RunLog]) -> "Figure":
@@ -124,7 +137,7 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
         colour = COLOURS[index % len(COLOURS)]
         images = [line["images"] for line in log.lines]
         loss.plot(images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=log.name)
-        validated = [(line["images"], line["validation_loss"]) for line in log.lines if "validation_loss" in line]
+        validated = [(line["images"], line["validation_loss"]) for line in log.lines if line.get("validation_loss")]
         if validated:
             loss.plot(*zip(*validated, strict=True), color=colour, linestyle="--", marker="o", markersize=3)
         last = log.lines[-max(1, len(log.lines) // 10) :]
