@@ -206,12 +206,12 @@ def _by_kind(step: Callable[[], object]) -> dict[str, float]:
     spent = {name: 0.0 for name, _ in KINDS} | {"the rest": 0.0}
     for event in profiler.key_averages():
         name = event.key.removeprefix("aten::")
-        kind = next((kind for kind, parts in KINDS if any(fits(name, part) for part in parts)), "the rest")
+        kind = next((kind for kind, parts in KINDS if any(_fits(name, part) for part in parts)), "the rest")
         spent[kind] += event.self_cpu_time_total / 1000
     return spent
 
 
-def fits(operator: str, part: str) -> bool:
+def _fits(operator: str, part: str) -> bool:
     return operator == part if len(part) < 7 else part in operator
 
 
