@@ -155,6 +155,28 @@ def test_a_process_killed_ends_the_run_and_another_number_resumes_it(tiny_recipe
     assert largest_difference(runs / "one", tmp_path / "run") < 2e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_ends_sampling(runs, tmp_path, victim):
+    command = ["sample", str(runs / "one"), "--batch-size", "4", "--num-steps", "3", "--device", "cpu", "--out"]
+    started = launch(*command, str(tmp_path / "images"), "--num-images", "100000")
+    until = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.png")):
+        assert time.monotonic() < until, "no image"
+        time.sleep(0.05)
+    started[victim].send_signal(signal.SIGKILL)
+    code, _, err = outcome(started)[1 - victim]
+    assert code == 1, err
+    said = err.splitlines()[-1]
+    assert "error:" in said
+    assert said.endswith("another of the 2 processes ended; give the same command again"), err
+    assert "Traceback" not in err
+    made = {path.name: path.read_bytes() for path in (tmp_path / "images").glob("*.png")}
+    assert run_command([*command, str(tmp_path / "alone"), "--num-images", "4"]) == 0
+    for path in (tmp_path / "alone").glob("*.png"):
+        assert made[path.name] == path.read_bytes()
+
+
 def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
     """From step 8 of what two processes trained one goes on, and from what one trained two."""
     command = ["train", str(tiny_recipe), *FLAGS, "--run"]

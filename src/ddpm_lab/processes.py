@@ -169,20 +169,23 @@ def led(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> Result | N
     Args:
         work: what only the leader does.
         tasks: by name, what all processes can compute; the same in each.
+    Raises:
+        RunError: another process ended.
     """
     global _leading
     if _host_group is None:
         return work()
-    if not lead():
-        _serve(tasks)
-        return None
-    _leading = True
-    try:
-        result = work()
-        _round([None] * count(), {})
-        return result
-    finally:
-        _leading = False
+    with watched("give the same command again"):
+        if not lead():
+            _serve(tasks)
+            return None
+        _leading = True
+        try:
+            result = work()
+            _round([None] * count(), {})
+            return result
+        finally:
+            _leading = False
 
 
 def share_out(name: str, task: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
