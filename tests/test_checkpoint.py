@@ -17,6 +17,7 @@ from ddpm_lab.checkpoint import (
     load_parameters,
     remove_old_checkpoints,
     save_checkpoint,
+    snapshot,
 )
 from ddpm_lab.config import load_recipe
 from ddpm_lab.data import load_images
@@ -38,8 +39,8 @@ def trained(tiny_recipe):
     return state, config
 
 
-def save(run_dir, state):
-    return save_checkpoint(run_dir, state.step, state.model, state.ema, state.optimizer)
+def save(run_dir, state, step=None):
+    return save_checkpoint(run_dir, step or state.step, snapshot(state.model, state.ema, state.optimizer))
 
 
 def test_saving_and_loading_gives_the_same_state(trained, tmp_path):
@@ -58,7 +59,7 @@ def test_saving_and_loading_gives_the_same_state(trained, tmp_path):
 def test_only_the_newest_stay(trained, tmp_path):
     state, _ = trained
     for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, step, state.model, state.ema, state.optimizer)
+        save(tmp_path, state, step)
     remove_old_checkpoints(tmp_path, 0)
     assert checkpoint_steps(tmp_path) == [1, 2, 3, 10]
     remove_old_checkpoints(tmp_path, 2)
@@ -69,7 +70,7 @@ def test_only_the_newest_stay(trained, tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_full_disk_leaves_the_checkpoints_before(trained, tmp_path, monkeypatch, call):
     state, _ = trained
-    save_checkpoint(tmp_path, 1, state.model, state.ema, state.optimizer)
+    save(tmp_path, state, 1)
     before = tree_hash(tmp_path)
 
     def fail(*args):

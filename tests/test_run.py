@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -287,6 +288,43 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, 
     monkeypatch.undo()
     train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert weights(tmp_path, 12) == weights(tiny_run, 12)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    """The disk takes the first checkpoint only once two more steps are logged; it gets the state of its own step."""
+    real, seen = checkpoint.write_durably, threading.Event()
+
+    def slow(path, content):
+        if "step_00000004" in str(path) and not seen.is_set():
+            until = time.monotonic() + 30
+            while read_lines(tmp_path / "log.jsonl")[-1]["step"] < 6:
+                assert time.monotonic() < until, "no step was taken meanwhile"
+                time.sleep(0.01)
+            seen.set()
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_durably", slow)
+    train(tiny(tiny_recipe, keep_checkpoints=0), tmp_path, device="cpu")
+    assert seen.is_set()
+    assert checkpoint_steps(tmp_path) == [4, 8, 12]
+    assert weights(tmp_path, 12) == weights(tiny_run, 12)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000012")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000008")
+    monkeypatch.undo()
+    train(tiny(tiny_recipe, keep_checkpoints=0), tmp_path, device="cpu")
+    assert weights(tmp_path, 12) == weights(tiny_run, 12)
+
+
+def test_a_checkpoint_that_fails_meanwhile_ends_the_run(tmp_path, tiny_recipe, monkeypatch):
+    """It is told with the step that it was of, before the run has ended by itself."""
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_durably", full)
+    with pytest.raises(RunError, match=r"cannot be written at step 4: No space left on device; .* is of step none yet"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert read_lines(tmp_path / "log.jsonl")[-1]["step"] < 12
 
 
 def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_path, monkeypatch):

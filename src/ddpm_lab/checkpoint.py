@@ -2,7 +2,8 @@
 
 A checkpoint is written to a temporary folder, flushed to the disk, and renamed into place; a kill or a full disk at any
 moment leaves the ones before it untouched. Its bytes are a function of the training state alone: no clock, no host.
-`meta.json` holds the SHA-256 of each file, so damage is found on loading, by name.
+`meta.json` holds the SHA-256 of each file, so damage is found on loading, by name. In a run the writing goes on beside
+the training; what is written is the state as it was when it was asked for.
 """
 
 import hashlib
@@ -10,8 +11,9 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +22,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
@@ -47,11 +49,31 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(step for step in numbers if checkpoint_path(run_dir, step).name in names)
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> Path:
+def last_step(run_dir: Path) -> str:
+    """The step of the newest checkpoint, in words."""
+    steps = checkpoint_steps(run_dir)
+    return str(steps[-1]) if steps else "none yet"
+
+
+def snapshot(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The training state as it is now, by file and name: copies on the CPU, which no later step changes."""
+    moments = {
+        f"{moment}.{name}": optimizer.state[parameter][moment]  # under the name of the parameter they belong to
+        for moment in MOMENTS
+        for name, parameter in model.named_parameters()
+    }
+    return {
+        "model.safetensors": _copies(dict(model.named_parameters())),
+        "ema.safetensors": _copies(dict(ema.named_parameters())),
+        "optimizer.safetensors": _copies(moments),
+    }
+
+
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, dict[str, Tensor]]) -> Path:
     """Write the training state after `step` steps; an existing checkpoint of that step is kept as it is.
 
+    Args:
+        state: of `snapshot`.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -60,20 +82,17 @@ def save_checkpoint(
     final = checkpoint_path(run_dir, step)
     if final.exists():
         return final
-    contents = {
-        "model.safetensors": tensor_bytes(_state(model)),
-        "ema.safetensors": tensor_bytes(_state(ema)),
-        "optimizer.safetensors": tensor_bytes(_optimizer_state(model, optimizer)),
-    }
-    meta = {"step": step, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
-    contents["meta.json"] = (json.dumps(meta, indent=2) + "\n").encode()
-
     temporary = final.with_name(TEMPORARY_PREFIX + final.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, content in contents.items():
+        hashes = {}
+        for name, tensors in state.items():
+            content = tensor_bytes(tensors)
+            hashes[name] = hashlib.sha256(content).hexdigest()
             write_durably(temporary / name, content)
+        meta = json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n"
+        write_durably(temporary / "meta.json", meta.encode())
         flush_folder(temporary)
         temporary.rename(final)
         flush_folder(final.parent)
@@ -81,6 +100,65 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints one after another while training goes on; as a context it ends with all written."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """keep: see `remove_old_checkpoints`, which follows every checkpoint."""
+        self.run_dir, self.keep = run_dir, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._step = 0
+
+    def save(self, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write the state as it is now, once the checkpoint before it is written.
+
+        Raises:
+            RunError: that one could not be written.
+        """
+        self.wait()
+        self._step = step
+        self._writing = self._thread.submit(self._write, step, snapshot(model, ema, optimizer))
+
+    def _write(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
+        save_checkpoint(self.run_dir, step, state)
+        remove_old_checkpoints(self.run_dir, self.keep)
+
+    def check(self) -> None:
+        """Tell of a checkpoint that could not be written, without waiting for one under way.
+
+        Raises:
+            RunError: there is one.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is left to write.
+
+        Raises:
+            RunError: the checkpoint could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            raise RunError(
+                f"{self.run_dir} cannot be written at step {self._step}: {error.strerror or error}; "
+                f"the last checkpoint is of step {last_step(self.run_dir)}"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
 
 
 def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
@@ -175,19 +253,17 @@ def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, t
 
 def parameters_sha256(module: nn.Module) -> str:
     """SHA-256 of the file that a checkpoint would hold a network's parameters in."""
-    return hashlib.sha256(tensor_bytes(_state(module))).hexdigest()
+    return hashlib.sha256(tensor_bytes(_on_cpu(dict(module.named_parameters())))).hexdigest()
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in module.named_parameters()}
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments under the names of the parameters they belong to."""
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
-        for moment in MOMENTS
-        for name, parameter in model.named_parameters()
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
     }
 
 

@@ -21,6 +21,7 @@ from ddpm_lab.checkpoint import (
     MOMENTS,
     checkpoint_path,
     checkpoint_steps,
+    last_step,
     load_optimizer,
     load_parameters,
     read_meta,
@@ -33,7 +34,7 @@ from ddpm_lab.files import TEMPORARY_PREFIX, locked, replace_atomically
 from ddpm_lab.log import cut_lines
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import training_scorer
-from ddpm_lab.session import LOG, SCORES, Session, last_step
+from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.trained import read_run_record
 from ddpm_lab.training import TrainingState, new_state, resolve_device

@@ -1,7 +1,7 @@
 """One sitting of a run: the training loop, and what happens between its steps, of which the loop knows nothing.
 
-Invariant: what is written of a step comes in the order log, checkpoint, samples, scores, so that the log is never
-behind the newest checkpoint.
+Invariant: a step is logged before its checkpoint is begun, so that the log is never behind the newest checkpoint; its
+samples and scores come again on resume, where the checkpoint did not come to be.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab import processes
-from ddpm_lab.checkpoint import checkpoint_steps, remove_old_checkpoints, save_checkpoint
+from ddpm_lab.checkpoint import CheckpointWriter, last_step
 from ddpm_lab.config import Config, SamplingConfig
 from ddpm_lab.data import ImageSet
 from ddpm_lab.generation import generate
@@ -67,6 +67,7 @@ class Session:
         self.image_shape = (channels, height, width)
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
         self.scorer = scorer
+        self.checkpoints = CheckpointWriter(run_dir, config.training.keep_checkpoints)
 
     def catch_up(self) -> None:
         """Draw and score what was due at the newest checkpoint, where a kill came before it."""
@@ -87,6 +88,7 @@ class Session:
         interval = Interval([], time.monotonic())
         with (
             _stop_signals() as stopped,
+            self.checkpoints,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
             for step in training_loop(state, self.schedule, images, self.config):
@@ -102,7 +104,9 @@ class Session:
                 if logged:  # what was drawn and scored since is not counted as time of training
                     interval = Interval([], time.monotonic())
                 advance(1)
+                self.checkpoints.check()
                 if stopping and not last:
+                    self.checkpoints.wait()
                     raise Interrupted(
                         f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
                     )
@@ -122,8 +126,7 @@ class Session:
             append_line(self.run_dir / LOG, line)
             advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
         if saving:
-            save_checkpoint(self.run_dir, state.step, state.model, state.ema, state.optimizer)
-            remove_old_checkpoints(self.run_dir, training.keep_checkpoints)
+            self.checkpoints.save(state.step, state.model, state.ema, state.optimizer)
         if sampling:
             self._sample_grid()
         return logging
@@ -161,8 +164,12 @@ class Session:
     def _stop_not_finite(self, what: str, step: int) -> NoReturn:
         raise RunError(
             f"the {what} is not finite at step {step} (seed {self.config.training.seed}); "
-            f"the last checkpoint is of step {last_step(self.run_dir)}; a lower --training.learning-rate may help"
+            f"the last checkpoint is of step {self._last_step()}; a lower --training.learning-rate may help"
         )
+
+    def _last_step(self) -> str:
+        self.checkpoints.wait()
+        return last_step(self.run_dir)
 
     def _grid_path(self) -> Path:
         return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
@@ -190,7 +197,7 @@ class Session:
         except OSError as error:
             raise RunError(
                 f"step {self.state.step} could not be scored: {error.filename or 'cache'}: {error.strerror or error} "
-                f"(DDPM_CACHE_DIR names another cache); the last checkpoint is of step {last_step(self.run_dir)}"
+                f"(DDPM_CACHE_DIR names another cache); the last checkpoint is of step {self._last_step()}"
             ) from error
         if record is not None:  # the leader's
             append_line(self.run_dir / SCORES, record)
@@ -201,11 +208,6 @@ class Session:
         images = torch.cat(list(generate(self._trained(), evaluation.sample_images, sampling)))
         self._grid_path().parent.mkdir(exist_ok=True)
         save_png(self._grid_path(), image_grid(images, scale=visible_scale(self.image_shape[1])))
-
-
-def last_step(run_dir: Path) -> str:
-    steps = checkpoint_steps(run_dir)
-    return str(steps[-1]) if steps else "none yet"
 
 
 @contextmanager
