@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ddpm_lab.data import load_images
 from ddpm_lab.evaluation import evaluate, generated_images, memorisation, open_reference
 from ddpm_lab.feature_store import Features, features_of
 from ddpm_lab.features import classifier_network, module_network
-from ddpm_lab.image_stream import open_images, tensor_stream
+from ddpm_lab.image_stream import ImageStream, open_images, tensor_stream
 from ddpm_lab.images import save_npz
 from ddpm_lab.log import append_line, read_lines
 from ddpm_lab.metrics import statistics
@@ -261,6 +262,49 @@ def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, mon
     assert torch.equal(in_memory, on_disk)
     with pytest.raises(InputError, match="images of another seed"):
         generation.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
+
+
+def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkeypatch):
+    """The first picture is held back until the second batch has been begun."""
+    trained = load(tiny_run, device="cpu")
+    saved, drawn, begun = generation.save_png, generation.trajectory, threading.Event()
+
+    def trajectory(trained, sampler, first=0):
+        if first == 4:
+            begun.set()
+        return drawn(trained, sampler, first)
+
+    def save(path, picture):
+        assert begun.wait(10), "no second batch was begun meanwhile"
+        saved(path, picture)
+
+    monkeypatch.setattr(generation, "trajectory", trajectory)
+    monkeypatch.setattr(generation, "save_png", save)
+    generation.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
+    assert len(list((tmp_path / "images").glob("*.png"))) == 8
+
+
+def test_images_are_read_while_features_are_computed(cache):
+    """The first features wait until the second batch of images is read; a fault of reading is told as ever."""
+    asked = threading.Event()
+
+    class Waiting(torch.nn.Module):
+        def forward(self, images):
+            assert asked.wait(10), "no second batch was read meanwhile"
+            return images.flatten(1)
+
+    def read(num_images):
+        yield torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+        asked.set()
+        yield torch.ones(2, 1, 2, 2, dtype=torch.uint8)
+        if num_images > 4:
+            raise InputError("the third is damaged")
+
+    network = module_network(Waiting(), "waiting")
+    features = features_of(ImageStream("four", 4, (1, 2, 2), read), network)
+    assert features.values[:, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="the third is damaged"):
+        features_of(ImageStream("six", 6, (1, 2, 2), read), network)
 
 
 def test_samples_are_kept_for_the_next_score(tiny_run, cache):

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddpm_lab import processes
 from ddpm_lab.features import FeatureNetwork
 from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing
-from ddpm_lab.image_stream import BATCH, ImageStream
+from ddpm_lab.image_stream import BATCH, ImageStream, ahead
 from ddpm_lab.metrics import Statistics, statistics
 from ddpm_lab.progress import progress
 from ddpm_lab.settings import InputError
@@ -118,7 +118,7 @@ def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None
         (partial / LOGITS).open("ab") as logits_file,
         progress(f"features of {images.name}", images.num_images, "images", start=done) as advance,
     ):
-        for features, logits in processes.share_out("features", network, waiting):
+        for features, logits in processes.share_out("features", network, ahead(waiting)):
             if not bool(features.isfinite().all()):
                 raise InputError(f"features {network.name} of {images.name} are not finite")
             if position == 0:

@@ -7,7 +7,8 @@ Batches always have the same number of rows, so that at one batch size an image 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -226,13 +227,22 @@ def sample_to_folder(
         done = next((i for i in range(num_images) if _png_name(i) not in there), num_images)
         begin = done // config.batch_size * config.batch_size if done < num_images else num_images
         steps = build_sampler(trained, config).num_steps
-        with progress("sampling", num_images * steps, "steps", begin * steps) as advance:
-            index = begin
+        with (
+            progress("sampling", num_images * steps, "steps", begin * steps) as advance,
+            ThreadPoolExecutor(1, "writing") as writer,  # writes a batch while the next is sampled
+        ):
+            first, writing = begin, writer.submit(_save_pngs, folder, 0, ())
             for batch in generate(trained, num_images, config, on_step=advance, begin=begin):
-                for image in batch:
-                    save_png(folder / _png_name(index), image_array(image))
-                    index += 1
+                writing.result()
+                writing = writer.submit(_save_pngs, folder, first, batch)
+                first += len(batch)
+            writing.result()
     return done
+
+
+def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
+    for index, image in enumerate(images, first):
+        save_png(folder / _png_name(index), image_array(image))
 
 
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -92,6 +93,15 @@ def _chunks(batches: Iterator[Tensor]) -> Iterator[Tensor]:
             held = [joined[BATCH:]]
     if held and sum(map(len, held)):
         yield torch.cat(held)
+
+
+def ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each read in a thread of its own while the one before is used."""
+    with ThreadPoolExecutor(1, "reading") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: str | None = None) -> ImageStream:
