@@ -1,13 +1,15 @@
 """The benchmark: turns and ratios by a clock of our own, contestants that do the same thing, a record of all of it."""
 
 import json
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_lab import bench, contests
+from ddpm_lab import bench, contests, scaling
 from ddpm_lab.bench import Contest, hold, installed_peers, share_of_peak, table
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import ModelConfig
@@ -22,6 +24,8 @@ from ddpm_lab.contests import (
     training_contest,
 )
 from ddpm_lab.cost import forward_flops
+from ddpm_lab.log import append_line
+from ddpm_lab.settings import RunError
 
 CPU = torch.device("cpu")
 TINY = Subject("tiny", ModelConfig(base_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_levels=(1,),
@@ -188,3 +192,42 @@ def test_absent_peers_are_left_out_and_named(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "not installed, and so left out: diffusers" in said
     assert "times as fast" not in said
+
+
+def test_a_command_is_measured_with_its_processes():
+    """Two that take 60 MiB more in one of them, and half a second; a failure is told by its last line."""
+    code = "import os, time; time.sleep(0.5); x = bytearray(int(os.environ['RANK']) * 60 * 2**20); print(len(x))"
+    alone = scaling.cost_of((sys.executable, "-c", code.replace("os.environ['RANK']", "0")))
+    shared = scaling.cost_of((sys.executable, "-c", code), processes=2)
+    assert alone.seconds > 0.5
+    assert 50 < shared.mebibytes - alone.mebibytes < 70
+    with pytest.raises(RunError, match="failed: ZeroDivisionError: division by zero"):
+        scaling.cost_of((sys.executable, "-c", "1 / 0"))
+
+
+def test_scaling_counts_a_rate_without_the_start(monkeypatch):
+    """Commands that take 3 seconds and a thousandth an image, half of it with two processes; nothing is started."""
+    begun = []
+
+    def cost_of(command, processes=1):
+        begun.append(command)
+        count = int(command[command.index("--num-images") + 1]) if "--num-images" in command else 0
+        if "train" in command:
+            run = Path(command[command.index("--run") + 1])
+            run.mkdir()
+            rates = (1, 200 * processes, 200 * processes, 7000)
+            for step, rate in enumerate(rates):
+                append_line(run / "log.jsonl", {"step": step, "seconds": 1.0, "images_per_second": rate})
+        return scaling.Cost(3 + count / 1000 / processes, 100.0)
+
+    monkeypatch.setattr(scaling, "cost_of", cost_of)
+    said = []
+    records = scaling.scaling("cpu", said.append, images=(100, 1200), num_steps=4)
+    rates = {(r["what"], r["processes"]): r["images_per_second"] for r in records if r["images_per_second"]}
+    assert rates["training", 1] == 200
+    assert rates["training", 2] == 400
+    assert rates["sampling", 1] == pytest.approx(1000)
+    assert rates["sampling", 2] == pytest.approx(2000)
+    assert len(said) == len(records) == 4 + 2 * 2 + 1
+    assert len(begun) == 2 + 4 + 4 + 1
+    assert "sampling, 2 processes: 1,200 images in 3.6 s, 2,000 images/s, 100 MiB at most" in said

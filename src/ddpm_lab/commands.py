@@ -245,15 +245,9 @@ def report(folder: Path, /) -> None:
 @app.command
 def bench(
     *,
-    cases: tuple[Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"], ...] = (
-        "evaluation",
-        "training",
-        "sampling",
-        "statistics",
-        "scoring",
-        "input",
-        "peak",
-    ),
+    cases: tuple[
+        Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak", "scaling"], ...
+    ] = ("evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"),
     network: str = "small",
     repeats: int = 5,
     batch_size: int | None = None,
@@ -266,8 +260,9 @@ def bench(
 
     Args:
         cases: what is measured: one evaluation of the network, one training step, sampling, statistics of features,
-            scoring by Inception (about five minutes on two CPU cores), the input path, and the share of the machine's
-            peak that evaluation and step reach.
+            scoring by Inception (about five minutes on two CPU cores), the input path, the share of the machine's peak
+            that evaluation and step reach, and, where asked for, scaling: time and memory of whole commands as images,
+            features and processes grow (another quarter of an hour).
         network: small (1.7 million parameters), or that of a recipe: cifar10 is the paper's.
         repeats: turns of each.
         batch_size: images in an evaluation or training step; unset: one that suits the network.

@@ -41,12 +41,13 @@ from ddpm_lab.metrics import statistics as feature_statistics
 from ddpm_lab.peers import denoising_diffusion, denoising_images, denoising_peer, diffusers_images, diffusers_peer
 from ddpm_lab.progress import progress
 from ddpm_lab.samplers import ddim_sample
+from ddpm_lab.scaling import scaling
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.training import batch_indices, new_state, resolve_device, resolve_precision, training_loop
 from ddpm_lab.unet import UNet, build_unet
 
-Case = Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"]
+Case = Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak", "scaling"]
 SMALL = "small"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
@@ -113,7 +114,7 @@ def run_bench(
         device: auto, cpu, cuda or mps.
         say: takes lines for a person.
     Returns:
-        A record: conditions, network, contests, shares of the peak.
+        A record: conditions, network, contests, shares of the peak, scaling.
     Raises:
         InputError: a number out of range, an unknown network, a device that is not there.
     """
@@ -129,6 +130,7 @@ def run_bench(
         "network": {"name": of.name, "parameters": of.num_parameters, "image_shape": list(of.image_shape)},
         "contests": [],
         "peak": {},
+        "scaling": [],
     }
     absent = [name for name in PEERS if name not in installed_peers()]
     say(f"{of.name}: {of.num_parameters:,} parameters, images of {' x '.join(map(str, of.image_shape))}; on {on}")
@@ -173,6 +175,8 @@ def run_bench(
             found = share_of_peak(model, x_t, t, dtype, step, training=what != "evaluation")
             record["peak"][what] = found
             say("\n".join(peak_table(f"{what}, {of.name}, {DTYPES[dtype]}", found)))
+    if "scaling" in cases:
+        record["scaling"] = scaling(device, say)
     return record
 
 
