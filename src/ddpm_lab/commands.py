@@ -18,7 +18,9 @@ DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DD
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where to compute; auto: a GPU where there is one")
 ]
-Source = Annotated[str, Parameter(help="run folder, checkpoint folder in one, or name of packaged weights (mnist)")]
+Source = Annotated[
+    str, Parameter(help="run folder, checkpoint folder in one, folder of diffusers, or packaged weights (mnist)")
+]
 
 
 def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -280,6 +282,45 @@ def bench(
     if out is not None:
         replace_atomically(out, (dumps(record, indent=2) + "\n").encode())
         print(f"record: {out}")
+
+
+@app.command(name="import")
+def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
+    """Make a run of a generator that diffusers saved (DDPMPipeline, or UNet2DModel alone), to sample and to score.
+
+    It samples what the pipeline does from the same noise. What is not covered is refused by its name.
+
+    Args:
+        folder: as save_pretrained writes it, with safetensors.
+        run: new folder for the run.
+        dataset: what it was trained on, where known: mnist, cifar10, or the path of a folder of images.
+    """
+    from ddpm_lab.exchange import import_generator
+
+    print(import_generator(folder, run, dataset))
+
+
+@app.command
+def export(
+    source: Source,
+    /,
+    *,
+    to: Literal["diffusers"],
+    out: Path,
+    weights: Literal["ema", "raw"] = "ema",
+    checkpoint: int | None = None,
+) -> None:
+    """Write a generator as others read it.
+
+    Args:
+        to: diffusers, a folder for DDPMPipeline.from_pretrained.
+        out: new folder.
+        weights: the moving average, or the network as it was trained.
+        checkpoint: step of a checkpoint of a run folder; unset: the newest.
+    """
+    from ddpm_lab.exchange import export_generator
+
+    print(export_generator(source, to, out, weights=weights, checkpoint=checkpoint))
 
 
 @app.command

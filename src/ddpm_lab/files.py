@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,30 @@ def replace_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         write_durably(temporary, content)
     flush_folder(path.parent)
+
+
+@contextmanager
+def appearing(folder: Path, option: str) -> Iterator[Path]:
+    """`with appearing(folder, "--out") as temporary:` gives a folder to fill, which takes its name if all went well.
+
+    Args:
+        option: the flag that named it, for messages.
+    Raises:
+        InputError: there is something of that name, other than an empty folder; or it cannot be written.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{option} {folder} exists; name a new folder")
+    temporary = temporary_path(folder)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager

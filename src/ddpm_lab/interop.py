@@ -1,13 +1,57 @@
-"""diffusers' form of our networks: the same weights under other names."""
+"""diffusers' form of our generators, both ways: the same weights under other names, the same process in its words.
 
+A folder of `DDPMPipeline` (or of `UNet2DModel` alone) is read only where what it says is exactly what a network and a
+process of ours compute; anything else is refused by the name of its setting, never approximated.
+"""
+
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_lab.config import Config, DataConfig, DiffusionConfig, ModelConfig, Prediction
+from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError
-from ddpm_lab.unet import UNet
+from ddpm_lab.unet import UNet, build_unet
 
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+UNKNOWN = "unknown"  # the data set that an imported generator was trained on
+# What diffusers' network and process must say for ours to compute the same; entries of the second table in each pair
+# are younger than some folders, which mean by their silence what diffusers does by default.
+NETWORK = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "time_embedding_type": "positional",
+}
+YOUNGER = {
+    "add_attention": True,
+    "attn_norm_num_groups": None,
+    "class_embed_type": None,
+    "downsample_type": "conv",
+    "mid_block_type": "UNetMidBlock2D",
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None,
+    "upsample_type": "conv",
+}
+PROCESS = {"clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None}
+YOUNGER_PROCESS = {"clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "thresholding": False}
+ATTENTION_OF_OLD = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 # Ours to diffusers', applied one after another to each parameter's name.
 RENAMES = (
     (r"^time_embedding\.0\.", "time_embedding.linear_1."),
@@ -26,18 +70,43 @@ RENAMES = (
 )
 
 
+def _their_names(name: str) -> list[str]:
+    """What diffusers calls a parameter; queries, keys and values are three layers there."""
+    for ours, theirs in RENAMES:
+        name = re.sub(ours, theirs, name)
+    return (
+        [name.replace("query_key_value", f"to_{letter}") for letter in "qkv"] if "query_key_value" in name else [name]
+    )
+
+
 def diffusers_parameters(model: UNet) -> dict[str, Tensor]:
-    """The parameters as `diffusers.UNet2DModel` names them; queries, keys and values are three layers there."""
+    """The parameters as `diffusers.UNet2DModel` names them."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        for ours, theirs in RENAMES:
-            name = re.sub(ours, theirs, name)
-        if "query_key_value" in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace("query_key_value", f"to_{letter}")] = part
-        else:
-            renamed[name] = tensor
+        names = _their_names(name)
+        renamed |= zip(names, tensor.chunk(len(names)), strict=True)
     return renamed
+
+
+def take_parameters(model: UNet, theirs: Mapping[str, Tensor], where: str) -> None:
+    """Give a network the parameters that `diffusers_parameters` would make of it.
+
+    Args:
+        where: what they come from, for messages.
+    Raises:
+        InputError: they are of another network.
+    """
+    wanted = {name: tensor.shape for name, tensor in diffusers_parameters(model).items()}
+    for name in sorted(wanted.keys() | theirs.keys()):
+        found = theirs[name].shape if name in theirs else None
+        if found != wanted.get(name):
+            described = [None if shape is None else tuple(shape) for shape in (found, wanted.get(name))]
+            raise InputError(
+                f"{where}: {name} is {described[0] or 'absent'} there, {described[1] or 'absent'} in its config"
+            )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.cat([theirs[part] for part in _their_names(name)]))
 
 
 def diffusers_network(model: UNet, image_size: int) -> Any:
@@ -79,3 +148,147 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
     )
     network.load_state_dict(diffusers_parameters(model))
     return network.train(model.training)
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder is a pipeline of diffusers, or one of its networks."""
+    if (folder / "model_index.json").is_file():
+        return True
+    try:
+        config = read_json(folder / "config.json")
+    except InputError:
+        return False
+    return isinstance(config, dict) and "_class_name" in config
+
+
+def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tuple[int, int, int]]:
+    """A generator from a folder of `DDPMPipeline` or `UNet2DModel`.
+
+    Args:
+        folder: as `save_pretrained` writes it, weights in safetensors.
+    Returns:
+        Its configuration (whose training is not known), the network on the device, and (C, H, W) of its images.
+    Raises:
+        InputError: files are absent or damaged, or a setting says something that is not covered; each by its name.
+    """
+    whole = (folder / "model_index.json").is_file()
+    if whole:
+        kind = _table(folder / "model_index.json").get("_class_name")
+        if kind not in PIPELINES:
+            raise InputError(f"{folder}: a pipeline of the class {kind} is not covered; {' and '.join(PIPELINES)} are")
+    unet = folder / "unet" if whole else folder
+    model_config, channels, size = _model_config(unet)
+    diffusion = _diffusion_config(folder / "scheduler" / "scheduler_config.json") if whole else DiffusionConfig()
+    config = Config(data=DataConfig(dataset=UNKNOWN), model=model_config, diffusion=diffusion)
+    model = build_unet(model_config, channels, size, diffusion.num_timesteps).to(device)
+    take_parameters(model, _their_parameters(unet), str(unet))
+    return config, model.eval().requires_grad_(False), (channels, size, size)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise InputError(f"{path} must hold a table of settings")
+    return table
+
+
+def _covered(path: Path, said: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse the first setting that says anything else than what is wanted."""
+    for name, value in wanted.items():
+        if said.get(name) != value:
+            raise InputError(f"{path}: {name} {json.dumps(said.get(name))} is not covered; {json.dumps(value)} is")
+
+
+def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
+    """The network's configuration, its image channels and size."""
+    path = folder / "config.json"
+    said = YOUNGER | {"dropout": 0.0} | _table(path)
+    _covered(path, said, NETWORK | YOUNGER)
+    try:
+        widths, down, channels = list(said["block_out_channels"]), list(said["down_block_types"]), said["in_channels"]
+        attention = tuple(level for level, kind in enumerate(down) if kind == "AttnDownBlock2D")
+        kinds = ["Attn" if level in attention else "" for level in range(len(widths))]
+        mirrored = {
+            "out_channels": channels,
+            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+            "block_out_channels": [width // widths[0] * widths[0] for width in widths],
+        }
+        _covered(path, {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}, mirrored)
+        if channels not in (1, 3) or not isinstance(said["sample_size"], int):
+            raise InputError(
+                f"{path}: in_channels {json.dumps(channels)} with sample_size {json.dumps(said['sample_size'])} is not "
+                "covered; 1 or 3 are, with the side of square images"
+            )
+        config = ModelConfig(
+            base_channels=widths[0],
+            channel_multipliers=tuple(width // widths[0] for width in widths),
+            num_blocks=said["layers_per_block"],
+            attention_levels=attention,
+            attention_head_channels=said["attention_head_dim"],
+            dropout=float(said["dropout"]),
+            norm_groups=said["norm_num_groups"],
+        )
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"{path} is not a UNet2DModel's: {' '.join(str(error).split())}") from error
+    return config, channels, said["sample_size"]
+
+
+def _diffusion_config(path: Path) -> DiffusionConfig:
+    said = YOUNGER_PROCESS | {"prediction_type": "epsilon"} | _table(path)
+    if said.get("_class_name") not in SCHEDULERS:
+        raise InputError(f"{path}: the class {said.get('_class_name')} is not covered; {' and '.join(SCHEDULERS)} are")
+    _covered(path, said, PROCESS | YOUNGER_PROCESS)
+    prediction = PREDICTIONS.get(str(said["prediction_type"]))
+    if prediction is None:
+        _covered(path, said, {"prediction_type": "epsilon"})
+    assert prediction is not None
+    if said["beta_schedule"] == "squaredcos_cap_v2":
+        return DiffusionConfig(schedule="cosine", prediction=prediction)
+    _covered(path, said, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+    return DiffusionConfig(prediction=prediction)
+
+
+def _their_parameters(folder: Path) -> dict[str, Tensor]:
+    """The network's parameters under the names that diffusers has today."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise InputError(
+            f"{folder} holds no diffusion_pytorch_model.safetensors but {held}; diffusers writes it so: "
+            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+        )
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    for old, new in ATTENTION_OF_OLD:
+        tensors = {re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name): t for name, t in tensors.items()}
+    return tensors
+
+
+def save_diffusers(model: UNet, config: Config, image_size: int, folder: Path) -> None:
+    """Fill a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that samples what Algorithm 2 does here.
+
+    Args:
+        model: in evaluation mode.
+        folder: an empty one.
+    Raises:
+        InputError: diffusers is not installed, or cannot express the network: see `diffusers_network`.
+    """
+    try:
+        from diffusers import DDPMPipeline, DDPMScheduler
+    except ImportError as error:
+        raise InputError("diffusers is not installed: pip install 'ddpm-lab[diffusers]'") from error
+
+    names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of T = 1000, whatever the convention
+    if config.diffusion.schedule == "cosine":
+        betas = {"beta_schedule": "squaredcos_cap_v2"}
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.diffusion.num_timesteps, prediction_type=names[config.diffusion.prediction],
+        variance_type="fixed_large", clip_sample=True, timestep_spacing="trailing", **betas,
+    )  # fmt: skip
+    DDPMPipeline(diffusers_network(model, image_size), scheduler).save_pretrained(folder, safe_serialization=True)

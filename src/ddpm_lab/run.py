@@ -168,13 +168,14 @@ def _run_record(config: Config, training_set: ImageSet) -> dict[str, Any]:
             "image_shape": list(training_set.images.shape[1:]),
             "sha256": training_set.sha256,
         },
-        "versions": {
-            "ddpm-lab": version("ddpm-lab"),
-            "torch": version("torch"),
-            "numpy": version("numpy"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    packages = ("ddpm-lab", "torch", "numpy")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _as_json(record: dict[str, Any]) -> str:
@@ -204,6 +205,8 @@ def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
     if not (run_dir / "config.json").exists():
         return
     old_record, old, _ = read_run_record(run_dir / "config.json")
+    if "imported" in old_record:
+        raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
     new = Config.from_dict(record["config"])
     if new.training.num_steps != old.training.num_steps:
         steps = checkpoint_steps(run_dir)

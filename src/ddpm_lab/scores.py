@@ -26,6 +26,7 @@ from ddpm_lab.features import FeatureNetwork, onnx_features
 from ddpm_lab.generation import build_sampler, generate, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
+from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import append_line
 from ddpm_lab.onnx_engine import resolve_engine
 from ddpm_lab.settings import InputError
@@ -163,8 +164,14 @@ def _is_images(source: str) -> bool:
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
-    """The images a model is trained on."""
+    """The images a model is trained on.
+
+    Raises:
+        InputError: it does not say, for it was imported; or they are not here.
+    """
     data = config.data
+    if data.dataset == UNKNOWN:
+        raise InputError("this model was imported and does not say what it was trained on; give --reference")
     return _training_reference(load_images(data.dataset, "train", data_dir, data.image_size), data.dataset)
 
 

@@ -1,4 +1,4 @@
-"""A trained network from wherever it lies: a run folder, one of its checkpoints, or the weights in this package."""
+"""A trained network from wherever it lies: a run, one of its checkpoints, a pipeline of diffusers, or this package."""
 
 import copy
 import dataclasses
@@ -14,6 +14,7 @@ import torch
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, parameters_sha256, read_meta
 from ddpm_lab.config import Config
 from ddpm_lab.files import read_json
+from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.training import resolve_device
@@ -103,7 +104,7 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
     path = Path(source).resolve() if source else Path("no such folder")
     if not path.is_dir():
         raise InputError(
-            f"no model {source!r}: give a run folder, a checkpoint folder in one, "
+            f"no model {source!r}: give a run folder, a checkpoint folder in one, a folder of diffusers, "
             f"or the name of packaged weights ({', '.join(packaged_names()) or 'none in this version'})"
         )
     if (path / "meta.json").is_file():
@@ -151,7 +152,7 @@ def load(
     """Load a trained network.
 
     Args:
-        source: a run folder, a checkpoint folder in it, or the name of packaged weights.
+        source: a run folder, a checkpoint folder in it, the name of packaged weights, or a folder of diffusers.
         weights: 'ema' the moving average, or 'raw' the network as it was trained.
         checkpoint: a step of a run folder; None: the newest.
         device: auto, cpu, cuda or mps.
@@ -161,6 +162,8 @@ def load(
     if weights not in ("ema", "raw"):
         raise InputError(f"weights must be ema or raw, not {weights!r}")
     on = resolve_device(device)
+    if str(source) not in packaged_names() and is_diffusers(Path(source)):
+        return _load_diffusers(Path(source), weights, checkpoint, on)
     folder, config_path = find_checkpoint(str(source), checkpoint)
     record, config, image_shape = read_run_record(config_path)
     step = int(read_meta(folder)["step"])
@@ -180,6 +183,23 @@ def load(
         weights=weights,
         folder=folder,
         record=record,
+    )
+
+
+def _load_diffusers(folder: Path, weights: Weights, checkpoint: int | None, device: torch.device) -> TrainedModel:
+    if weights == "raw" or checkpoint is not None:
+        raise InputError(f"{folder} is of diffusers and has one set of weights; leave --weights and --checkpoint out")
+    config, model, image_shape = read_diffusers(folder, device)
+    return TrainedModel(
+        name=str(folder),
+        config=config,
+        model=model,
+        schedule=build_schedule(config.diffusion),
+        image_shape=image_shape,
+        step=0,
+        weights="ema",
+        folder=folder,
+        record={"config": config.to_dict(), "data": {"name": UNKNOWN, "image_shape": list(image_shape)}},
     )
 
 

@@ -1,0 +1,201 @@
+"""diffusers both ways: the same images from the same noise at every step, and refusals by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.schedulers import scheduling_ddpm
+
+from ddpm_lab import load
+from ddpm_lab.cli import run_command
+from ddpm_lab.samplers import ddpm_steps
+
+from .conftest import tree_hash
+
+# The settings of google/ddpm-cifar10-32, smaller.
+NETWORK = {
+    "act_fn": "silu", "attention_head_dim": None, "block_out_channels": (16, 32), "center_input_sample": False,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "downsample_padding": 0, "flip_sin_to_cos": False,
+    "freq_shift": 1, "in_channels": 3, "layers_per_block": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-6,
+    "norm_num_groups": 8, "out_channels": 3, "sample_size": 8, "time_embedding_type": "positional",
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+PROCESS = {
+    "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 1e-4, "clip_sample": True, "num_train_timesteps": 1000,
+    "variance_type": "fixed_large",
+}  # fmt: skip
+
+
+def save(folder, **process):
+    torch.manual_seed(0)
+    DDPMPipeline(UNet2DModel(**NETWORK), DDPMScheduler(**PROCESS | process)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("pipelines") / "theirs")
+
+
+def assert_same_steps(ours, folder, monkeypatch, every=1):
+    """Every step of Algorithm 2 is the pipeline's, from the same state and noise; so is its image at the end.
+
+    The pipeline computes 1 - alpha_bar in float32, whose rounding alone is up to 1e-4 in the last ten steps, so each
+    step is compared with its scheduler's tables in float64, and the image with the pipeline as it comes.
+    """
+    pipe, exact = (DDPMPipeline.from_pretrained(folder) for _ in range(2))
+    for scheduler in (pipe.scheduler, exact.scheduler):
+        scheduler.set_timesteps(1000)
+    exact.scheduler.alphas_cumprod = ours.schedule.alpha_bar
+    network, shape = pipe.unet.eval(), (2, *ours.image_shape)
+
+    def noise(step):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(step + 1))
+
+    steps = ddpm_steps(ours.model, ours.schedule, noise(-1), noise=noise, prediction=ours.config.diffusion.prediction)
+    image = noise(-1)
+    for index, (t, step) in enumerate(zip(pipe.scheduler.timesteps, steps, strict=True)):
+        if index % every:
+            continue
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, index=index, **flags: noise(index))
+        with torch.no_grad():
+            expected = exact.scheduler.step(network(step.x_t, t).sample, t, step.x_t).prev_sample
+            image = pipe.scheduler.step(network(image, t).sample, t, image).prev_sample
+        torch.testing.assert_close(step.x_s, expected, rtol=0, atol=1e-5, check_dtype=False)
+    assert index == 999
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod.double(), ours.schedule.alpha_bar, rtol=1e-4, atol=1e-7)
+    if every == 1:
+        torch.testing.assert_close(step.x_s, image, rtol=0, atol=1 / 255)
+
+
+@pytest.mark.parametrize(("prediction", "betas"), [("epsilon", "linear"), ("v_prediction", "squaredcos_cap_v2")])
+def test_an_imported_pipeline_samples_the_same_images(tmp_path, monkeypatch, prediction, betas):
+    folder = save(tmp_path / "theirs", prediction_type=prediction, beta_schedule=betas)
+    assert run_command(["import", str(folder), "--run", str(tmp_path / "run"), "--dataset", "cifar10"]) == 0
+    ours = load(tmp_path / "run", device="cpu")
+    assert ours.config.data.dataset == "cifar10"
+    assert_same_steps(ours, folder, monkeypatch, every=1 if betas == "linear" else 20)
+    direct = load(folder, device="cpu")
+    assert direct.weights_sha256 == ours.weights_sha256
+    assert direct.image_shape == ours.image_shape == (3, 8, 8)
+
+
+def test_an_exported_generator_is_a_pipeline_that_samples_ours(tiny_run, tmp_path, monkeypatch):
+    """And comes back with the same weights, settings that matter to sampling, and bytes."""
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert run_command(["export", str(tiny_run), "--to", "diffusers", "--out", str(out)]) == 0
+    ours = load(tiny_run, device="cpu")
+    assert_same_steps(ours, out, monkeypatch, every=20)
+    assert run_command(["import", str(out), "--run", str(run)]) == 0
+    back = load(run, device="cpu")
+    assert back.weights_sha256 == ours.weights_sha256
+    assert (back.config.model, back.config.diffusion) == (ours.config.model, ours.config.diffusion)
+    assert run_command(["export", str(run), "--to", "diffusers", "--out", str(tmp_path / "again")]) == 0
+    names = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json")
+    first, second = tree_hash(out), tree_hash(tmp_path / "again")
+    assert [first[name] for name in names] == [second[name] for name in names]
+
+
+def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_command(["import", str(theirs), "--run", str(run)]) == 0
+    made = tree_hash(run)
+    assert run_command(["info", str(run)]) == 0
+    assert "trained 0 steps" in capsys.readouterr().out
+    for source in (run, theirs):
+        grid = tmp_path / f"{source.name}.png"
+        assert run_command(["sample", str(source), "--num-images", "4", "--num-steps", "2", "--out", str(grid)]) == 0
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
+    for command in (["train", str(tiny_recipe), "--run", str(run)], ["evaluate", str(run)],
+                    ["import", str(theirs), "--run", str(run)]):  # fmt: skip
+        assert run_command(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "was imported, without what its training needs" in told[0]
+    assert "does not say what it was trained on; give --reference" in told[1]
+    assert "exists; name a new folder" in told[2]
+    assert tree_hash(run) == made
+
+
+def edit(name, **values):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def only_pickled(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+
+
+def cut(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (edit("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline is not covered"),
+        (edit(UNET, _class_name="UNet2DConditionModel"), '_class_name "UNet2DConditionModel" is not covered'),
+        (edit(UNET, num_class_embeds=10), "num_class_embeds 10 is not covered; null is"),
+        (edit(UNET, resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift "scale_shift" is not covered'),
+        (edit(UNET, freq_shift=0), "freq_shift 0 is not covered; 1 is"),
+        (edit(UNET, block_out_channels=[16, 40]), "block_out_channels [16, 40] is not covered; [16, 32] is"),
+        (edit(UNET, down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types"),
+        (edit(UNET, up_block_types=["UpBlock2D", "AttnUpBlock2D"]), "up_block_types"),
+        (edit(UNET, sample_size=[8, 16]), "sample_size [8, 16] is not covered"),
+        (edit(UNET, in_channels=4, out_channels=4), "in_channels 4"),
+        (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in its config"),
+        (edit(UNET, block_out_channels="wide"), "is not a UNet2DModel's"),
+        (edit(UNET, norm_num_groups=3), "model.base_channels must be a positive multiple"),
+        (edit(SCHEDULER, num_train_timesteps=2000), "num_train_timesteps 2000 is not covered; 1000 is"),
+        (edit(SCHEDULER, beta_schedule="scaled_linear"), 'beta_schedule "scaled_linear" is not covered'),
+        (edit(SCHEDULER, beta_end=0.03), "beta_end 0.03 is not covered"),
+        (edit(SCHEDULER, prediction_type="score"), 'prediction_type "score" is not covered'),
+        (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
+        (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
+        (edit(SCHEDULER, _class_name="PNDMScheduler"), "the class PNDMScheduler is not covered"),
+        (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
+        (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),
+        (only_pickled, "holds no diffusion_pytorch_model.safetensors but config.json, diffusion_pytorch_model.bin"),
+        (cut, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_not_covered_is_refused_by_name(theirs, tmp_path, capsys, change, words):
+    folder = tmp_path / "theirs"
+    shutil.copytree(theirs, folder)
+    change(folder)
+    for command in (["import", str(folder), "--run", str(tmp_path / "run")], ["info", str(folder)]):
+        assert run_command(command) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1, err
+        assert words in err[0]
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--diffusion.num-timesteps", "2000"], "only T = 1000; this one has T = 2000"),
+        (["--model.patch-size", "2", "--model.channel-multipliers", "1"], "no network on patches"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused(tiny_recipe, tmp_path, capsys, settings, words):
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["train", str(tiny_recipe), "--run", str(run), "--training.num-steps", "1", "--device", "cpu", *settings]
+    assert run_command(command) == 0
+    capsys.readouterr()
+    assert run_command(["export", str(run), "--to", "diffusers", "--out", str(out)]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
