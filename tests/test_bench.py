@@ -1,6 +1,7 @@
 """The benchmark: turns and ratios by a clock of our own, contestants that do the same thing, a record of all of it."""
 
 import json
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -231,3 +232,15 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
     assert len(said) == len(records) == 4 + 2 * 2 + 1
     assert len(begun) == 2 + 4 + 4 + 1
     assert "sampling, 2 processes: 1,200 images in 3.6 s, 2,000 images/s, 100 MiB at most" in said
+
+
+def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
+    """One part of `scripts/gpu.py` on the CPU; what is there already is not measured again."""
+    script = Path(__file__).parent.parent / "scripts" / "gpu.py"
+    command = [sys.executable, str(script), "--dry-run", "--out", str(tmp_path), "--only", "profile"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "profile.json: " in first.stdout
+    record = json.loads((tmp_path / "profile.json").read_text())
+    assert record["part"] == "profile"
+    assert sum(kernel["share"] for kernel in record["kernels"]) > 0.8
+    assert "is there" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
