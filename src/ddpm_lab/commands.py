@@ -305,22 +305,40 @@ def export(
     source: Source,
     /,
     *,
-    to: Literal["diffusers"],
+    to: Literal["diffusers", "onnx"],
     out: Path,
     weights: Literal["ema", "raw"] = "ema",
     checkpoint: int | None = None,
+    license: str | None = None,
+    sampler: Literal["ddim", "dpmpp"] = "dpmpp",
+    num_steps: int | None = None,
 ) -> None:
-    """Write a generator as others read it.
+    """Write a generator as others read it, with a README that says what it is, ready to be uploaded.
 
     Args:
-        to: diffusers, a folder for DDPMPipeline.from_pretrained.
+        to: diffusers, a folder for DDPMPipeline.from_pretrained; onnx, the network and a whole sampler as graphs, with
+            an example that needs numpy and onnxruntime only.
         out: new folder.
         weights: the moving average, or the network as it was trained.
         checkpoint: step of a checkpoint of a run folder; unset: the newest.
+        license: of the weights, for the README (mit, cc-by-4.0, ...); unset: unknown.
+        sampler: onnx only: what the sampler's graph does, without noise on the way.
+        num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
     """
     from ddpm_lab.exchange import export_generator
 
-    print(export_generator(source, to, out, weights=weights, checkpoint=checkpoint))
+    print(
+        export_generator(
+            source,
+            to,
+            out,
+            weights=weights,
+            checkpoint=checkpoint,
+            licence=license,
+            sampler=sampler,
+            num_steps=num_steps,
+        )
+    )
 
 
 @app.command

@@ -9,12 +9,14 @@ from ddpm_lab.checkpoint import save_checkpoint
 from ddpm_lab.config import DataConfig
 from ddpm_lab.files import appearing
 from ddpm_lab.interop import is_diffusers, read_diffusers, save_diffusers
+from ddpm_lab.model_card import write_card
+from ddpm_lab.onnx_export import USUAL_STEPS, LoopSampler, save_onnx
 from ddpm_lab.run import versions
 from ddpm_lab.settings import InputError
-from ddpm_lab.trained import Weights, load
+from ddpm_lab.trained import Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
-Form = Literal["diffusers"]
+Form = Literal["diffusers", "onnx"]
 
 
 def import_generator(folder: Path, run: Path, dataset: str) -> str:
@@ -51,20 +53,38 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
 
 
 def export_generator(
-    source: str, form: Form, out: Path, *, weights: Weights = "ema", checkpoint: int | None = None
+    source: str,
+    form: Form,
+    out: Path,
+    *,
+    weights: Weights = "ema",
+    checkpoint: int | None = None,
+    licence: str | None = None,
+    sampler: LoopSampler = "dpmpp",
+    num_steps: int | None = None,
 ) -> str:
-    """Write a generator as others read it.
+    """Write a generator as others read it, with a README that says what it is.
 
     Args:
         source, weights, checkpoint: see `trained.load`.
-        form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`.
+        form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`; or 'onnx', the network and a sampler as graphs.
         out: new, or an empty folder.
+        licence: of the weights, as the README is to say; None: that of the package for its own, else unknown.
+        sampler, num_steps: of the sampler's graph; None: 20 steps of dpmpp, 50 of ddim.
     Returns:
         A line that says what was made.
     Raises:
         InputError: no such generator, one that the form cannot express, or an `out` that is there.
     """
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
+    if num_steps is None:
+        num_steps = min(USUAL_STEPS[sampler], trained.schedule.num_timesteps)
     with appearing(out, "--out") as partial:
-        save_diffusers(trained.model, trained.config, trained.image_shape[1], partial)
-    return f"{out}: {source} at step {trained.step} ({weights}), for diffusers.DDPMPipeline.from_pretrained"
+        if form == "diffusers":
+            save_diffusers(trained.model, trained.config, trained.image_shape[1], partial)
+        else:
+            save_onnx(trained, sampler, num_steps, partial)
+        licence = licence or ("mit" if source in packaged_names() else "unknown")
+        write_card(trained, form, licence, f"{num_steps} steps of {sampler}", partial)
+    reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]
+    return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"

@@ -23,6 +23,11 @@ from ddpm_lab.settings import InputError, RunError
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+def missing_packages() -> list[str]:
+    """Those of the extra `onnx` that are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+
+
 def resolve_engine(engine: Engine, device: torch.device) -> Engine:
     """The engine that there is: warns, and names the extra that brings ONNX Runtime, where that is not installed.
 
@@ -33,7 +38,7 @@ def resolve_engine(engine: Engine, device: torch.device) -> Engine:
         return engine
     if device.type != "cpu":
         raise InputError(f"--engine onnx is for the CPU, not for {device.type}; give --device cpu, or --engine torch")
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    missing = missing_packages()
     if missing:
         warnings.warn(
             f"--engine onnx needs {', '.join(missing)} (pip install 'ddpm-lab[onnx]'); PyTorch computes instead",
@@ -91,20 +96,23 @@ def _session(module: nn.Module, example: Sequence[Tensor], identity: str) -> Any
     return session
 
 
-def export(module: nn.Module, example: Sequence[Tensor]) -> bytes:
+def export(
+    module: nn.Module, example: Sequence[Tensor], inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> bytes:
     """The ONNX graph of a network, weights included, for any batch size.
 
     Args:
         module: in evaluation mode, on the CPU.
         example: tensors it takes, of batch size 2.
+        inputs, outputs: their names in the graph; none: made up.
     """
-    names = [f"input_{index}" for index in range(len(example))]
+    names = list(inputs) or [f"input_{index}" for index in range(len(example))]
     batch = torch.export.Dim("batch", min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own parts, about which a user can do nothing
         program = torch.onnx.export(
-            module, tuple(example), dynamo=True, input_names=names, verbose=False,
+            module, tuple(example), dynamo=True, input_names=names, output_names=list(outputs) or None, verbose=False,
             dynamic_shapes=tuple({0: batch} for _ in example),
         )  # fmt: skip
     assert program is not None

@@ -1,0 +1,86 @@
+"""The README of an exported generator: what it is, how to use it, what it was trained on, what it scores."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lab.config import SamplingConfig
+from ddpm_lab.data import DATASETS
+from ddpm_lab.generation import generate
+from ddpm_lab.images import image_grid, save_png, visible_scale
+from ddpm_lab.interop import UNKNOWN
+from ddpm_lab.log import read_lines
+from ddpm_lab.trained import TrainedModel
+
+MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
+NUM_IMAGES = 16
+
+
+def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder: Path) -> None:
+    """Write README.md and the picture in it, samples.png.
+
+    Args:
+        form: 'diffusers' or 'onnx'.
+        licence: of the weights.
+        loop: what the sampler's graph does, in words.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    sampling = SamplingConfig(sampler="dpmpp", num_steps=min(20, trained.schedule.num_timesteps), batch_size=NUM_IMAGES)
+    images = torch.cat(list(generate(trained, NUM_IMAGES, sampling)))
+    save_png(folder / "samples.png", image_grid(images, scale=visible_scale(trained.image_shape[1])))
+
+    records = scores_of(trained)
+    data, dataset = trained.record["data"], trained.config.data.dataset
+    environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.filters["score"] = _score
+    text = (resources.files("ddpm_lab") / "templates" / "model_card.md").read_text(encoding="utf-8")
+    card = environment.from_string(text).render(
+        form=form,
+        licence=licence,
+        title=Path(trained.name).resolve().name,
+        dataset=dataset if dataset in DATASETS else None,
+        shape=" x ".join(map(str, trained.image_shape)),
+        shape_list=", ".join(map(str, trained.image_shape)),
+        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
+        sampling=f"{sampling.num_steps} steps of DPM-Solver++, seed {sampling.seed}",
+        loop=loop,
+        meaning=MEANING[trained.config.diffusion.prediction],
+        config=trained.config,
+        data=_data(data) if data["name"] != UNKNOWN else "not known",
+        step=trained.step,
+        weights=trained.weights,
+        imported="imported" in trained.record or dataset == UNKNOWN,
+        sha256=trained.weights_sha256,
+        settings=json.dumps(trained.config.to_dict(), indent=2),
+        records=records,
+        lines="\n".join(map(json.dumps, records)),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def scores_of(trained: TrainedModel) -> list[dict[str, Any]]:
+    """The records in the run's scores.jsonl that are of these very weights."""
+    records = read_lines(trained.folder.parent.parent / "scores.jsonl")
+    return [record for record in records if record.get("weights_sha256") == trained.weights_sha256]
+
+
+def _data(data: dict[str, Any]) -> str:
+    known = [f"{data['name']}"]
+    if "num_images" in data:
+        known.append(f"{data['num_images']:,} images")
+    if "sha256" in data:
+        known.append(f"SHA-256 of the pixels `{data['sha256']}`")
+    return ", ".join(known)
+
+
+def _score(score: dict[str, Any] | float | None) -> str:
+    if score is None:
+        return ""
+    if not isinstance(score, dict):
+        return f"{score:.4g}"
+    interval = f" ({score['low']:.4g} to {score['high']:.4g})" if score.get("low") is not None else ""
+    return f"{score['value']:.4g}{interval}"

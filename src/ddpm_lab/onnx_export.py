@@ -1,0 +1,203 @@
+"""Generators as ONNX graphs: the network alone, and a whole sampler from noise to images, for any runtime.
+
+A sampler that adds no noise is, at each step, linear in its state, in the predicted image and in the one of the step
+before; the predicted image is a clipped linear function of the state and of what the network says. The numbers are read
+off the sampler itself, which is run once on a made-up network in float64, so there is no second copy of it here. They
+drive an ONNX `Loop` around the network's graph: a graph of 50 steps is as small as one of 5.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lab.config import Prediction, Spacing
+from ddpm_lab.onnx_engine import export, missing_packages
+from ddpm_lab.samplers import Step, ddim_steps
+from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.settings import InputError
+from ddpm_lab.solvers import dpmpp_steps
+from ddpm_lab.trained import TrainedModel
+
+LoopSampler = Literal["ddim", "dpmpp"]
+SPACING: dict[LoopSampler, Spacing] = {"ddim": "uniform", "dpmpp": "logsnr"}
+IMAGE_OF_OUTPUT: dict[Prediction, str] = {  # in the example's words
+    "eps": "(x - noise * output) / signal",
+    "x_0": "output",
+    "v": "signal * x - noise * output",
+}
+USUAL_STEPS: dict[LoopSampler, int] = {"ddim": 50, "dpmpp": 20}
+
+
+@dataclass(frozen=True)
+class LinearSteps:
+    """A sampler's numbers, one for each of its S steps, (S,).
+
+    x_0_hat = clip(image_of_state x_t + image_of_output output, -1, 1)
+    x_s = keep x_t + add x_0_hat + recall (x_0_hat of the step before)
+
+    Attributes:
+        t: timesteps, int64; the others are float64.
+    """
+
+    t: np.ndarray
+    image_of_state: np.ndarray
+    image_of_output: np.ndarray
+    keep: np.ndarray
+    add: np.ndarray
+    recall: np.ndarray
+
+
+def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, prediction: Prediction) -> LinearSteps:
+    """Read a sampler's numbers off its steps.
+
+    Raises:
+        InputError: num_steps out of range.
+    """
+    generator = torch.Generator().manual_seed(0)
+    outputs: list[Tensor] = []
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        outputs.append(torch.randn(x_t.shape, generator=generator, dtype=torch.float64))
+        return outputs[-1]
+
+    x_T = torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)
+    settings: dict[str, Any] = {"clip_x_0": False, "prediction": prediction, "spacing": SPACING[sampler]}
+    run: Callable[..., Iterator[Step]] = ddim_steps if sampler == "ddim" else dpmpp_steps
+    steps = list(run(model, schedule, x_T, num_steps, **settings))
+    of_image, of_state = [], []
+    before: list[Tensor] = []
+    for step, output in zip(steps, outputs, strict=True):
+        of_image.append(_solve([step.x_t, output], step.x_0_hat))
+        of_state.append([*_solve([step.x_t, step.x_0_hat, *before], step.x_s), 0.0][:3])  # nothing is before the first
+        before = [step.x_0_hat]
+    timesteps = np.array([step.t for step in steps])
+    return LinearSteps(timesteps, *np.array(of_image).T, *np.array(of_state).T)
+
+
+def _solve(columns: list[Tensor], result: Tensor) -> list[float]:
+    """The numbers by which columns add up to a result, which they do but for rounding."""
+    scales = [float(column.norm()) for column in columns]  # they differ by many orders of magnitude
+    matrix = torch.stack([column.flatten() / scale for column, scale in zip(columns, scales, strict=True)], 1)
+    found = torch.linalg.lstsq(matrix, result.flatten()).solution
+    if float((matrix @ found - result.flatten()).norm()) > 1e-9 * float(result.norm()):
+        raise InputError("this sampler is not linear in its state and predictions, and has no graph")
+    return [float(number) / scale for number, scale in zip(found, scales, strict=True)]
+
+
+def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, folder: Path) -> None:
+    """Fill a folder: network.onnx, sampler.onnx, alpha_bar.npy, and an example that uses them.
+
+    Raises:
+        InputError: num_steps out of range, or packages of the extra `onnx` are not installed.
+    """
+    missing = missing_packages()
+    if missing:
+        raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
+    numbers = linear_steps(sampler, trained.schedule, num_steps, trained.config.diffusion.prediction)
+    network = network_graph(trained)
+    (folder / "network.onnx").write_bytes(network)
+    (folder / "sampler.onnx").write_bytes(sampler_graph(network, numbers, trained.image_shape))
+    np.save(folder / "alpha_bar.npy", trained.schedule.alpha_bar.numpy())
+    example = (resources.files("ddpm_lab") / "templates" / "onnx_example.txt").read_text(encoding="utf-8")
+    shape = ", ".join(map(str, trained.image_shape))
+    image = IMAGE_OF_OUTPUT[trained.config.diffusion.prediction]
+    (folder / "example.py").write_text(example.replace("SHAPE", shape).replace("IMAGE_OF_OUTPUT", image))
+
+
+def network_graph(trained: TrainedModel) -> bytes:
+    """The network: x_t (B, C, H, W) float32 and t (B,) int64 in [0, T) -> output (B, C, H, W) float32."""
+    example = torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)
+    return export(trained.model, example, ("x_t", "t"), ("output",))
+
+
+def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, int, int]) -> bytes:
+    """A whole sampler: noise (B, C, H, W) float32 -> images (B, H, W, C) uint8.
+
+    Args:
+        network: of `network_graph`.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load_model_from_string(network)
+    graph = model.graph
+    image: list[str | int | None] = ["batch", *image_shape]
+
+    def constant(name: str, value: Any) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(value), name)
+
+    tables = {name: getattr(steps, name) for name in ("image_of_state", "image_of_output", "keep", "add", "recall")}
+    constants = [
+        constant("timesteps", steps.t.astype(np.int64)),
+        *(constant(name, table.astype(np.float32)) for name, table in tables.items()),
+        constant("num_steps", np.int64(len(steps.t))),
+        constant("minus_one", np.float32(-1)),
+        constant("one", np.float32(1)),
+        constant("half_range", np.float32(127.5)),
+        constant("white", np.float32(255)),
+        constant("black", np.float32(0)),
+        constant("first", np.array([0])),
+        constant("second", np.array([1])),
+        constant("go_on", np.array(True)),
+    ]
+    node = helper.make_node
+    body = [
+        node("Gather", ["timesteps", "step"], ["t_now"]),
+        node("Shape", ["x_t"], ["shape"]),
+        node("Slice", ["shape", "first", "second"], ["batch_size"]),
+        node("Expand", ["t_now", "batch_size"], ["t"]),
+        *graph.node,  # x_t, t -> output
+        *(node("Gather", [name, "step"], [f"{name}_now"]) for name in tables),
+        node("Mul", ["image_of_state_now", "x_t"], ["image_a"]),
+        node("Mul", ["image_of_output_now", "output"], ["image_b"]),
+        node("Add", ["image_a", "image_b"], ["image_free"]),
+        node("Clip", ["image_free", "minus_one", "one"], ["x_0_hat"]),
+        node("Mul", ["keep_now", "x_t"], ["state_a"]),
+        node("Mul", ["add_now", "x_0_hat"], ["state_b"]),
+        node("Mul", ["recall_now", "x_0_before"], ["state_c"]),
+        node("Sum", ["state_a", "state_b", "state_c"], ["x_s"]),
+        node("Identity", ["going"], ["still_going"]),
+    ]
+    loop = helper.make_graph(
+        body,
+        "step",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x_t", TensorProto.FLOAT, image),
+            helper.make_tensor_value_info("x_0_before", TensorProto.FLOAT, image),
+        ],
+        [
+            helper.make_tensor_value_info("still_going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x_s", TensorProto.FLOAT, image),
+            helper.make_tensor_value_info("x_0_hat", TensorProto.FLOAT, image),
+        ],
+    )
+    channels, height, width = image_shape
+    whole = helper.make_graph(
+        [
+            node("Mul", ["noise", "black"], ["no_image"]),
+            node("Loop", ["num_steps", "go_on", "noise", "no_image"], ["x_0", "x_0_last"], body=loop),
+            node("Add", ["x_0", "one"], ["from_zero"]),
+            node("Mul", ["from_zero", "half_range"], ["levels"]),
+            node("Round", ["levels"], ["rounded"]),
+            node("Clip", ["rounded", "black", "white"], ["clipped"]),
+            node("Cast", ["clipped"], ["planes"], to=TensorProto.UINT8),
+            node("Transpose", ["planes"], ["images"], perm=[0, 2, 3, 1]),
+        ],
+        "sampler",
+        [helper.make_tensor_value_info("noise", TensorProto.FLOAT, image)],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, channels])],
+        [*graph.initializer, *constants],
+    )
+    made = helper.make_model(whole, opset_imports=list(model.opset_import), producer_name="ddpm-lab")
+    made.ir_version = model.ir_version
+    made.functions.extend(model.functions)
+    onnx.checker.check_model(made)
+    return bytes(made.SerializeToString())
