@@ -24,6 +24,7 @@ from ddpm_lab.config import SamplingConfig, Spacing, Variance
 from ddpm_lab.data import to_uint8
 from ddpm_lab.diffusion import Model
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
+from ddpm_lab.guidance import ClassModel, classes_in_turn, guided
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
 from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
 from ddpm_lab.progress import duration, progress
@@ -61,21 +62,24 @@ class Sampler:
         config: with nothing left unset that the sampler uses.
         num_steps: per image.
         num_evaluations: of the network, per image.
-        steps: called as steps(x_T, noise).
+        steps: called as steps(x_T, noise), or steps(x_T, noise, y) with the images' classes, (B,) int64.
     """
 
     config: SamplingConfig
     num_steps: int
     num_evaluations: int
-    steps: Callable[[Tensor, Callable[[int], Tensor]], Iterator[Step]]
+    steps: Callable[..., Iterator[Step]]
 
 
 def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     """Resolve a sampler's settings.
 
     Raises:
-        InputError: more steps than the network has timesteps; ONNX Runtime away from the CPU.
+        InputError: more steps than the network has timesteps; ONNX Runtime away from the CPU; classes or guidance of a
+            network that has none, or others than it has.
     """
+    _check_classes(trained, config)
+    told = trained.model.num_classes > 0
     T = trained.schedule.num_timesteps
     usual = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
     num_steps = config.num_steps or (max(usual // 2, 1) if config.singlestep else usual)
@@ -94,6 +98,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         spacing=spacing,
         precision="bf16" if dtype == torch.bfloat16 else "float32",
         engine=resolve_engine(config.engine, device),
+        guidance=(1.0 if config.guidance is None else config.guidance) if told else None,
     )
     common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
     if config.sampler == "ddpm":
@@ -113,20 +118,27 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     }
 
     @cache  # built when first used
-    def network() -> Model:
+    def network() -> ClassModel:
         if resolved.engine == "torch":
             return trained.model
         if resolved.engine == "compile":
             return compiled(trained.model)
-        example = torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)
+        example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
+        example += [torch.zeros(2, dtype=torch.int64)] * told
         identity = f"{trained.weights_sha256} {trained.config.model} T = {T}"
-        return cast(Model, OnnxNetwork(trained.model, example, identity))
+        return cast(ClassModel, OnnxNetwork(trained.model, example, identity))
 
-    def model(x_t: Tensor, t: Tensor) -> Tensor:
-        with autocast(device, dtype):
-            return network()(x_t, t)
+    def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
+        asked: Model = network()
+        if told:
+            count = trained.model.num_classes
+            none = torch.full((len(x_T),), count, device=device)
+            asked = guided(network(), none if y is None else y, count, 1.0 if y is None else resolved.guidance or 1.0)
 
-    def steps(x_T: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Step]:
+        def model(x_t: Tensor, t: Tensor) -> Tensor:
+            with autocast(device, dtype):
+                return asked(x_t, t)
+
         drawn: dict[str, Any] = {"noise": noise} if config.sampler != "heun" else {}
         settings = common | own | drawn
         return steppers[config.sampler](model, trained.schedule, x_T, num_steps, **settings)
@@ -186,7 +198,25 @@ def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Itera
     device = next(trained.model.parameters()).device
     indices = range(first, first + sampler.config.batch_size)
     noise = ImageNoise(sampler.config.seed, indices, trained.image_shape, device)
-    return sampler.steps(noise(-1), noise)
+    return sampler.steps(noise(-1), noise, _classes(trained, sampler.config, indices))
+
+
+def _classes(trained: TrainedModel, config: SamplingConfig, indices: range) -> Tensor | None:
+    """The classes that images are asked for, (len(indices),) int64; None: they are asked for none."""
+    if trained.model.num_classes == 0 or config.guidance == 0:
+        return None
+    return classes_in_turn(config.class_, trained.model.num_classes, indices).to(
+        next(trained.model.parameters()).device
+    )
+
+
+def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
+    count = trained.model.num_classes
+    if count == 0 and (config.class_ or config.guidance is not None):
+        raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out")
+    strange = [label for label in config.class_ if label >= count]
+    if strange:
+        raise InputError(f"{trained.name} has the classes 0 .. {count - 1}, not {strange[0]}")
 
 
 def sample_to_folder(
@@ -248,13 +278,18 @@ def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
     """What decides which images come out: weights, network, process, settings, and the version of the code."""
     process = trained.config.to_dict()
+    settings = dataclasses.asdict(build_sampler(trained, config).config)
+    if trained.model.num_classes == 0:  # as records were before there were classes
+        del process["model"]["num_classes"], settings["class_"], settings["guidance"]
+    else:
+        settings["class_"] = list(config.class_)  # as JSON gives it back
     return {
         "weights_sha256": trained.weights_sha256,
         "step": trained.step,
         "model": process["model"],
         "diffusion": process["diffusion"],
         "version": version("ddpm-lab"),
-        **dataclasses.asdict(build_sampler(trained, config).config),
+        **settings,
     }
 
 
@@ -320,5 +355,5 @@ def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: S
         if grid:
             save_png(out, image_grid(torch.cat(list(batches)), scale=visible_scale(trained.image_shape[1])))
         else:
-            save_npz(out, batches, num_images)
+            save_npz(out, batches, num_images, _classes(trained, config, range(num_images)))
     return 0

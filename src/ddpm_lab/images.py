@@ -50,25 +50,29 @@ def save_png(path: Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
 
 
-def save_npz(path: Path, batches: Iterable[Tensor], num_images: int) -> None:
+def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Tensor | None = None) -> None:
     """Write batches as they come into an .npz of one array `images`, (N, H, W, C) uint8; memory holds one batch.
 
     Args:
         batches: (B, C, H, W) uint8, `num_images` in all.
+        labels: (N,) int64, a second array `labels`.
     """
     with (
         replacing(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("images.npy", "w", force_zip64=True) as stream,
     ):
         written = 0
-        for batch in batches:
-            array = np.ascontiguousarray(batch.permute(0, 2, 3, 1).cpu().numpy())
-            if written == 0:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *array.shape[1:])}
-                np.lib.format.write_array_header_1_0(stream, header)
-            stream.write(array.tobytes())
-            written += len(array)
+        with archive.open("images.npy", "w", force_zip64=True) as stream:
+            for batch in batches:
+                array = np.ascontiguousarray(batch.permute(0, 2, 3, 1).cpu().numpy())
+                if written == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(array.tobytes())
+                written += len(array)
+        if labels is not None:
+            with archive.open("labels.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels.cpu().numpy(), allow_pickle=False)
         if written != num_images:
             raise ValueError(f"{written} images came, {num_images} were announced")
 

@@ -89,6 +89,7 @@ def _train(
     training_set = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
     held_out = load_images(config.data.dataset, "test", data_dir, config.data.image_size)
     channels, image_size = training_set.images.shape[1:3]
+    labels = _labels(config, training_set, on)
     schedule = build_schedule(config.diffusion)
     torch.manual_seed(config.training.seed)
     model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps).to(on)
@@ -108,19 +109,35 @@ def _train(
             beginning = f"continues from step {state.step}" if state.step else "starts"
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
         session = Session(
-            config, run_dir, state, schedule, held_out.images.to(on), training_set, record, seconds,
+            config, run_dir, state, schedule, held_out, training_set, record, seconds,
             training_scorer(config, training_set, data_dir, on),
         )  # fmt: skip
         try:
             session.catch_up()
             if state.step < config.training.num_steps:
-                session.run(training_set.images.to(on))
+                session.run(training_set.images.to(on), labels)
         except OSError as error:
             raise RunError(
                 f"{run_dir} cannot be written at step {state.step}: {error.strerror or error}; "
                 f"the last checkpoint is of step {last_step(run_dir)}"
             ) from error
     return checkpoint_path(run_dir, state.step)
+
+
+def _labels(config: Config, training_set: ImageSet, device: torch.device) -> torch.Tensor | None:
+    """The classes of the images, where the network is told them.
+
+    Raises:
+        InputError: the data set has none, or another number of them.
+    """
+    if config.model.num_classes is None:
+        return None
+    if training_set.labels is None:
+        raise InputError(f"model.num_classes is for data sets with classes; {config.data.dataset} has none")
+    there = int(training_set.labels.max()) + 1
+    if config.model.num_classes != there:
+        raise InputError(f"model.num_classes must be {there} for {config.data.dataset}, not {config.model.num_classes}")
+    return training_set.labels.to(device)
 
 
 def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState) -> float:

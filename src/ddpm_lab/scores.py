@@ -35,7 +35,8 @@ from ddpm_lab.training import resolve_device
 
 MODEL_FIELDS = (
     "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
-    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "dtype", "engine",
+    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "dtype", "engine", "class",
+    "guidance",
 )  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
@@ -218,6 +219,8 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
         "batch_size": sampling.batch_size,
         "dtype": sampler.config.precision,  # precision is a score
         "engine": sampler.config.engine,
+        "class": list(sampling.class_) or None,
+        "guidance": sampler.config.guidance,
     }
 
 

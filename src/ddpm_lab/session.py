@@ -55,14 +55,14 @@ class Session:
         run_dir: Path,
         state: TrainingState,
         schedule: NoiseSchedule,
-        held_out: Tensor,
+        held_out: ImageSet,
         training_set: ImageSet,
         record: dict[str, Any],
         seconds: float,
         scorer: Callable[[TrainedModel], dict[str, Any] | None] | None,
     ) -> None:
         self.config, self.run_dir, self.state, self.schedule = config, run_dir, state, schedule
-        self.held_out = held_out[: config.evaluation.validation_images]
+        self.held_out = held_out
         channels, height, width = training_set.images.shape[1:]
         self.image_shape = (channels, height, width)
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
@@ -79,7 +79,7 @@ class Session:
         if processes.any_of(missing):
             self._score()
 
-    def run(self, images: Tensor) -> None:
+    def run(self, images: Tensor, labels: Tensor | None) -> None:
         """Train to the end, logging, validating, sampling and saving when each is due.
 
         All processes go through the steps and the scores; what else there is to do the leader does.
@@ -91,7 +91,7 @@ class Session:
             self.checkpoints,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
-            for step in training_loop(state, self.schedule, images, self.config):
+            for step in training_loop(state, self.schedule, images, self.config, labels):
                 k, last = step.step, step.step == training.num_steps
                 # asked once, and of all: a signal that comes later, or to one process only, is served alike by all
                 stopping = processes.any_of(stopped.is_set())
@@ -156,7 +156,12 @@ class Session:
         }
 
     def _validation_loss(self) -> float:
-        loss = validation_loss(self.state.ema, self.schedule, self.held_out, self.config.diffusion.prediction)
+        count, on = self.config.evaluation.validation_images, next(self.state.ema.parameters()).device
+        labels = self.held_out.labels if self.config.model.num_classes is not None else None
+        loss = validation_loss(
+            self.state.ema, self.schedule, self.held_out.images[:count].to(on), self.config.diffusion.prediction,
+            labels=None if labels is None else labels[:count].to(on),
+        )  # fmt: skip
         if not math.isfinite(loss):
             self._stop_not_finite("validation loss", self.state.step)
         return loss

@@ -21,6 +21,7 @@ from ddpm_lab import processes
 from ddpm_lab.config import Config, Prediction, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses
+from ddpm_lab.guidance import guided, withhold
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet
@@ -161,7 +162,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
-def engine(model: UNet, config: TrainingConfig, device: torch.device) -> Model:
+def engine(model: UNet, config: TrainingConfig, device: torch.device) -> nn.Module:
     """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
     the processes where there are several."""
     network: nn.Module = model
@@ -173,7 +174,7 @@ def engine(model: UNet, config: TrainingConfig, device: torch.device) -> Model:
 
 
 def training_loop(
-    state: TrainingState, schedule: NoiseSchedule, images: Tensor, config: Config
+    state: TrainingState, schedule: NoiseSchedule, images: Tensor, config: Config, labels: Tensor | None = None
 ) -> Iterator[TrainingStep]:
     """Train from `state.step` to `num_steps` (Ho et al. 2020, Algorithm 1), yielding after each step.
 
@@ -182,6 +183,7 @@ def training_loop(
         schedule: the forward process.
         images: the training set, (N, C, H, W) uint8, on the network's device.
         config: the run's.
+        labels: (N,) int64 on the same device, where the network is told classes.
     Yields:
         A `TrainingStep` after each.
     """
@@ -203,12 +205,18 @@ def training_loop(
         t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=device)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
+        model: Model = network
+        if config.model.num_classes is not None:
+            assert labels is not None
+            y = withhold(labels[indices], config.model.num_classes, training.class_dropout, generator)
+            model = guided(network, processes.share(y), config.model.num_classes)
+
         # All was drawn for the whole batch, so that it does not depend on how many processes share it.
         x_0, own_t, eps = processes.share(x_0), processes.share(t), processes.share(eps)
 
         # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
         with autocast(device, dtype):
-            losses = denoising_losses(network, schedule, x_0, own_t, eps, config.diffusion.prediction)
+            losses = denoising_losses(model, schedule, x_0, own_t, eps, config.diffusion.prediction)
         state.optimizer.zero_grad()
         torch.autograd.backward(losses.mean())  # among processes gradients are averaged on the way
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
@@ -223,7 +231,12 @@ def training_loop(
 
 
 def validation_loss(
-    model: Model, schedule: NoiseSchedule, images: Tensor, prediction: Prediction, batch_size: int = 250
+    model: Model,
+    schedule: NoiseSchedule,
+    images: Tensor,
+    prediction: Prediction,
+    batch_size: int = 250,
+    labels: Tensor | None = None,
 ) -> float:
     """The simple loss on held-out images, with timesteps and noise that are always the same.
 
@@ -232,6 +245,7 @@ def validation_loss(
 
     Args:
         images: (N, C, H, W) uint8, on the model's device.
+        labels: (N,) int64 there, for a network that is to be told its classes.
     Returns:
         Mean squared error, in units of the prediction.
     """
@@ -244,5 +258,9 @@ def validation_loss(
             x_0 = to_float(images[first : first + batch_size])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
             t_batch = t[first : first + batch_size].to(x_0.device)
-            total += float(denoising_losses(model, schedule, x_0, t_batch, eps, prediction).sum())
+            asked = model
+            if labels is not None:
+                assert isinstance(model, UNet)
+                asked = guided(model, labels[first : first + batch_size], model.num_classes)
+            total += float(denoising_losses(asked, schedule, x_0, t_batch, eps, prediction).sum())
     return total / N

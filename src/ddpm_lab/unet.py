@@ -174,6 +174,7 @@ class UNet(nn.Module):
         norm_groups: of the normalisations. Warns where a level has one channel a group: what the time embedding adds
             to a channel is then taken away by the next normalisation, and the level cannot see t.
         patch_size: side of the patches that are folded into channels first and unfolded last.
+        num_classes: classes it can be told; None: none.
         num_timesteps: T; the network takes integer t and scales it itself.
     Raises:
         InputError: what cannot be built.
@@ -190,6 +191,7 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         norm_groups: int = 32,
         patch_size: int = 1,
+        num_classes: int | None = None,
         num_timesteps: int = 1000,
     ) -> None:
         super().__init__()
@@ -202,6 +204,7 @@ class UNet(nn.Module):
             dropout=dropout,
             norm_groups=norm_groups,
             patch_size=patch_size,
+            num_classes=num_classes,
         )
         if norm_groups in (base_channels * multiplier for multiplier in channel_multipliers):
             warnings.warn(
@@ -224,8 +227,9 @@ class UNet(nn.Module):
             _initialise(nn.Linear(base_channels, embedding_channels)),
             nn.SiLU(),
             _initialise(nn.Linear(embedding_channels, embedding_channels)),
-            nn.SiLU(),
         )
+        # the last row stands for no class
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
         self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
 
         # Down: the channels of every state kept are noted, for the way up joins them in reverse.
@@ -258,16 +262,22 @@ class UNet(nn.Module):
         self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
 
     @property
+    def num_classes(self) -> int:
+        """How many classes it can be told, 0 where it is told none."""
+        return self.config.num_classes or 0
+
+    @property
     def size_multiple(self) -> int:
         """Height and width of images must be multiples of this."""
         return int(self.patch_size * 2 ** (len(self.down) - 1))
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from noised images.
 
         Args:
             x_t: (B, C, H, W) float32; H and W multiples of `size_multiple`.
             t: (B,) int64 in [0, T).
+            y: (B,) int64, each image's class, or num_classes for none; None: none for all.
         Returns:
             (B, C, H, W), in the dtype the last convolution computes in.
         Raises:
@@ -285,6 +295,11 @@ class UNet(nn.Module):
         # Position means noise level whatever T is; float32 throughout, for bfloat16 cannot tell 998 from 999.
         position = 1000 * (t.float() + 1) / self.num_timesteps - 1
         embedding = self.time_embedding(timestep_embedding(position, self.base_channels))  # (B, E)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
+        elif y is not None:
+            raise InputError("this network is told no classes; give no y")
+        embedding = F.silu(embedding)
 
         h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
         states = [h]
@@ -322,6 +337,7 @@ def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_ti
         dropout=config.dropout,
         norm_groups=config.norm_groups,
         patch_size=config.patch_size,
+        num_classes=config.num_classes,
         num_timesteps=num_timesteps,
     )
     if image_size % model.size_multiple:
