@@ -21,7 +21,7 @@ from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.log import read_lines
 
-FLAGS = ["--device", "cpu", "--model.dropout", "0", "--training.precision", "float32"]
+FLAGS = ["--device", "cpu", "--model.dropout", "0", "--model.num-classes", "10", "--training.precision", "float32"]
 
 
 def launch(*arguments: str, count: int = 2) -> list[subprocess.Popen]:

@@ -312,6 +312,7 @@ def export(
     license: str | None = None,
     sampler: Literal["ddim", "dpmpp"] = "dpmpp",
     num_steps: int | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Write a generator as others read it, with a README that says what it is, ready to be uploaded.
 
@@ -324,6 +325,7 @@ def export(
         license: of the weights, for the README (mit, cc-by-4.0, ...); unset: unknown.
         sampler: onnx only: what the sampler's graph does, without noise on the way.
         num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
+        guidance: onnx only, of a network that is told classes: its guidance; unset: 1.
     """
     from ddpm_lab.exchange import export_generator
 
@@ -337,6 +339,7 @@ def export(
             licence=license,
             sampler=sampler,
             num_steps=num_steps,
+            guidance=guidance,
         )
     )
 

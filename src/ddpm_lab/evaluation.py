@@ -158,6 +158,7 @@ def evaluate(
     data_dir: Path | None = None,
     pairs: Path | None = None,
     keep: bool = True,
+    asked: Tensor | None = None,
 ) -> dict[str, Any]:
     """Score images.
 
@@ -169,6 +170,7 @@ def evaluate(
         data_dir: see `data.load_images`.
         pairs: where to save a picture of the samples nearest to training images; None: nowhere.
         keep: whether the features of the images stay in the cache.
+        asked: (N,) int64, the class that each image was asked for; a classifier then says how often it agrees.
     Returns:
         The record: each score as {value, low, high} or None, and all that they depend on, ready for JSON.
     Raises:
@@ -222,6 +224,9 @@ def evaluate(
     record["floor"] = floor_scores
     if found.logits is not None and network.distance == "FD-classifier":
         record["classes"] = class_shares(found.logits)
+        if asked is not None and found.logits.shape[1] > int(asked.max()):
+            agreed = found.logits.argmax(1) == asked.cpu()
+            record["classes"]["as_asked"] = float(agreed.double().mean())
     if "memorisation" in config.metrics and floor is not None and against is not None:
         held_out = features_of(open_images(floor.name, data_dir), network)
         record["memorisation"], closest = memorisation(found, against, held_out)

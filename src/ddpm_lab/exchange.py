@@ -62,6 +62,7 @@ def export_generator(
     licence: str | None = None,
     sampler: LoopSampler = "dpmpp",
     num_steps: int | None = None,
+    guidance: float | None = None,
 ) -> str:
     """Write a generator as others read it, with a README that says what it is.
 
@@ -71,19 +72,22 @@ def export_generator(
         out: new, or an empty folder.
         licence: of the weights, as the README is to say; None: that of the package for its own, else unknown.
         sampler, num_steps: of the sampler's graph; None: 20 steps of dpmpp, 50 of ddim.
+        guidance: of the sampler's graph, for a network that is told classes; None: 1.
     Returns:
         A line that says what was made.
     Raises:
         InputError: no such generator, one that the form cannot express, or an `out` that is there.
     """
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
+    if guidance is not None and not (trained.model.num_classes and 0 < guidance <= 100):
+        raise InputError(f"guidance is a number above 0, up to 100, for networks that are told classes, not {guidance}")
     if num_steps is None:
         num_steps = min(USUAL_STEPS[sampler], trained.schedule.num_timesteps)
     with appearing(out, "--out") as partial:
         if form == "diffusers":
             save_diffusers(trained.model, trained.config, trained.image_shape[1], partial)
         else:
-            save_onnx(trained, sampler, num_steps, partial)
+            save_onnx(trained, sampler, num_steps, 1.0 if guidance is None else guidance, partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
         write_card(trained, form, licence, f"{num_steps} steps of {sampler}", partial)
     reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]

@@ -198,10 +198,10 @@ def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Itera
     device = next(trained.model.parameters()).device
     indices = range(first, first + sampler.config.batch_size)
     noise = ImageNoise(sampler.config.seed, indices, trained.image_shape, device)
-    return sampler.steps(noise(-1), noise, _classes(trained, sampler.config, indices))
+    return sampler.steps(noise(-1), noise, asked_classes(trained, sampler.config, indices))
 
 
-def _classes(trained: TrainedModel, config: SamplingConfig, indices: range) -> Tensor | None:
+def asked_classes(trained: TrainedModel, config: SamplingConfig, indices: range) -> Tensor | None:
     """The classes that images are asked for, (len(indices),) int64; None: they are asked for none."""
     if trained.model.num_classes == 0 or config.guidance == 0:
         return None
@@ -355,5 +355,5 @@ def _sample_to_file(trained: TrainedModel, out: Path, num_images: int, config: S
         if grid:
             save_png(out, image_grid(torch.cat(list(batches)), scale=visible_scale(trained.image_shape[1])))
         else:
-            save_npz(out, batches, num_images, _classes(trained, config, range(num_images)))
+            save_npz(out, batches, num_images, asked_classes(trained, config, range(num_images)))
     return 0

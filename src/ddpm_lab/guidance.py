@@ -34,7 +34,9 @@ def guided(network: ClassModel, y: Tensor, num_classes: int, guidance: float = 1
         if guidance == 1:
             return network(x_t, t, y)
         none = torch.full_like(y, num_classes)
-        asked, free = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, none])).chunk(2)
+        both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none]))
+        B = y.shape[0]  # len(y) would be a fixed number in an exported graph
+        asked, free = both[:B], both[B:]
         return free + guidance * (asked - free)
 
     return model

@@ -122,6 +122,8 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
         raise InputError(
             f"diffusers has no network on patches; this one folds {config.patch_size} x {config.patch_size}"
         )
+    if model.num_classes:
+        raise InputError("diffusers' DDPMPipeline passes no classes on; this network is told them")
     if model.num_timesteps != 1000:
         raise InputError(
             f"diffusers' network takes t as it is, and so only T = 1000; this one has T = {model.num_timesteps}"

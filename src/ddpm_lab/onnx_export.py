@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_lab.config import Prediction, Spacing
+from ddpm_lab.guidance import guided
 from ddpm_lab.onnx_engine import export, missing_packages
 from ddpm_lab.samplers import Step, ddim_steps
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps
 from ddpm_lab.trained import TrainedModel
+from ddpm_lab.unet import UNet
 
 LoopSampler = Literal["ddim", "dpmpp"]
 SPACING: dict[LoopSampler, Spacing] = {"ddim": "uniform", "dpmpp": "logsnr"}
@@ -90,7 +92,7 @@ def _solve(columns: list[Tensor], result: Tensor) -> list[float]:
     return [float(number) / scale for number, scale in zip(found, scales, strict=True)]
 
 
-def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, folder: Path) -> None:
+def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guidance: float, folder: Path) -> None:
     """Fill a folder: network.onnx, sampler.onnx, alpha_bar.npy, and an example that uses them.
 
     Raises:
@@ -101,23 +103,48 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, folde
         raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
     numbers = linear_steps(sampler, trained.schedule, num_steps, trained.config.diffusion.prediction)
     network = network_graph(trained)
+    guiding = network if guidance == 1 else network_graph(trained, guidance)
     (folder / "network.onnx").write_bytes(network)
-    (folder / "sampler.onnx").write_bytes(sampler_graph(network, numbers, trained.image_shape))
+    (folder / "sampler.onnx").write_bytes(sampler_graph(guiding, numbers, trained.image_shape))
     np.save(folder / "alpha_bar.npy", trained.schedule.alpha_bar.numpy())
     example = (resources.files("ddpm_lab") / "templates" / "onnx_example.txt").read_text(encoding="utf-8")
     shape = ", ".join(map(str, trained.image_shape))
     image = IMAGE_OF_OUTPUT[trained.config.diffusion.prediction]
-    (folder / "example.py").write_text(example.replace("SHAPE", shape).replace("IMAGE_OF_OUTPUT", image))
+    count = trained.model.num_classes
+    told = {"CLASSES": f"y = np.arange(4) % {count}\n", "AND_Y": ', "y": y'} if count else {"CLASSES": "", "AND_Y": ""}
+    for mark, words in {"SHAPE": shape, "IMAGE_OF_OUTPUT": image, **told}.items():
+        example = example.replace(mark, words)
+    (folder / "example.py").write_text(example)
 
 
-def network_graph(trained: TrainedModel) -> bytes:
-    """The network: x_t (B, C, H, W) float32 and t (B,) int64 in [0, T) -> output (B, C, H, W) float32."""
-    example = torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)
-    return export(trained.model, example, ("x_t", "t"), ("output",))
+class _Guided(nn.Module):
+    """A network together with its guidance."""
+
+    def __init__(self, network: UNet, guidance: float) -> None:
+        super().__init__()
+        self.network, self.guidance = network, guidance
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return guided(self.network, y, self.network.num_classes, self.guidance)(x_t, t)
+
+
+def network_graph(trained: TrainedModel, guidance: float = 1.0) -> bytes:
+    """The network: x_t (B, C, H, W) float32 and t (B,) int64 in [0, T) -> output (B, C, H, W) float32.
+
+    One that is told classes takes y (B,) int64 as well, in [0, num_classes], the last for none.
+
+    Args:
+        guidance: of a network that is told classes, see `guidance.guided`.
+    """
+    example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
+    if trained.model.num_classes == 0:
+        return export(trained.model, example, ("x_t", "t"), ("output",))
+    module = trained.model if guidance == 1 else _Guided(trained.model, guidance).eval()
+    return export(module, [*example, torch.zeros(2, dtype=torch.int64)], ("x_t", "t", "y"), ("output",))
 
 
 def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, int, int]) -> bytes:
-    """A whole sampler: noise (B, C, H, W) float32 -> images (B, H, W, C) uint8.
+    """A whole sampler: noise (B, C, H, W) float32, and y where the network takes it -> images (B, H, W, C) uint8.
 
     Args:
         network: of `network_graph`.
@@ -127,10 +154,22 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
 
     model = onnx.load_model_from_string(network)
     graph = model.graph
+    classes = [entry for entry in graph.input if entry.name == "y"]  # the loop sees it from outside
     image: list[str | int | None] = ["batch", *image_shape]
 
+    shared = {"x_t", "t", "y", "output", "noise", "images"}  # names that the network or the user knows
+
+    def own(name: str) -> str:
+        return name if name in shared else f"ddpm.{name}"  # the network has names of its own inside
+
     def constant(name: str, value: Any) -> onnx.TensorProto:
-        return numpy_helper.from_array(np.asarray(value), name)
+        return numpy_helper.from_array(np.asarray(value), own(name))
+
+    def node(kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(kind, [own(name) for name in inputs], [own(name) for name in outputs], **attributes)
+
+    def value(name: str, kind: int, shape: list[str | int | None]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(own(name), kind, shape)
 
     tables = {name: getattr(steps, name) for name in ("image_of_state", "image_of_output", "keep", "add", "recall")}
     constants = [
@@ -146,7 +185,6 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
         constant("second", np.array([1])),
         constant("go_on", np.array(True)),
     ]
-    node = helper.make_node
     body = [
         node("Gather", ["timesteps", "step"], ["t_now"]),
         node("Shape", ["x_t"], ["shape"]),
@@ -168,15 +206,15 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
         body,
         "step",
         [
-            helper.make_tensor_value_info("step", TensorProto.INT64, []),
-            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x_t", TensorProto.FLOAT, image),
-            helper.make_tensor_value_info("x_0_before", TensorProto.FLOAT, image),
+            value("step", TensorProto.INT64, []),
+            value("going", TensorProto.BOOL, []),
+            value("x_t", TensorProto.FLOAT, image),
+            value("x_0_before", TensorProto.FLOAT, image),
         ],
         [
-            helper.make_tensor_value_info("still_going", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x_s", TensorProto.FLOAT, image),
-            helper.make_tensor_value_info("x_0_hat", TensorProto.FLOAT, image),
+            value("still_going", TensorProto.BOOL, []),
+            value("x_s", TensorProto.FLOAT, image),
+            value("x_0_hat", TensorProto.FLOAT, image),
         ],
     )
     channels, height, width = image_shape
@@ -192,8 +230,8 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
             node("Transpose", ["planes"], ["images"], perm=[0, 2, 3, 1]),
         ],
         "sampler",
-        [helper.make_tensor_value_info("noise", TensorProto.FLOAT, image)],
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, channels])],
+        [value("noise", TensorProto.FLOAT, image), *classes],
+        [value("images", TensorProto.UINT8, ["batch", height, width, channels])],
         [*graph.initializer, *constants],
     )
     made = helper.make_model(whole, opset_imports=list(model.opset_import), producer_name="ddpm-lab")

@@ -23,7 +23,7 @@ from ddpm_lab.evaluation import (
 )
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
-from ddpm_lab.generation import build_sampler, generate, sampling_task
+from ddpm_lab.generation import asked_classes, build_sampler, generate, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.interop import UNKNOWN
@@ -141,7 +141,8 @@ def score_model(
 ) -> dict[str, Any]:
     """Sample, or take from the cache what was sampled, and score; see `evaluation.evaluate` for the rest."""
     images = generated_images(trained, num_images, sampling)
-    record = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs)
+    asked = asked_classes(trained, sampling, range(num_images))
+    record = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=asked)
     return record | {"source": trained.name, **model_record(trained, sampling)}
 
 
@@ -321,7 +322,9 @@ def score_table(record: dict[str, Any]) -> list[str]:
         lines.append("intervals cover the choice of images, not the training seed")
     if "classes" in record:
         shares = " ".join(f"{share:.1%}" for share in record["classes"]["shares"])
-        lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure")
+        agreed = record["classes"].get("as_asked")
+        told = "" if agreed is None else f"; {agreed:.1%} are taken for the class that was asked for"
+        lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure{told}")
     if "memorisation" in record:
         memorisation = record["memorisation"]
         lines.append(

@@ -1,0 +1,288 @@
+"""Classes and guidance: what is told, what is withheld, and that all else stays as it was."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_lab import load
+from ddpm_lab.checkpoint import checkpoint_path
+from ddpm_lab.cli import run_command
+from ddpm_lab.config import SamplingConfig, load_recipe
+from ddpm_lab.data import load_images, to_uint8
+from ddpm_lab.diffusion import predict_x_0_eps
+from ddpm_lab.generation import generate
+from ddpm_lab.guidance import classes_in_turn, guided, withhold
+from ddpm_lab.run import train
+from ddpm_lab.samplers import ddim_sample
+from ddpm_lab.schedule import linear_schedule
+from ddpm_lab.settings import InputError
+from ddpm_lab.training import new_state, training_loop
+from ddpm_lab.unet import UNet, build_unet
+
+from .conftest import tree_hash
+
+CLASSES = ["--model.num-classes", "10"]
+
+
+@pytest.fixture(scope="module")
+def told(tiny_recipe, tmp_path_factory):
+    """A run of the tiny recipe, told classes, of a few more steps, so that they matter."""
+    run = tmp_path_factory.mktemp("runs") / "told"
+    settings = ["--training.num-steps", "60", "--training.learning-rate", "5e-3", "--training.precision", "float32"]
+    assert run_command(["train", str(tiny_recipe), "--run", str(run), "--device", "cpu", *CLASSES, *settings]) == 0
+    return run
+
+
+def images(source, num_images, **settings):
+    trained = load(source, device="cpu")
+    return torch.cat(list(generate(trained, num_images, SamplingConfig(num_steps=3, batch_size=4, **settings))))
+
+
+def test_guidance_is_the_paper_s_formula_whatever_is_predicted():
+    """eps = (1 + w) eps(x, c) - w eps(x), eq. 6, with guidance 1 + w, also where x_0 or v is what the networks say."""
+    generator = torch.Generator().manual_seed(0)
+    x_t, eps_of = torch.randn(3, 1, 2, 2, generator=generator), torch.randn(5, 1, 2, 2, generator=generator)
+    t, y, alpha_bar = torch.tensor([7, 8, 9]), torch.tensor([0, 2, 3]), 0.3
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    words = {
+        "eps": lambda x, eps: eps,
+        "x_0": lambda x, eps: (x - noise * eps) / signal,
+        "v": lambda x, eps: signal * eps - noise * (x - noise * eps) / signal,
+    }
+    expected = 2.5 * eps_of[y] - 1.5 * eps_of[4]
+    for prediction, say in words.items():
+        asked = []
+
+        def network(x, t, y=None, say=say, asked=asked):
+            asked.append((len(x), t.tolist(), y.tolist()))
+            return say(x, eps_of[y])
+
+        output = guided(network, y, 4, 2.5)(x_t, t)
+        _, eps = predict_x_0_eps(prediction, output, x_t, alpha_bar)
+        torch.testing.assert_close(eps, expected, rtol=1e-5, atol=1e-5)
+        assert asked == [(6, [7, 8, 9, 7, 8, 9], [0, 2, 3, 4, 4, 4])]
+        assert torch.equal(guided(network, y, 4)(x_t, t), say(x_t, eps_of[y]))
+        assert asked[1:] == [(3, [7, 8, 9], [0, 2, 3])], "guidance 1 asks once"
+
+
+def test_a_perfect_network_samples_the_class_that_is_asked_for():
+    """Data with one image a class: the exact network of each class leads there, from any noise."""
+    centres = torch.tensor([-0.6, 0.1, 0.8]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    schedule = linear_schedule()
+
+    def network(x_t, t, y=None):
+        alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+        return ((x_t - alpha_bar.sqrt() * centres[y]) / (1 - alpha_bar).sqrt()).float()
+
+    y = torch.tensor([2, 0, 1, 2])
+    found = ddim_sample(guided(network, y, 3), schedule, torch.randn(4, 1, 2, 2), 10)
+    torch.testing.assert_close(found, centres[y], rtol=0, atol=1e-4)
+
+
+def test_classes_are_withheld_as_often_as_asked():
+    y = torch.arange(20_000) % 10
+    kept = withhold(y, 10, 0.2, torch.Generator().manual_seed(0))
+    assert set(kept[kept != y].tolist()) == {10}
+    assert float((kept == 10).double().mean()) == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(withhold(y, 10, 0.0, torch.Generator()), y)
+    assert set(withhold(y, 10, 1.0, torch.Generator()).tolist()) == {10}
+
+
+def test_images_are_asked_for_classes_in_turn():
+    assert classes_in_turn((), 3, range(2, 7)).tolist() == [2, 0, 1, 2, 0]
+    assert classes_in_turn((7, 1), 10, range(1, 5)).tolist() == [1, 7, 1, 7]
+
+
+def test_a_network_told_nothing_is_told_the_class_of_none():
+    torch.manual_seed(0)
+    model = UNet(1, 16, (1,), 1, (), norm_groups=4, num_classes=3).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 900])
+    free = model(x_t, t)
+    assert torch.equal(free, model(x_t, t, torch.tensor([3, 3])))
+    one = model(x_t, t, torch.tensor([0, 3]))
+    assert not torch.allclose(one[0], free[0], atol=1e-3)
+    torch.testing.assert_close(one[1], free[1])
+    with pytest.raises(InputError, match="told no classes"):
+        UNet(1, 16, (1,), 1, (), norm_groups=4)(x_t, t, torch.tensor([0, 0]))
+
+
+def test_classes_change_nothing_else_that_is_random(tiny_recipe):
+    """Timesteps, and losses at the first step, where the last layer is zero and nothing can depend on the class."""
+    digits, first = load_images("digits"), []
+    config = load_recipe(str(tiny_recipe))
+    for num_classes in (None, 10):
+        model = dataclasses.replace(config.model, num_classes=num_classes)
+        state = new_state(build_unet(model, 1, 8, 1000), config.training)
+        settings = dataclasses.replace(config, model=model)
+        first.append(next(training_loop(state, linear_schedule(), digits.images, settings, digits.labels)))
+    assert torch.equal(first[0].t, first[1].t)
+    assert torch.equal(first[0].losses, first[1].losses)
+
+
+def test_labels_are_those_of_the_images(tiny_recipe, monkeypatch):
+    """What the network is told is the class of the image that it sees, or none."""
+    digits = load_images("digits")
+    seen = []
+    config = load_recipe(str(tiny_recipe))
+    data = dataclasses.replace(config.data, horizontal_flip=False)
+    config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, num_classes=10))
+    state = new_state(build_unet(config.model, 1, 8, 1000), config.training)
+    real = state.model.forward
+
+    def forward(x_t, t, y=None):
+        seen.append((x_t, t, y))
+        return real(x_t, t, y)
+
+    monkeypatch.setattr(state.model, "forward", forward)
+    schedule = linear_schedule()
+    for _ in zip(range(12), training_loop(state, schedule, digits.images, config, digits.labels), strict=False):
+        pass
+    right, none, known = 0, 0, 0
+    pixels = digits.images.flatten(1).float() / 127.5 - 1
+    for x_t, t, y in seen:
+        for image, step, label in zip(x_t.flatten(1), t, y, strict=True):
+            if int(step) > 300:  # where there is less noise the nearest image is the one
+                continue
+            known += 1
+            nearest = int((pixels * schedule.alpha_bar[step].sqrt() - image).square().sum(1).argmin())
+            none += int(label) == 10
+            right += int(label) == int(digits.labels[nearest])
+    assert known > 20
+    assert right + none >= known - 1
+    assert right > 2 * none > 0
+
+
+def test_resuming_with_classes_ends_in_the_same_weights(tiny_recipe, tmp_path):
+    config = load_recipe(str(tiny_recipe))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=10))
+    train(config, tmp_path / "whole", device="cpu")
+    train(config, tmp_path / "parts", device="cpu")
+    last = checkpoint_path(tmp_path / "parts", 12)
+    before = tree_hash(last)
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    train(config, tmp_path / "parts", device="cpu")
+    assert tree_hash(last) == before == tree_hash(checkpoint_path(tmp_path / "whole", 12))
+
+
+def test_an_image_depends_on_its_seed_number_and_class_alone(told):
+    """Image i of a class is the same whether asked for alone or in turn; guidance 0 leaves classes out; they matter."""
+    in_turn = images(told, 12)
+    assert torch.equal(images(told, 12, class_=tuple(range(10))), in_turn)
+    sevens = images(told, 12, class_=(7,))
+    assert torch.equal(sevens[7], in_turn[7])
+    assert not torch.equal(sevens[8], in_turn[8])
+    free = images(told, 4, guidance=0.0)
+    model = load(told, device="cpu").model
+    assert not torch.equal(free, images(told, 4, class_=(1,)))
+    assert torch.equal(images(told, 4, guidance=1.0), in_turn[:4])
+    assert not torch.equal(images(told, 4, guidance=3.0), in_turn[:4])
+    assert model.num_classes == 10
+
+
+def test_guidance_zero_is_the_network_told_nothing(told):
+    trained = load(told, device="cpu")
+    from ddpm_lab.generation import ImageNoise
+
+    x_T = ImageNoise(0, range(4), (1, 8, 8), torch.device("cpu"))(-1)
+    expected = to_uint8(ddim_sample(trained.model, trained.schedule, x_T, 3))
+    assert torch.equal(images(told, 4, guidance=0.0), expected)
+
+
+def test_files_hold_the_classes(told, tmp_path):
+    command = ["sample", str(told), "--num-images", "6", "--num-steps", "2", "--class", "3", "5", "--device", "cpu"]
+    assert run_command([*command, "--out", str(tmp_path / "images.npz")]) == 0
+    held = np.load(tmp_path / "images.npz")
+    assert held["labels"].tolist() == [3, 5, 3, 5, 3, 5]
+    assert held["images"].shape == (6, 8, 8, 1)
+    assert run_command([*command, "--out", str(tmp_path / "folder")]) == 0
+    assert run_command([*command, "--guidance", "2", "--out", str(tmp_path / "folder")]) == 2, "another setting"
+
+
+def test_a_score_says_how_many_are_what_was_asked_for(told, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
+    command = ["evaluate", str(told), "--num-images", "30", "--num-steps", "2", "--features", "classifier"]
+    command += ["--metrics", "is", "--bootstrap", "0", "--guidance", "1.5", "--device", "cpu", "--scores"]
+    assert run_command([*command, str(tmp_path / "scores.jsonl")]) == 0
+    assert "are taken for the class that was asked for" in capsys.readouterr().out
+    record = json.loads((tmp_path / "scores.jsonl").read_text())
+    assert (record["class"], record["guidance"]) == (None, 1.5)
+    trained = load(told, device="cpu")
+    sampled = torch.cat(list(generate(trained, 30, SamplingConfig(num_steps=2, guidance=1.5))))
+    from ddpm_lab.features import classifier_network
+
+    _, logits = classifier_network("digits")(sampled)
+    agreed = (logits.argmax(1) == torch.arange(30) % 10).double().mean()
+    assert record["classes"]["as_asked"] == pytest.approx(float(agreed))
+
+
+def test_onnx_graphs_are_told_classes_too(told, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    command = ["export", str(told), "--to", "onnx", "--sampler", "ddim", "--num-steps", "3", "--out", str(out)]
+    assert run_command([*command, "--guidance", "2"]) == 0
+    trained = load(told, device="cpu")
+    x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 9, 10, 4, 4])
+    (output,) = onnxruntime.InferenceSession(out / "network.onnx").run(
+        None, {"x_t": x.numpy(), "t": np.full(5, 500), "y": y.numpy()}
+    )
+    expected = trained.model(x, torch.full((5,), 500), y)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=0, atol=1e-4)
+    (made,) = onnxruntime.InferenceSession(out / "sampler.onnx").run(None, {"noise": x.numpy(), "y": y.numpy()})
+    model = guided(trained.model, y, 10, 2.0)
+    expected = to_uint8(ddim_sample(model, trained.schedule, x, 3)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
+    assert "y = np.arange(4) % 10" in (out / "example.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "digits", "--run", "RUN", "--model.num-classes", "9"], "num_classes must be 10 for digits, not 9"),
+        (["train", "digits", "--run", "RUN", "--model.num-classes", "1"], "model.num_classes must be at least 2"),
+        (["train", "digits", "--run", "RUN", *CLASSES, "--training.class-dropout", "1.5"], "class_dropout must be in"),
+        (["sample", "TOLD", "--class", "10", "--out", "RUN.png"], "has the classes 0 .. 9, not 10"),
+        (["sample", "TOLD", "--class", "-1", "--out", "RUN.png"], "class must be whole numbers from 0"),
+        (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),
+        (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be at least 0"),
+        (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 leaves the class out"),
+        (["sample", "mnist", "--class", "1", "--out", "RUN.png"], "mnist was told no classes"),
+        (["sample", "mnist", "--guidance", "2", "--out", "RUN.png"], "mnist was told no classes"),
+        (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
+        (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance is a number above 0"),
+        (["export", "mnist", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "for networks that are told classes"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told_is_refused(told, tmp_path, capsys, command, words):
+    places = {"RUN": str(tmp_path / "run"), "RUN.png": str(tmp_path / "run.png"), "TOLD": str(told)}
+    assert run_command([places.get(word, word) for word in command]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1, err
+    assert words in err[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_pictures_has_no_classes(tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for index in range(30):
+        Image.new("L", (8, 8), index).save(tmp_path / "pictures" / f"{index}.png")
+    command = [
+        "train",
+        "digits",
+        "--data.dataset",
+        str(tmp_path / "pictures"),
+        *CLASSES,
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    assert run_command(command) == 2
+    assert "is for data sets with classes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
