@@ -24,7 +24,7 @@ from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.lease import Lease
 from ddpm_lab.likelihood import variational_bound
 from ddpm_lab.log import append_line, read_lines
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.reverse import record_trajectory, reverse_frames
 from ddpm_lab.run import train
@@ -37,7 +37,6 @@ from ddpm_lab.unet import build_unet
 MEASURES = "measures.jsonl"
 BOUND_TIMESTEPS = 50
 SHOWN = 16  # samples of the same seeds, side by side
-FILM = PictureConfig(frames=31, fps=10, hold=2.0)
 
 
 def study_cost(study: Study, cells: Sequence[Cell], device: str, data_dir: Path | None) -> list[str]:
@@ -196,11 +195,11 @@ def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_di
             save_png(folder / f"{name}.png", framed(table))
     if not (folder / "reverse.gif").exists():
         sampling = dataclasses.replace(parse_sampler(HEADLINE), batch_size=4)
-        trajectory = record_trajectory(shown, sampling, 4, FILM.frames or 2)
+        trajectory = record_trajectory(shown, sampling, 4, SHORT_FILM.frames or 2)
         named = dataclasses.replace(trajectory, label=cell.label)
-        save_film(folder / "reverse.gif", reverse_frames([named], scale), FILM)
+        save_film(folder / "reverse.gif", reverse_frames([named], scale), SHORT_FILM)
     if not (folder / "forward.gif").exists():
         data = load_images(cell.config.data.dataset, "test", data_dir, cell.config.data.image_size)
         process = Process(shown.config.diffusion)
-        frames = forward_frames([process], to_float(data.images[:2]), FILM.frames or 2, scale=scale)
-        save_film(folder / "forward.gif", frames, FILM)
+        frames = forward_frames([process], to_float(data.images[:2]), SHORT_FILM.frames or 2, scale=scale)
+        save_film(folder / "forward.gif", frames, SHORT_FILM)

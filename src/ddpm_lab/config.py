@@ -24,6 +24,7 @@ Spacing = Literal["uniform", "quadratic", "logsnr"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
 Engine = Literal["torch", "compile", "onnx"]
+Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +216,9 @@ class EvaluationConfig(SettingsGroup):
     """images sampled for each score; so few that scores compare with each other only"""
     score_features: Features = "classifier"
     """the network that scores are taken over: that of the data set, or Inception"""
+    tracker: Tracker = "none"
+    """tensorboard or wandb: gets the log, scores, sample grids and a film of the reverse process at the end, beside the
+    files (pip install 'ddpm-lab[trackers]')"""
 
     def _check(self) -> None:
         self._at_least(1, "validate_every", "validation_images", "sample_every", "sample_images", "sample_steps")

@@ -39,3 +39,6 @@ class PictureConfig(SettingsGroup):
         frames = min(101, states) if self.frames is None else self.frames
         require(frames <= states, f"frames must be from 2 to {states}, one a state, not {frames}")
         return frames
+
+
+SHORT_FILM = PictureConfig(frames=31, fps=10, hold=2.0)  # small enough to lie beside every generator

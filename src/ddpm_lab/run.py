@@ -36,6 +36,7 @@ from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import training_scorer
 from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import read_run_record
 from ddpm_lab.training import TrainingState, new_state, resolve_device
 from ddpm_lab.unet import build_unet
@@ -84,6 +85,7 @@ def train(
 def _train(
     config: Config, run_dir: Path, on: torch.device, data_dir: Path | None, say: Callable[[str], object]
 ) -> Path:
+    check_tracker(config.evaluation.tracker)
     if processes.lead():
         _check_folder(run_dir)
     training_set = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
@@ -121,6 +123,8 @@ def _train(
                 f"{run_dir} cannot be written at step {state.step}: {error.strerror or error}; "
                 f"the last checkpoint is of step {last_step(run_dir)}"
             ) from error
+        finally:
+            session.tracking.close()
     return checkpoint_path(run_dir, state.step)
 
 

@@ -21,12 +21,16 @@ from ddpm_lab import processes
 from ddpm_lab.checkpoint import CheckpointWriter, last_step
 from ddpm_lab.config import Config, SamplingConfig
 from ddpm_lab.data import ImageSet
+from ddpm_lab.film import save_film
 from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.log import append_line, read_lines
+from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.progress import Advance, progress
+from ddpm_lab.reverse import record_trajectory, reverse_frames
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import RunError
+from ddpm_lab.tracking import Tracking
 from ddpm_lab.trained import TrainedModel
 from ddpm_lab.training import TrainingState, TrainingStep, training_loop, validation_loss
 
@@ -68,6 +72,7 @@ class Session:
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
         self.scorer = scorer
         self.checkpoints = CheckpointWriter(run_dir, config.training.keep_checkpoints)
+        self.tracking = Tracking(config, run_dir, state.step)
 
     def catch_up(self) -> None:
         """Draw and score what was due at the newest checkpoint, where a kill came before it."""
@@ -124,6 +129,7 @@ class Session:
             if validating:
                 line["validation_loss"] = self._validation_loss()
             append_line(self.run_dir / LOG, line)
+            self.tracking.line(line)
             advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
         if saving:
             self.checkpoints.save(state.step, state.model, state.ema, state.optimizer)
@@ -206,13 +212,21 @@ class Session:
             ) from error
         if record is not None:  # the leader's
             append_line(self.run_dir / SCORES, record)
+            self.tracking.score(record)
 
     def _sample_grid(self) -> None:
         evaluation = self.config.evaluation
         sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
         images = torch.cat(list(generate(self._trained(), evaluation.sample_images, sampling)))
         self._grid_path().parent.mkdir(exist_ok=True)
-        save_png(self._grid_path(), image_grid(images, scale=visible_scale(self.image_shape[1])))
+        grid = image_grid(images, scale=visible_scale(self.image_shape[1]))
+        save_png(self._grid_path(), grid)
+        self.tracking.picture("samples", grid, self.state.step)
+        if self.config.evaluation.tracker != "none" and self.state.step == self.config.training.num_steps:
+            film = self.run_dir / "samples" / "reverse.gif"
+            shown = record_trajectory(self._trained(), sampling, 4, SHORT_FILM.frames or 2)
+            save_film(film, reverse_frames([shown], visible_scale(self.image_shape[1])), SHORT_FILM)
+            self.tracking.film("reverse", film, self.state.step)
 
 
 @contextmanager
