@@ -3,7 +3,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: $(READY)
 	.venv/bin/ddpm demo --out runs/demo
@@ -15,6 +15,16 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# What is released, tried in an environment that has nothing else, away from this folder.
+wheel: $(READY)
+	rm -rf dist build/wheel
+	.venv/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	cd build && wheel/bin/ddpm sample mnist --num-images 4 --sampler dpmpp --num-steps 5 --out wheel/digits.png
+	cd build && wheel/bin/ddpm evaluate digits:test --reference digits:train --features classifier --metrics fid --bootstrap 0
+	ls -l dist
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'
