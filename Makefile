@@ -3,7 +3,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(READY)
 	.venv/bin/ddpm demo --out runs/demo
@@ -15,6 +15,10 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: $(READY)
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 # What is released, tried in an environment that has nothing else, away from this folder.
 wheel: $(READY)

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddpm_lab.config import Config as Config
+    from ddpm_lab.config import SamplingConfig as SamplingConfig
     from ddpm_lab.config import load_recipe as load_recipe
     from ddpm_lab.data import load_images as load_images
     from ddpm_lab.diffusion import diffusion_loss as diffusion_loss
     from ddpm_lab.diffusion import q_sample as q_sample
     from ddpm_lab.evaluation import evaluate as evaluate
+    from ddpm_lab.generation import generate as generate
+    from ddpm_lab.guidance import guided as guided
     from ddpm_lab.metrics import frechet_distance as frechet_distance
     from ddpm_lab.metrics import statistics as statistics
+    from ddpm_lab.run import train as train
+    from ddpm_lab.samplers import Step as Step
     from ddpm_lab.samplers import ddim_sample as ddim_sample
     from ddpm_lab.samplers import ddim_steps as ddim_steps
     from ddpm_lab.samplers import ddpm_sample as ddpm_sample
@@ -32,13 +37,16 @@ if TYPE_CHECKING:
     from ddpm_lab.unet import UNet as UNet
 
 _MODULES = {
-    "config": ("Config", "load_recipe"),
+    "config": ("Config", "SamplingConfig", "load_recipe"),
     "data": ("load_images",),
     "diffusion": ("diffusion_loss", "q_sample"),
     "evaluation": ("evaluate",),
     "metrics": ("frechet_distance", "statistics"),
+    "generation": ("generate",),
+    "guidance": ("guided",),
+    "run": ("train",),
     "trained": ("load",),
-    "samplers": ("ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
+    "samplers": ("Step", "ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
     "solvers": ("dpmpp_sample", "dpmpp_steps", "heun_sample", "heun_steps"),
     "settings": ("InputError",),
     "schedule": ("NoiseSchedule", "cosine_schedule", "linear_schedule"),

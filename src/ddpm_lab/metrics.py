@@ -122,7 +122,7 @@ def statistics(features: Tensor, indices: Tensor | None = None) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Frechet distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500, eq. 6).
 
-    |mu_a - mu_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
+    d^2 = norm(mu_a - mu_b)^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
 
     With C = F F^T the last trace is the sum of the singular values of F_a^T F_b: nothing is squared that a root would
     have to undo, so it stays exact for singular covariances (N < d) and identical sets.

@@ -49,7 +49,7 @@ FREE_TO_CHANGE = {
 
 def train(
     config: Config,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     device: str = "auto",
     data_dir: Path | None = None,
@@ -79,7 +79,7 @@ def train(
         )
     processes.join(on)
     with processes.watched("the same command goes on from the newest checkpoint, with any number of processes"):
-        return _train(config, run_dir, on, data_dir, say)
+        return _train(config, Path(run_dir), on, data_dir, say)
 
 
 def _train(

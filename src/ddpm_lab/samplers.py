@@ -84,7 +84,7 @@ def ddpm_steps(
             fewer; 'beta' there warns: it leaves the images noisy).
         prediction: what the model predicts.
     Yields:
-        num_steps `Step`s.
+        A `Step` for each step.
     Raises:
         InputError: num_steps out of range, unknown spacing, variance or prediction.
     """
@@ -136,7 +136,7 @@ def ddim_steps(
         num_steps, clip_x_0, noise, spacing, prediction and the rest: as in `ddpm_steps`; noise is asked for only
             where eta > 0.
     Yields:
-        num_steps `Step`s.
+        A `Step` for each step.
     Raises:
         InputError: num_steps or eta out of range, unknown spacing or prediction.
     """

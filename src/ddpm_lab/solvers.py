@@ -63,7 +63,7 @@ def dpmpp_steps(
         singlestep: take two evaluations a step in place of memory.
         prediction: what the model predicts.
     Yields:
-        num_steps `Step`s.
+        A `Step` for each step.
     Raises:
         InputError: num_steps out of range, unknown spacing or prediction, eta not in [0, 1] or with singlestep.
     """
@@ -121,7 +121,7 @@ def heun_steps(
         num_steps: from 1 to T; 2 num_steps - 1 evaluations.
         the rest: as in `dpmpp_steps`.
     Yields:
-        num_steps `Step`s.
+        A `Step` for each step.
     Raises:
         InputError: num_steps out of range, unknown spacing or prediction.
     """

@@ -1,0 +1,26 @@
+"""How Sphinx builds these pages: `make docs`."""
+
+import re
+from importlib.metadata import version as installed
+
+project = "ddpm-lab"
+author = copyright = "the ddpm-lab authors"
+version = release = installed("ddpm-lab")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+html_theme = "furo"
+html_title = f"ddpm-lab {version}"
+exclude_patterns = ["_build"]
+
+
+def _offer_files(app, docname, source):
+    """Links to files outside the documentation, which work in the repository, become downloads in the pages."""
+    source[0] = re.sub(r"\[([^\]]+)\]\((\.\./(?!README)[^)#]+)\)", r"{download}`\1 <\2>`", source[0])
+
+
+def setup(app):
+    app.connect("source-read", _offer_files)
