@@ -166,8 +166,7 @@ class TrainingConfig(SettingsGroup):
     ema_decay: float = 0.9999
     """decay per step of the moving average of the parameters; early on it is (1 + k) / (10 + k)"""
     class_dropout: float = 0.1
-    """with model.num_classes: probability that an image's class is not told, so that the network also learns to do
-    without, as guidance needs"""
+    """with model.num_classes: probability that an image's class is withheld, as guidance needs"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this Euclidean norm"""
     precision: Precision = "auto"
@@ -217,8 +216,7 @@ class EvaluationConfig(SettingsGroup):
     score_features: Features = "classifier"
     """the network that scores are taken over: that of the data set, or Inception"""
     tracker: Tracker = "none"
-    """tensorboard or wandb: gets the log, scores, sample grids and a film of the reverse process at the end, beside the
-    files (pip install 'ddpm-lab[trackers]')"""
+    """tensorboard or wandb also get the log, scores, grids and at last a film (pip install 'ddpm-lab[trackers]')"""
 
     def _check(self) -> None:
         self._at_least(1, "validate_every", "validation_images", "sample_every", "sample_images", "sample_steps")

@@ -207,9 +207,7 @@ def evaluate(
     record["images"] = {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from}
     record["reference"] = compared and {
         "name": compared.name,
-        "dataset": compared.images.dataset if compared.images is not None else None,
-        "split": compared.images.split if compared.images is not None else None,
-        "num_images": compared.images.num_images if compared.images is not None else None,
+        **{name: getattr(compared.images, name, None) for name in ("dataset", "split", "num_images")},
         "sha256": compared.sha256,
     }
     record["features"] = {
@@ -223,10 +221,7 @@ def evaluate(
     }
     record["floor"] = floor_scores
     if found.logits is not None and network.distance == "FD-classifier":
-        record["classes"] = class_shares(found.logits)
-        if asked is not None and found.logits.shape[1] > int(asked.max()):
-            agreed = found.logits.argmax(1) == asked.cpu()
-            record["classes"]["as_asked"] = float(agreed.double().mean())
+        record["classes"] = class_shares(found.logits, asked)
     if "memorisation" in config.metrics and floor is not None and against is not None:
         held_out = features_of(open_images(floor.name, data_dir), network)
         record["memorisation"], closest = memorisation(found, against, held_out)
@@ -359,14 +354,15 @@ def _subset(features: Tensor, n: int, seed: int = 0) -> Tensor:
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
-def class_shares(logits: Tensor) -> dict[str, Any]:
-    """What the classifier sees: the share of images it puts into each class, and of those it is sure of."""
+def class_shares(logits: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
+    """What the classifier sees: the share of images in each class, of those it is sure of, and of those as asked for."""
     probability, label = logits.double().softmax(1).max(1)
     counts = torch.bincount(label, minlength=logits.shape[1])
     return {
         "shares": (counts / len(label)).tolist(),
         "sure": float((probability > SURE).double().mean()),
         "sure_above": SURE,
+        **({} if asked is None else {"as_asked": float((label == asked.cpu()).double().mean())}),
     }
 
 
