@@ -349,13 +349,12 @@ def _scores(
 
 def _subset(features: Tensor, n: int, seed: int = 0) -> Tensor:
     """n rows chosen at random, all of them where there are no more."""
-    if n == len(features):
-        return features
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:n]]
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    return features if n == len(features) else features[order[:n]]
 
 
 def class_shares(logits: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
-    """What the classifier sees: the share of images in each class, of those it is sure of, and of those as asked for."""
+    """What the classifier sees: the share of images in each class, of sure ones, and of those as they were asked for."""
     probability, label = logits.double().softmax(1).max(1)
     counts = torch.bincount(label, minlength=logits.shape[1])
     return {
