@@ -210,12 +210,34 @@ def prepare(sound: Path) -> list[Target]:
 
     shutil.copy(packaged_path("digits"), sound / "classifier" / "classifier.safetensors")
 
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
+    )  # fmt: skip
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(sound / "pipeline")
+    assert quietly(["sample", str(sound / "pipeline"), "--num-steps", "1", "--out", str(sound / "x.png")])[0] == 0
+    told = [
+        part.replace("SOUND", str(sound)) for part in ["train", "SOUND/recipe.toml", "--run", "SOUND/told", *device]
+    ]
+    assert quietly([*told, "--model.num-classes", "10"])[0] == 0
+
     last = "run/checkpoints/step_00000002"
     score = ["--reference", "digits:train", "--features", "classifier", "--metrics", "fid", "is", *device]
     drawn = [*samples, "SOUND/x.png"]
     train = ["train", "SOUND/recipe.toml", "--run", "SOUND/run", *device]
     cell = "study/cells/T50-rescaled-seed0"
+    taken = ["import", "SOUND/pipeline", "--run", "SOUND/new"]
+    of_pipeline = ["sample", "SOUND/pipeline", "--num-images", "2", "--num-steps", "1", *device, "--out", "SOUND/x.png"]
     return [
+        Target("pipeline/model_index.json", taken, any_json),
+        Target("pipeline/unet/config.json", taken, any_json),
+        Target("pipeline/unet/config.json", of_pipeline, any_json),
+        Target("pipeline/scheduler/scheduler_config.json", taken, any_json),
+        Target("pipeline/unet/diffusion_pytorch_model.safetensors", of_pipeline, any_bytes),
+        Target("told/config.json", ["sample", "SOUND/told", "--num-steps", "1", "--num-images", "2", "--class", "3", *device, "--out", "SOUND/x.png"], any_json),
         Target("recipe.toml", ["train", "SOUND/recipe.toml", "--run", "SOUND/new", *device], any_toml),
         Target("study.toml", ["study", "SOUND/study.toml", "--out", "SOUND/new", "--cell", "999"], any_toml),
         Target("run/config.json", drawn, any_json),

@@ -354,7 +354,7 @@ def _subset(features: Tensor, n: int, seed: int = 0) -> Tensor:
 
 
 def class_shares(logits: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
-    """What the classifier sees: the share of images in each class, of sure ones, and of those as they were asked for."""
+    """What the classifier sees: the share of images in each class, of sure ones, and of those as asked for."""
     probability, label = logits.double().softmax(1).max(1)
     counts = torch.bincount(label, minlength=logits.shape[1])
     return {
