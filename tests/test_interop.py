@@ -121,12 +121,20 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
     assert tree_hash(run) == made
 
 
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+
+
 def edit(name, **values):
     def change(folder):
         path = folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return change
+
+
+def without_betas(folder):
+    said = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": True}
+    (folder / SCHEDULER).write_text(json.dumps(said))
 
 
 def only_pickled(folder):
@@ -137,9 +145,6 @@ def only_pickled(folder):
 def cut(folder):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-
-
-UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
         (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
         (edit(SCHEDULER, _class_name="PNDMScheduler"), "the class PNDMScheduler is not covered"),
+        (without_betas, "beta_schedule null is not covered"),
         (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
         (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),
         (only_pickled, "holds no diffusion_pytorch_model.safetensors but config.json, diffusion_pytorch_model.bin"),

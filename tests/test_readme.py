@@ -1,5 +1,6 @@
 """What README and docs show works: their Python runs, their commands are ones the program takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -36,6 +37,24 @@ def test_python_examples_run(page, capsys, tmp_path, monkeypatch):
         exec(compile(example, f"{page}, example {number}", "exec"), {"__name__": "example"})
     said = capsys.readouterr().out.splitlines()
     assert re.search(LAST_LINES[page], said[-1])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(capsys):
+    """Its cells in order; what they print of the chains is what it shows, and all its pictures are there."""
+    cells = json.loads((ROOT / "docs" / "story.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    namespace = {}
+    for number, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"story.ipynb, cell {number}", "exec"), namespace)
+        said = capsys.readouterr().out
+        shown = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        if "amplitude left" in shown:
+            assert said == shown
+        assert bool(said) == bool(shown)
+    pictures = [output for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert len(pictures) == 5
+    assert namespace["fid"]["value"] > 2 * namespace["floor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

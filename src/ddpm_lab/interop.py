@@ -247,7 +247,7 @@ def _diffusion_config(path: Path) -> DiffusionConfig:
     if prediction is None:
         _covered(path, said, {"prediction_type": "epsilon"})
     assert prediction is not None
-    if said["beta_schedule"] == "squaredcos_cap_v2":
+    if said.get("beta_schedule") == "squaredcos_cap_v2":
         return DiffusionConfig(schedule="cosine", prediction=prediction)
     _covered(path, said, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
     return DiffusionConfig(prediction=prediction)
