@@ -345,6 +345,23 @@ def export(
 
 
 @app.command
+def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "auto") -> None:
+    """Serve a page on this machine over models and runs: images as they come out of noise, the forward process.
+
+    Args:
+        runs: folder whose runs it shows; nothing outside it can be read through the page.
+        port: of http://127.0.0.1:PORT, which only this machine reaches.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("gradio is not installed: pip install 'ddpm-lab[studio]'")
+    from ddpm_lab.studio.page import serve
+
+    serve(runs, port, device)
+
+
+@app.command
 def info(source: Source, /, *, checkpoint: int | None = None) -> None:
     """Say what a model is: settings, parameters, steps trained, losses so far.
 

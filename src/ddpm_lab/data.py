@@ -144,6 +144,16 @@ def load_images(
     )
 
 
+def here(data_dir: Path | None = None) -> list[str]:
+    """The data sets that need not be fetched first."""
+    folder = data_dir or default_data_dir()
+
+    def complete(dataset: str) -> bool:
+        return all(_find(folder / dataset, file) for split in OFFICIAL_FILES[dataset].values() for file in split)
+
+    return [name for name in DATASETS if name not in OFFICIAL_FILES or complete(name)]
+
+
 def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """IDX files: a 16- or 8-byte header, then the bytes; the hash has already proved both."""
     images, labels = _official_files(folder, MNIST_FILES[split])

@@ -1,0 +1,205 @@
+"""The tab of the forward process: draw or choose an image, move t, see what is left, and denoise it from there."""
+
+import io
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ddpm_lab.config import SamplingConfig
+from ddpm_lab.data import here, load_images, to_float, to_uint8
+from ddpm_lab.drawing import Picture, above, beside, framed, image_table, number
+from ddpm_lab.forward import Curves, Process, forward_states, processes, snr_at
+from ddpm_lab.images import visible_scale
+from ddpm_lab.reverse import reconstruct
+from ddpm_lab.settings import InputError
+from ddpm_lab.studio.sources import model_names, open_model
+
+CHAINS = (500, 1000, 2000)
+SIDE = 28  # pixels of what is drawn or uploaded, where no model says otherwise
+MOST_PIXELS = 30_000_000  # of an upload
+
+
+@lru_cache
+def _chains() -> list[list[tuple[Process, Curves]]]:
+    """For each convention of the betas three lengths, with their curves."""
+    kinds = (processes(CHAINS, ["rescaled"]), processes(CHAINS, ["fixed"]))
+    return [[(process, Curves(process.schedule)) for process in kind] for kind in kinds]
+
+
+def noised(picture: Image.Image, fraction: float, seed: int = 0) -> Picture:
+    """An image at the same fraction t / T of six chains: three lengths, both conventions of the betas."""
+    x_0 = to_float(fitted(picture, (1 if picture.mode == "L" else 3, *picture.size))[None])
+    columns = []
+    for kind in _chains():
+        rows = []
+        for process, curves in kind:
+            t = round(fraction * process.schedule.num_timesteps)
+            states = to_uint8(forward_states(process.schedule, x_0, [t], seed, closed_form=True))
+            alpha_bar = process.schedule.alpha_bar_at(t - 1)
+            caption = f"t = {t}   alpha_bar {number(alpha_bar)}   SNR {number(snr_at(process.schedule, t))}"
+            scale = visible_scale(x_0.shape[-1])
+            table = image_table(states, scale=scale, title=process.label, captions=[("", [caption])], least_width=280)
+            rows.append(beside([table, curves.marked(t)]))
+        columns.append(above(rows))
+    return framed(beside(columns))
+
+
+def fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """A picture as an image of a shape, (C, H, W) uint8: cut to its centre square, scaled, grey or colour."""
+    channels, height, width = shape
+    square = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def uploaded(content: bytes) -> Image.Image:
+    """A picture from a file's bytes, 28 pixels wide and high.
+
+    Raises:
+        InputError: no picture, a damaged one, or one that is too large.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise InputError(
+                    f"this picture has {opened.width} x {opened.height} pixels; {MOST_PIXELS:,} are the most"
+                )
+            upright = ImageOps.exif_transpose(opened)
+            grey = upright.mode in ("1", "L", "LA", "I;16", "I")
+            return ImageOps.fit(upright.convert("L" if grey else "RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)
+    except InputError:
+        raise
+    except Exception as error:  # of as many kinds as there are formats and faults
+        raise InputError("this file is no picture that can be read") from error
+
+
+def drawn(sketch: dict[str, Any] | None) -> Image.Image:
+    """What was drawn, dark on light, as a light digit on a dark ground like those of MNIST.
+
+    Raises:
+        InputError: nothing was drawn.
+    """
+    layers = None if sketch is None else sketch.get("composite")
+    if layers is None:
+        raise InputError("nothing is drawn yet")
+    ink = np.asarray(layers)
+    grey = (
+        ink[..., 3] if ink.ndim == 3 and ink.shape[2] == 4 and ink[..., 3].min() < 255 else 255 - ink[..., :3].mean(-1)
+    )
+    if float(grey.max()) < 30:
+        raise InputError("nothing is drawn yet")
+    picture = Image.fromarray(grey.astype(np.uint8), "L")
+    box = picture.point(lambda value: 255 * (value > 30)).getbbox()
+    cut = ImageOps.contain(picture.crop(box), (20, 20), Image.Resampling.LANCZOS)  # as MNIST's are: 20 of 28 pixels
+    ground = Image.new("L", (SIDE, SIDE), 0)
+    ground.paste(cut, ((SIDE - cut.width) // 2, (SIDE - cut.height) // 2))
+    return ground
+
+
+@lru_cache
+def _images(dataset: str) -> Tensor:
+    return load_images(dataset, "test").images
+
+
+def chosen(dataset: str, index: float) -> Image.Image:
+    """A test image of a data set."""
+    images = _images(dataset)
+    image = images[int(index) % len(images)].permute(1, 2, 0).numpy()
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def denoised(
+    runs: Path, device: str, name: str, picture: Image.Image, fraction: float
+) -> Iterator[tuple[Picture | None, str]]:
+    """The image, what it is when noised, and what a model makes of that.
+
+    Raises:
+        InputError: no such model.
+    """
+    trained = open_model(runs, name, device)
+    T = trained.schedule.num_timesteps
+    t = max(2, round(fraction * T))
+    yield None, f"denoising from t = {t} of {T}"
+    x_0 = fitted(picture, trained.image_shape)
+    sampling = SamplingConfig(num_steps=min(50, T), batch_size=1)
+    x_t, out = reconstruct(trained, sampling, to_float(x_0[None]), t)
+    row = torch.stack([x_0, to_uint8(x_t[0]), to_uint8(out[0])])[None]
+    scale = 2 * visible_scale(x_0.shape[-1])
+    table = image_table(row, scale=scale, captions=[("", ["the image", f"at t = {t}", "denoised"])])
+    yield framed(table), f"denoised from t = {t} of {T} by {name}"
+
+
+def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
+    """Lay out the tab and say what its controls do."""
+    datasets, names = here(), model_names(runs)
+    picture = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            with gr.Tab("Choose"), gr.Row():
+                dataset = gr.Dropdown(datasets, value=datasets[0], label="Data set", elem_id="dataset")
+                index = gr.Number(0, label="Image", precision=0, minimum=0, elem_id="index")
+            with gr.Tab("Draw"):
+                sketch = gr.Sketchpad(
+                    label="Draw a digit", canvas_size=(280, 280), layers=False, elem_id="sketch",
+                    brush=gr.Brush(default_size=22, colors=["#000000"], color_mode="fixed"),
+                )  # fmt: skip
+                use = gr.Button("Use the drawing", elem_id="use-drawing")
+            with gr.Tab("Upload"):
+                upload = gr.File(label="A picture", type="binary", elem_id="upload")
+            fraction = gr.Slider(0, 1, value=0.3, step=0.01, label="t / T", elem_id="fraction")
+            model = gr.Dropdown(names, value=names[0], label="Denoise it with", elem_id="denoiser")
+            denoise = gr.Button("Denoise from here", variant="primary", elem_id="denoise")
+            told = gr.Markdown("", elem_id="forward-told")
+        with gr.Column(scale=3):
+            gr.Markdown("**The same image, as far along six chains**")
+            chains = gr.Image(
+                show_label=False, interactive=False, format="png", elem_id="chains", buttons=["fullscreen"],
+                alt_text="the image noised by chains of 500, 1000 and 2000 timesteps and two conventions of the betas",
+            )  # fmt: skip
+            result = gr.Image(
+                show_label=False, interactive=False, format="png", elem_id="denoised", buttons=["fullscreen"],
+                visible=False, alt_text="the image, noised, and denoised again",
+            )  # fmt: skip
+
+    def told_as_error(act: Any, *values: Any) -> Any:
+        try:
+            return act(*values)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def show(found: Image.Image | None, at: float) -> Any:
+        found = found or chosen(datasets[0], 0)
+        return found, noised(found, at)
+
+    def from_dataset(name: str, number_: float, at: float) -> Any:
+        if name not in datasets:
+            raise gr.Error("there is no such data set here", print_exception=False)
+        return show(chosen(name, number_ or 0), at)
+
+    def from_drawing(held: dict[str, Any] | None, at: float) -> Any:
+        return show(told_as_error(drawn, held), at)
+
+    def from_file(content: bytes | None, at: float) -> Any:
+        return (gr.skip(), gr.skip()) if content is None else show(told_as_error(uploaded, content), at)
+
+    def run(name: str, found: Image.Image | None, at: float) -> Iterator[Any]:
+        try:
+            for row, words in denoised(runs, device, name, found or chosen(datasets[0], 0), at):
+                yield gr.skip() if row is None else gr.Image(value=row, visible=True), words
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    shown = [picture, chains]
+    for control in (dataset, index):
+        control.change(from_dataset, [dataset, index, fraction], shown, show_progress="hidden")
+    use.click(from_drawing, [sketch, fraction], shown, show_progress="hidden")
+    upload.upload(from_file, [upload, fraction], shown, show_progress="hidden")
+    fraction.change(show, [picture, fraction], shown, show_progress="hidden", trigger_mode="always_last")
+    page.load(show, [picture, fraction], shown, show_progress="hidden")
+    denoise.click(run, [model, picture, fraction], [result, told], show_progress="hidden")

@@ -1,0 +1,297 @@
+"""The studio as a person uses it, in a headless browser; what it opens and what it does not."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+from ddpm_lab.cli import run_command
+from ddpm_lab.settings import InputError
+from ddpm_lab.studio.forward import drawn, fitted, noised, uploaded
+from ddpm_lab.studio.sources import model_names, open_model
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run, tmp_path_factory):
+    """A folder of runs: a sound one, a damaged one, one below, and a link that leads away."""
+    folder = tmp_path_factory.mktemp("studio") / "runs"
+    shutil.copytree(tiny_run, folder / "tiny")
+    shutil.copytree(tiny_run, folder / "study" / "cells" / "one")
+    shutil.copytree(tiny_run, folder / "broken")
+    (folder / "broken" / "checkpoints" / "step_00000012" / "ema.safetensors").write_bytes(b"nothing")
+    shutil.copytree(tiny_run, folder.parent / "outside")
+    (folder / "away").symlink_to(folder.parent / "outside")
+    (folder / "notes.txt").write_text("no run")
+    return folder
+
+
+def test_models_are_those_below_the_folder(runs):
+    assert model_names(runs) == ["mnist", "broken", "study/cells/one", "tiny"]
+    assert open_model(runs, "tiny", "cpu").step == 12
+    for name in ("../outside", "away", "/etc", "", "tiny/../../outside", str(runs / "tiny"), "notes.txt"):
+        with pytest.raises(InputError, match="there is no model"):
+            open_model(runs, name, "cpu")
+    with pytest.raises(InputError, match="damaged"):
+        open_model(runs, "broken", "cpu")
+
+
+def test_a_picture_is_cut_scaled_and_noised():
+    picture = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (20, 1)))
+    image = fitted(picture, (3, 8, 8))
+    assert image.shape == (3, 8, 8)
+    assert torch.equal(image[0], image[2])
+    assert bool((image[0, 0].diff() > 0).all())
+    sizes = {noised(uploaded(png(picture)), fraction).shape for fraction in (0.0, 0.37, 1.0)}
+    assert len(sizes) == 1, "the picture does not jump while t moves"
+
+
+def png(picture):
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a picture", png(Image.new("L", (9, 9)))[:40], b"\x89PNG\r\n\x1a\n" + bytes(50)]
+)
+def test_what_is_no_picture_is_refused(content):
+    with pytest.raises(InputError, match="no picture that can be read"):
+        uploaded(content)
+
+
+def test_a_picture_that_is_too_large_is_refused():
+    with pytest.raises(InputError, match="30,000,000 are the most"):
+        uploaded(png(Image.new("1", (6000, 6000))))
+
+
+def test_a_drawing_becomes_a_light_digit_in_the_middle():
+    sheet = np.full((280, 280, 4), 255, np.uint8)
+    sheet[20:120, 30:50, :3] = 0
+    found = np.asarray(drawn({"composite": sheet}))
+    assert found.shape == (28, 28)
+    rows, columns = np.nonzero(found > 128)
+    assert (rows.min(), rows.max()) == (4, 23)
+    assert abs(columns.mean() - 13.5) < 1
+    for nothing in (None, {"composite": None}, {"composite": np.full((280, 280, 4), 255, np.uint8)}):
+        with pytest.raises(InputError, match="nothing is drawn"):
+            drawn(nothing)
+
+
+@pytest.mark.parametrize(
+    ("port", "words"),
+    [("0", "from 1 to 65535"), ("70000", "from 1 to 65535"), ("TAKEN", "cannot be had (Address already")],
+)
+def test_a_port_that_cannot_be_is_refused(tmp_path, capsys, port, words):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        number = str(held.getsockname()[1]) if port == "TAKEN" else port
+        assert run_command(["studio", "--runs", str(tmp_path), "--port", number]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def studio(runs):
+    """Its address, served by the command."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ddpm_lab", "studio", "--runs", str(runs), "--port", str(port), "--device", "cpu"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert serving.stdout.readline().startswith(f"http://127.0.0.1:{port}")
+    yield f"http://127.0.0.1:{port}"
+    serving.send_signal(signal.SIGINT)
+    said = serving.communicate(timeout=30)[0]
+    assert serving.returncode == 130, said
+    assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, studio):
+    """A visitor's page; it may ask nothing of any other machine."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    opened, elsewhere = context.new_page(), []
+    opened.on(
+        "request", lambda r: elsewhere.append(r.url) if r.url.startswith("http") and studio not in r.url else None
+    )
+    opened.goto(studio)
+    opened.wait_for_selector("#generate")
+    yield opened
+    assert elsewhere == []
+    context.close()
+
+
+def choose(page, where, option):
+    page.locator(f"{where} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def fill(page, where, value):
+    page.locator(f"{where} input").first.fill(str(value))
+    page.locator(f"{where} input").first.press("Tab")
+
+
+def source(page, where):
+    return page.locator(f"{where} img").get_attribute("src")
+
+
+@pytest.mark.slow
+def test_images_are_made_looked_back_at_and_repeated(page, studio, runs, tmp_path):
+    """The picture that is offered is the one that the command line shown makes, byte for byte."""
+    choose(page, "#model", "tiny")
+    fill(page, "#steps", 7)
+    fill(page, "#seed", 3)
+    page.click("#generate")
+    page.wait_for_selector("#command .cm-content", timeout=60_000)
+    assert "16 images by 7 evaluations each" in page.inner_text("#told")
+    command = page.inner_text("#command .cm-content").split()
+    assert command[:3] == ["ddpm", "sample", str(runs / "tiny")]
+    last = source(page, "#x_t")
+    page.locator("#back input[type=number]").fill("0")
+    page.locator("#back input[type=number]").press("Tab")
+    page.wait_for_function("before => document.querySelector('#x_t img').src !== before", arg=last, timeout=20_000)
+    with page.expect_download() as download:
+        page.locator("#downloads a").first.click()
+    download.value.save_as(tmp_path / "offered.png")
+    command[command.index("--out") + 1] = str(tmp_path / "made.png")
+    assert run_command([*command[1:], "--device", "cpu"]) == 0
+    assert (tmp_path / "offered.png").read_bytes() == (tmp_path / "made.png").read_bytes()
+    page.click("#films")
+    page.wait_for_function("() => document.querySelectorAll('#downloads a').length >= 3", timeout=60_000)
+
+
+@pytest.mark.slow
+def test_sampling_is_seen_and_stopped(page):
+    """A long sampling shows pictures at once and changes them; stopped it stops, and the next one works."""
+    choose(page, "#sampler", "ddpm")
+    fill(page, "#steps", 1000)
+    page.click("#generate")
+    page.wait_for_selector("#x_t img", timeout=60_000)
+    first = source(page, "#x_t")
+    page.wait_for_function("before => document.querySelector('#x_t img').src !== before", arg=first, timeout=30_000)
+    page.click("#stop")
+    page.wait_for_function("() => document.querySelector('#told').innerText.includes('stopped')", timeout=20_000)
+    time.sleep(1)
+    held = source(page, "#x_t")
+    time.sleep(1)
+    assert source(page, "#x_t") == held
+    fill(page, "#steps", 3)
+    page.click("#generate")
+    page.wait_for_function(
+        "() => document.querySelector('#told').innerText.includes('by 3 evaluations')", timeout=60_000
+    )
+
+
+@pytest.mark.slow
+def test_two_visitors_do_not_disturb_each_other(browser, studio):
+    pages = [browser.new_context().new_page() for _ in range(2)]
+    for seed, page in enumerate(pages):
+        page.goto(studio)
+        page.wait_for_selector("#generate")
+        choose(page, "#model", "tiny")
+        fill(page, "#seed", seed)
+        fill(page, "#steps", 5 + seed)
+    for page in pages:
+        page.click("#generate")
+    for seed, page in enumerate(pages):
+        page.wait_for_selector("#command .cm-content", timeout=60_000)
+        assert f"by {5 + seed} evaluations" in page.inner_text("#told")
+        assert f"--seed {seed} " in page.inner_text("#command .cm-content")
+        page.context.close()
+
+
+@pytest.mark.slow
+def test_faults_are_told_and_harm_nothing(page):
+    """A damaged run, and more steps than there are timesteps: a line each, and the page goes on."""
+    choose(page, "#model", "broken")
+    page.click("#generate")
+    page.get_by_text("is damaged").first.wait_for(timeout=30_000)
+    choose(page, "#model", "tiny")
+    fill(page, "#steps", 5000)
+    page.click("#generate")
+    page.get_by_text("num_steps must be from 1 to the 1000").first.wait_for(timeout=30_000)
+    fill(page, "#steps", 2)
+    page.click("#generate")
+    page.wait_for_selector("#command .cm-content", timeout=60_000)
+
+
+@pytest.mark.slow
+def test_the_forward_tab(page, tmp_path):
+    """A picture is there at once; it changes with t, with an upload and a drawing; a model denoises it."""
+    page.get_by_role("tab", name="Forward").click()
+    page.wait_for_selector("#chains img", timeout=60_000)
+
+    def changes(act):
+        before = source(page, "#chains")
+        act()
+        page.wait_for_function("b => document.querySelector('#chains img').src !== b", arg=before, timeout=30_000)
+
+    choose(page, "#dataset", "digits")
+    changes(lambda: fill(page, "#index", 5))
+    changes(lambda: fill(page, "#fraction", 0.8))
+    page.get_by_role("tab", name="Upload").click()
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("RGB", (50, 30), (250, 100, 0)).save(good)
+    bad.write_bytes(b"\x89PNG no")
+    changes(lambda: page.locator("#upload input[type=file]").set_input_files(good))
+    page.locator("#upload button[aria-label=Clear]").click()
+    page.wait_for_function("() => !document.querySelector('#upload button[aria-label=Clear]')")
+    page.locator("#upload input[type=file]").set_input_files(bad)
+    page.get_by_text("no picture that can be read").first.wait_for(timeout=30_000)
+    page.get_by_role("tab", name="Draw").click()
+    page.click("#use-drawing")
+    page.get_by_text("nothing is drawn yet").first.wait_for(timeout=30_000)
+    page.locator("#sketch button[aria-label=Brush]").click()
+    box = page.locator("#sketch canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2
+    page.mouse.move(middle, box["y"] + 90)
+    page.mouse.down()
+    page.mouse.move(middle, box["y"] + 250, steps=8)
+    page.mouse.up()
+    time.sleep(1)
+    changes(lambda: page.click("#use-drawing"))
+    choose(page, "#denoiser", "tiny")
+    page.click("#denoise")
+    page.wait_for_selector("#denoised img", timeout=60_000)
+    assert "of 1000 by tiny" in page.inner_text("#forward-told")
+
+
+@pytest.mark.slow
+def test_nothing_else_can_be_read_and_nobody_else_can_ask(studio, runs):
+    for path in ("/etc/hostname", str(runs / "tiny" / "config.json"), f"{runs}/../outside/config.json"):
+        request = urllib.request.Request(f"{studio}/gradio_api/file={path}")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        with refused.value as answer:
+            assert answer.code in (403, 404)
+    port = int(studio.rpartition(":")[2])
+    if os.name == "posix" and sys.platform == "linux":
+        with socket.socket() as other, pytest.raises(ConnectionRefusedError):
+            other.connect(("127.0.0.2", port))
