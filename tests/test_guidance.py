@@ -239,6 +239,40 @@ def test_onnx_graphs_are_told_classes_too(told, tmp_path):
     expected = to_uint8(ddim_sample(model, trained.schedule, x, 3)).permute(0, 2, 3, 1).numpy()
     assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
     assert "y = np.arange(4) % 10" in (out / "example.py").read_text()
+    card = (out / "README.md").read_text()
+    for words in ("`y` (B,) int64, the class in [0, 10) or 10 for none", "3 steps of ddim, guidance 2"):
+        assert words in card
+    assert "unconditional" not in card
+
+
+def test_every_question_counts_as_an_evaluation(told):
+    from ddpm_lab.generation import build_sampler
+
+    trained = load(told, device="cpu")
+    counts = {
+        guidance: build_sampler(trained, SamplingConfig(num_steps=7, guidance=guidance)).num_evaluations
+        for guidance in (None, 0.0, 1.0, 2.5)
+    }
+    assert counts == {None: 7, 0.0: 7, 1.0: 7, 2.5: 14}
+
+
+def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
+    """The ends of an interpolation are the images that `sample` makes; real images are denoised as the class given."""
+    from ddpm_lab.reverse import interpolate, reconstruct
+
+    trained = load(told, device="cpu")
+    settings = {"num_steps": 3, "batch_size": 8}
+    between = interpolate(trained, SamplingConfig(**settings), 1, 3, 4)
+    sampled = torch.cat(list(generate(trained, 3, SamplingConfig(**settings))))
+    assert int((between[:, 0].int() - sampled.int()).abs().max()) <= 1
+    seven, two = (interpolate(trained, SamplingConfig(class_=(k,), **settings), 1, 3, 4) for k in (7, 2))
+    assert not torch.equal(seven, two)
+    x_0 = load_images("digits").images[:4].float() / 127.5 - 1
+    asked = [reconstruct(trained, SamplingConfig(class_=k, **settings), x_0, 600)[1] for k in ((), (3,), (5,))]
+    assert not torch.equal(asked[1], asked[2])
+    assert not torch.equal(asked[0], asked[1])
+    with pytest.raises(InputError, match="guidance needs --class here"):
+        reconstruct(trained, SamplingConfig(guidance=2.0, **settings), x_0, 600)
 
 
 @pytest.mark.parametrize(

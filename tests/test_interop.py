@@ -111,14 +111,45 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
         grid = tmp_path / f"{source.name}.png"
         assert run_command(["sample", str(source), "--num-images", "4", "--num-steps", "2", "--out", str(grid)]) == 0
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
-    for command in (["train", str(tiny_recipe), "--run", str(run)], ["evaluate", str(run)],
-                    ["import", str(theirs), "--run", str(run)]):  # fmt: skip
+    score = ["--features", "classifier"]
+    for command in (["train", str(tiny_recipe), "--run", str(run)], ["evaluate", str(run), *score],
+                    ["evaluate", str(theirs), *score], ["import", str(theirs), "--run", str(run)]):  # fmt: skip
         assert run_command(command) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "was imported, without what its training needs" in told[0]
     assert "does not say what it was trained on; give --reference" in told[1]
-    assert "exists; name a new folder" in told[2]
+    assert told[2] == told[1]
+    assert "exists; name a new folder" in told[3]
     assert tree_hash(run) == made
+
+
+def test_files_at_the_top_are_found_as_older_folders_have_them(theirs, tmp_path):
+    """As in google/ddpm-cifar10-32: network and scheduler in one folder beside model_index.json."""
+    flat = tmp_path / "flat"
+    shutil.copytree(theirs / "unet", flat)
+    shutil.copy(theirs / "scheduler" / "scheduler_config.json", flat)
+    shutil.copy(theirs / "model_index.json", flat)
+    assert load(flat, device="cpu").weights_sha256 == load(theirs, device="cpu").weights_sha256
+
+
+def test_a_network_alone_is_told_its_process_or_says_what_is_assumed(tmp_path):
+    folder = save(tmp_path / "pipeline", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    inside = load(folder / "unet", device="cpu").config.diffusion
+    assert (inside.schedule, inside.prediction) == ("cosine", "v")
+    shutil.copytree(folder / "unet", tmp_path / "alone")
+    with pytest.warns(UserWarning, match="taken for linear betas of T = 1000 that predict eps"):
+        assert load(tmp_path / "alone", device="cpu").config.diffusion.prediction == "eps"
+
+
+@pytest.mark.filterwarnings("ignore:no scheduler")
+def test_a_network_in_a_run_is_not_that_run_s(theirs, tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(theirs / "unet", run / "x" / "unet")
+    assert load(run / "x" / "unet", device="cpu").run_dir is None
+    assert load(run, device="cpu").run_dir == run
+    assert run_command(["info", str(run / "x" / "unet")]) == 0
+    assert "checkpoints:" not in capsys.readouterr().out
 
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
@@ -133,7 +164,8 @@ def edit(name, **values):
 
 
 def without_betas(folder):
-    said = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": True}
+    said = json.loads((folder / SCHEDULER).read_text())
+    del said["beta_schedule"]
     (folder / SCHEDULER).write_text(json.dumps(said))
 
 
@@ -150,7 +182,7 @@ def cut(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (edit("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline is not covered"),
+        (edit("model_index.json", _class_name="DDIMPipeline"), '"DDIMPipeline" is not covered; "DDPMPipeline" is'),
         (edit(UNET, _class_name="UNet2DConditionModel"), '_class_name "UNet2DConditionModel" is not covered'),
         (edit(UNET, num_class_embeds=10), "num_class_embeds 10 is not covered; null is"),
         (edit(UNET, resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift "scale_shift" is not covered'),
@@ -169,7 +201,8 @@ def cut(folder):
         (edit(SCHEDULER, prediction_type="score"), 'prediction_type "score" is not covered'),
         (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
         (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
-        (edit(SCHEDULER, _class_name="PNDMScheduler"), "the class PNDMScheduler is not covered"),
+        (edit(SCHEDULER, _class_name="DDIMScheduler"), '_class_name "DDIMScheduler" is not covered'),
+        (edit(SCHEDULER, variance_type="fixed_small"), 'variance_type "fixed_small" is not covered; "fixed_large" is'),
         (without_betas, "beta_schedule null is not covered"),
         (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
         (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),
@@ -188,6 +221,27 @@ def test_what_is_not_covered_is_refused_by_name(theirs, tmp_path, capsys, change
         assert words in err[0]
     assert not (tmp_path / "run").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("flag", [["--sampler", "ddim"], ["--num-steps", "5"], ["--guidance", "2"]])
+def test_flags_of_another_form_are_refused(tiny_run, tmp_path, capsys, flag):
+    assert run_command(["export", str(tiny_run), "--to", "diffusers", "--out", str(tmp_path / "out"), *flag]) == 2
+    assert "are for --to onnx" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_written_to_are_told_first(tiny_run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", str(tmp_path / "empty"), str(tmp_path / "linked"), str(tmp_path / "dangling")):
+        assert run_command(["export", str(tiny_run), "--to", "diffusers", "--out", out]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --out {out} ")
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["export", str(tiny_run), "--to", "diffusers", "--out", "empty"]) == 0
+    assert (tmp_path / "empty" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize(

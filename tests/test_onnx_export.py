@@ -60,6 +60,10 @@ def exported(tiny_run, tmp_path_factory):
                 "inception_score_whole": score, "floor": {"fid": 0.5},
             }  # fmt: skip
             stream.write(json.dumps(record) + "\n")
+        del record["sampler"]  # and lines that no run writes
+        stream.write(json.dumps(record | {"weights_sha256": own}) + "\n")
+        stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim", "num_images": "many"}) + "\n")
+        stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim", "floor": 3}) + "\n")
     command = ["export", str(folder / "run"), "--to", "onnx", "--out", str(folder / "out")]
     assert run_command([*command, "--sampler", "ddim", "--num-steps", "6", "--license", "cc-by-4.0"]) == 0
     return folder / "out"
@@ -85,7 +89,8 @@ def test_the_example_runs_where_the_package_is_not_used(exported, tiny_run, tmp_
     """In a copy of the folder; its own DDIM loop makes the images of ours at the timesteps it takes."""
     folder = tmp_path / "copy"
     shutil.copytree(exported, folder)
-    said = subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, check=True)
+    command = [sys.executable, str(folder / "example.py")]  # from another folder
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "sampler.onnx: (4, 8, 8, 1) uint8" in said.stdout
     images = np.load(folder / "images.npz")["images"]
     trained = load(tiny_run, device="cpu")
@@ -106,6 +111,8 @@ def test_the_card_says_what_it_is_and_what_it_scores(exported, tiny_run):
                   '"sampler": "heun"'):  # fmt: skip
         assert words in card, words
     assert '"sampler": "ddpm"' not in card, "a score of other weights"
+    assert '"sampler": "ddim"' not in card, "what is no score"
+    assert "- unconditional-image-generation" in card
     assert (exported / "samples.png").stat().st_size > 500
 
 

@@ -48,6 +48,18 @@ def test_tensorboard_gets_what_the_files_hold_once(tiny_recipe, tiny_run, tmp_pa
     assert not (tiny_run / "tensorboard").exists()
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_shown_once(tiny_recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tracked(tiny_recipe, "tensorboard")
+    train(config, tmp_path, device="cpu")
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(config, tmp_path, device="cpu")
+    steps = [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")]
+    assert steps == sorted(set(steps))
+
+
 @pytest.mark.slow
 def test_weights_and_biases_gets_pictures_and_the_film(tiny_recipe, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
@@ -59,6 +71,7 @@ def test_weights_and_biases_gets_pictures_and_the_film(tiny_recipe, tmp_path, mo
     assert media.keys() == {"samples", "reverse"}
     assert media["reverse"].read_bytes() == (run / "samples" / "reverse.gif").read_bytes()
     assert len(list((run / "wandb").rglob("*.wandb"))) == 1
+    assert len((run / ".wandb-id").read_text()) == 16
 
 
 def test_a_tracker_that_is_absent_is_named(tiny_recipe, tmp_path, capsys, monkeypatch):

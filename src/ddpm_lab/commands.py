@@ -288,7 +288,7 @@ def bench(
 def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
     """Make a run of a generator that diffusers saved (DDPMPipeline, or UNet2DModel alone), to sample and to score.
 
-    It samples what the pipeline does from the same noise. What is not covered is refused by its name.
+    Algorithm 2 samples what the pipeline does from the same noise. What is not covered is refused by its name.
 
     Args:
         folder: as save_pretrained writes it, with safetensors.
@@ -310,7 +310,7 @@ def export(
     weights: Literal["ema", "raw"] = "ema",
     checkpoint: int | None = None,
     license: str | None = None,
-    sampler: Literal["ddim", "dpmpp"] = "dpmpp",
+    sampler: Literal["ddim", "dpmpp"] | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
 ) -> None:
@@ -322,8 +322,8 @@ def export(
         out: new folder.
         weights: the moving average, or the network as it was trained.
         checkpoint: step of a checkpoint of a run folder; unset: the newest.
-        license: of the weights, for the README (mit, cc-by-4.0, ...); unset: unknown.
-        sampler: onnx only: what the sampler's graph does, without noise on the way.
+        license: of the weights, for the README (mit, cc-by-4.0, ...); unset: mit for packaged weights, else unknown.
+        sampler: onnx only: what the sampler's graph does, without noise on the way; unset: dpmpp.
         num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
         guidance: onnx only, of a network that is told classes: its guidance; unset: 1.
     """

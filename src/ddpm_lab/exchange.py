@@ -60,7 +60,7 @@ def export_generator(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     licence: str | None = None,
-    sampler: LoopSampler = "dpmpp",
+    sampler: LoopSampler | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
 ) -> str:
@@ -71,7 +71,7 @@ def export_generator(
         form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`; or 'onnx', the network and a sampler as graphs.
         out: new, or an empty folder.
         licence: of the weights, as the README is to say; None: that of the package for its own, else unknown.
-        sampler, num_steps: of the sampler's graph; None: 20 steps of dpmpp, 50 of ddim.
+        sampler, num_steps: of the sampler's graph; None: dpmpp; 20 steps of dpmpp, 50 of ddim.
         guidance: of the sampler's graph, for a network that is told classes; None: 1.
     Returns:
         A line that says what was made.
@@ -79,6 +79,9 @@ def export_generator(
         InputError: no such generator, one that the form cannot express, or an `out` that is there.
     """
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
+    if form == "diffusers" and any(given is not None for given in (sampler, num_steps, guidance)):
+        raise InputError("--sampler, --num-steps and --guidance are for --to onnx")
+    sampler = sampler or "dpmpp"
     if guidance is not None and not (trained.model.num_classes and 0 < guidance <= 100):
         raise InputError(f"guidance is a number above 0, up to 100, for networks that are told classes, not {guidance}")
     if num_steps is None:
@@ -89,6 +92,7 @@ def export_generator(
         else:
             save_onnx(trained, sampler, num_steps, 1.0 if guidance is None else guidance, partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
-        write_card(trained, form, licence, f"{num_steps} steps of {sampler}", partial)
+        guiding = "" if guidance is None else f", guidance {guidance:g}"
+        write_card(trained, form, licence, f"{num_steps} steps of {sampler}{guiding}", partial)
     reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]
     return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"

@@ -62,16 +62,18 @@ def appearing(folder: Path, option: str) -> Iterator[Path]:
     Raises:
         InputError: there is something of that name, other than an empty folder; or it cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise InputError(f"{option} {folder} exists; name a new folder")
-    temporary = temporary_path(folder)
+    if folder.resolve() == Path.cwd():
+        raise InputError(f"{option} {folder} is where you are; name a new folder")
+    temporary = temporary_path(folder.resolve())
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
     try:
         yield temporary
-        temporary.rename(folder)
+        temporary.rename(folder.resolve())
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

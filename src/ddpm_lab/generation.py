@@ -144,7 +144,8 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         return steppers[config.sampler](model, trained.schedule, x_T, num_steps, **settings)
 
     evaluations = {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}
-    return Sampler(resolved, num_steps, evaluations.get(config.sampler, num_steps), steps)
+    count = evaluations.get(config.sampler, num_steps) * (1 if resolved.guidance in (None, 0, 1) else 2)
+    return Sampler(resolved, num_steps, count, steps)
 
 
 def generate(
@@ -249,7 +250,9 @@ def sample_to_folder(
         if isinstance(held, dict) and config.sampler in ("ddim", "ddpm"):  # of before there was a choice
             held = {"precision": "float32", "engine": "torch"} | held
         if held != identity:
-            names = [name for name in identity if not isinstance(held, dict) or held.get(name) != identity[name]]
+            names = [
+                name.rstrip("_") for name in identity if not isinstance(held, dict) or held.get(name) != identity[name]
+            ]
             raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink(missing_ok=True)

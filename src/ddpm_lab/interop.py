@@ -6,6 +6,7 @@ process of ours compute; anything else is refused by the name of its setting, ne
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,15 @@ YOUNGER = {
     "time_embedding_dim": None,
     "upsample_type": "conv",
 }
-PROCESS = {"clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None}
+PROCESS = {
+    "_class_name": "DDPMScheduler",
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
 YOUNGER_PROCESS = {"clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "thresholding": False}
 ATTENTION_OF_OLD = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 # Ours to diffusers', applied one after another to each parameter's name.
 RENAMES = (
     (r"^time_embedding\.0\.", "time_embedding.linear_1."),
@@ -173,18 +178,23 @@ def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tu
     Raises:
         InputError: files are absent or damaged, or a setting says something that is not covered; each by its name.
     """
-    whole = (folder / "model_index.json").is_file()
-    if whole:
-        kind = _table(folder / "model_index.json").get("_class_name")
-        if kind not in PIPELINES:
-            raise InputError(f"{folder}: a pipeline of the class {kind} is not covered; {' and '.join(PIPELINES)} are")
-    unet = folder / "unet" if whole else folder
+    if (folder / "model_index.json").is_file():
+        _covered(folder / "model_index.json", _table(folder / "model_index.json"), {"_class_name": "DDPMPipeline"})
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older folders have all files at the top
     model_config, channels, size = _model_config(unet)
-    diffusion = _diffusion_config(folder / "scheduler" / "scheduler_config.json") if whole else DiffusionConfig()
+    diffusion = _diffusion_config(_scheduler_of(folder))
     config = Config(data=DataConfig(dataset=UNKNOWN), model=model_config, diffusion=diffusion)
     model = build_unet(model_config, channels, size, diffusion.num_timesteps).to(device)
     take_parameters(model, _their_parameters(unet), str(unet))
     return config, model.eval().requires_grad_(False), (channels, size, size)
+
+
+def _scheduler_of(folder: Path) -> Path | None:
+    """Where the process is told: in the pipeline, beside the network, or in the pipeline that a network lies in."""
+    name = "scheduler_config.json"
+    places = [folder / "scheduler" / name, folder / name, folder.resolve().parent / "scheduler" / name]
+    found = next((path for path in places[: 3 if folder.resolve().name == "unet" else 2] if path.exists()), None)
+    return places[0] if found is None and (folder / "model_index.json").is_file() else found  # a pipeline must have one
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -238,10 +248,13 @@ def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
     return config, channels, said["sample_size"]
 
 
-def _diffusion_config(path: Path) -> DiffusionConfig:
+def _diffusion_config(path: Path | None) -> DiffusionConfig:
+    if path is None:
+        warnings.warn(
+            "no scheduler beside the network: taken for linear betas of T = 1000 that predict eps", stacklevel=2
+        )
+        return DiffusionConfig()
     said = YOUNGER_PROCESS | {"prediction_type": "epsilon"} | _table(path)
-    if said.get("_class_name") not in SCHEDULERS:
-        raise InputError(f"{path}: the class {said.get('_class_name')} is not covered; {' and '.join(SCHEDULERS)} are")
     _covered(path, said, PROCESS | YOUNGER_PROCESS)
     prediction = PREDICTIONS.get(str(said["prediction_type"]))
     if prediction is None:

@@ -17,6 +17,8 @@ from ddpm_lab.trained import TrainedModel
 
 MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
 NUM_IMAGES = 16
+FIELDS = {"sampler": str, "num_evaluations": int, "num_images": int, "fid_label": str}
+BOUNDS = ("value", "low", "high")
 
 
 def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder: Path) -> None:
@@ -50,7 +52,8 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
         loop=loop,
         meaning=MEANING[trained.config.diffusion.prediction],
         config=trained.config,
-        data=_data(data) if data["name"] != UNKNOWN else "not known",
+        classes=trained.model.num_classes,
+        data=_data(data) if data.get("name", UNKNOWN) != UNKNOWN else "not known",
         step=trained.step,
         weights=trained.weights,
         imported="imported" in trained.record or dataset == UNKNOWN,
@@ -63,16 +66,31 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
 
 
 def scores_of(trained: TrainedModel) -> list[dict[str, Any]]:
-    """The records in the run's scores.jsonl that are of these very weights."""
-    records = read_lines(trained.folder.parent.parent / "scores.jsonl")
-    return [record for record in records if record.get("weights_sha256") == trained.weights_sha256]
+    """The records in the run's scores.jsonl that are of these very weights, and whole."""
+    if trained.run_dir is None:
+        return []
+    records = read_lines(trained.run_dir / "scores.jsonl")
+    return [record for record in records if record.get("weights_sha256") == trained.weights_sha256 and _whole(record)]
+
+
+def _whole(record: dict[str, Any]) -> bool:
+    def score(value: object) -> bool:
+        kinds = (int, float, type(None))
+        return value is None or (isinstance(value, dict) and all(isinstance(value.get(n), kinds) for n in BOUNDS))
+
+    floor = record.get("floor")
+    return (
+        all(isinstance(record.get(name), kind) for name, kind in FIELDS.items())
+        and all(score(record.get(name)) for name in ("fid", "inception_score_whole"))
+        and (floor is None or (isinstance(floor, dict) and isinstance(floor.get("fid"), int | float | None)))
+    )
 
 
 def _data(data: dict[str, Any]) -> str:
     known = [f"{data['name']}"]
-    if "num_images" in data:
+    if isinstance(data.get("num_images"), int):
         known.append(f"{data['num_images']:,} images")
-    if "sha256" in data:
+    if isinstance(data.get("sha256"), str):
         known.append(f"SHA-256 of the pixels `{data['sha256']}`")
     return ", ".join(known)
 
@@ -82,5 +100,7 @@ def _score(score: dict[str, Any] | float | None) -> str:
         return ""
     if not isinstance(score, dict):
         return f"{score:.4g}"
+    if score.get("value") is None:
+        return ""
     interval = f" ({score['low']:.4g} to {score['high']:.4g})" if score.get("low") is not None else ""
     return f"{score['value']:.4g}{interval}"

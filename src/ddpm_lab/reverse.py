@@ -18,7 +18,7 @@ from ddpm_lab.diffusion import q_sample
 from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
 from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
 from ddpm_lab.forward import chosen_images, snr_at
-from ddpm_lab.generation import ImageNoise, Sampler, build_sampler, trajectory
+from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png, visible_scale
 from ddpm_lab.look import PictureConfig
 from ddpm_lab.progress import counted, progress
@@ -183,8 +183,11 @@ def interpolate(
         raise AssertionError("a deterministic sampler asked for noise")
 
     images = []
-    for part in torch.split(x_T, config.batch_size):
-        steps = sampler.steps(part, no_noise)
+    classes = asked_classes(trained, config, range(num_images))
+    of_each = None if classes is None else torch.split(classes.repeat_interleave(num_between), config.batch_size)
+    told = of_each or [None] * len(x_T)
+    for part, asked in zip(torch.split(x_T, config.batch_size), told, strict=False):
+        steps = sampler.steps(part, no_noise, asked)
         for step in steps:
             x_0 = step.x_s
             on_step(len(part))
@@ -206,6 +209,7 @@ def reconstruct(
     Args:
         x_0: (N, C, H, W) float32, in [-1, 1]; N at most the batch size.
         t: a figure's timestep, from 2 to T.
+        config: of a network that is told classes: those given, in turn; else it is told none.
     Returns:
         x_t and the images that came out, both (N, C, H, W) floating.
     Raises:
@@ -213,6 +217,9 @@ def reconstruct(
     """
     T = trained.schedule.num_timesteps
     require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {trained.name}, not {t}")
+    require(
+        bool(config.class_) or not config.guidance, "guidance needs --class here, for nobody says what the images are"
+    )
     whole = build_sampler(trained, config)
     rest = dataclasses.replace(trained, schedule=NoiseSchedule(trained.schedule.beta[:t]))
     num_steps = max(1, min(round(whole.num_steps * t / T), t // (1 + config.singlestep)))
@@ -223,7 +230,8 @@ def reconstruct(
     clean = x_0.to(device)
     x_t = q_sample(rest.schedule, clean, torch.full((len(x_0),), t - 1, device=device), noise(-1))
     x_s = x_t
-    for step in sampler.steps(x_t, noise):
+    asked = asked_classes(trained, config, range(len(x_0))) if config.class_ else None
+    for step in sampler.steps(x_t, noise, asked):
         x_s = step.x_s
         on_step(len(x_0))
     return x_t.cpu(), x_s.cpu()

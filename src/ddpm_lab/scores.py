@@ -26,7 +26,7 @@ from ddpm_lab.features import FeatureNetwork, onnx_features
 from ddpm_lab.generation import asked_classes, build_sampler, generate, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
-from ddpm_lab.interop import UNKNOWN
+from ddpm_lab.interop import UNKNOWN, is_diffusers
 from ddpm_lab.log import append_line
 from ddpm_lab.onnx_engine import resolve_engine
 from ddpm_lab.settings import InputError
@@ -162,7 +162,9 @@ def _is_images(source: str) -> bool:
             f"no model or images {source!r}: give a run or checkpoint folder, the name of packaged weights "
             f"({', '.join(packaged_names())}), DATASET:SPLIT, an .npz, or a folder of images"
         )
-    return not any((path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors"))
+    return not is_diffusers(path) and not any(
+        (path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors")
+    )
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
@@ -187,12 +189,11 @@ def _training_reference(training_set: ImageSet, dataset: str) -> Reference:
 
 def _scores_file(trained: TrainedModel) -> Path | None:
     """`scores.jsonl` of the run that a checkpoint belongs to, which must be writable before any work is done for it."""
-    run_dir = trained.folder.parent.parent
-    if not (run_dir / "config.json").is_file():
+    if trained.run_dir is None:
         return None
-    path = run_dir / "scores.jsonl"
+    path = trained.run_dir / "scores.jsonl"
     try:
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=run_dir):
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=trained.run_dir):
             return path
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; give --scores FILE.jsonl elsewhere") from error

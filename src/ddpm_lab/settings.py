@@ -66,7 +66,7 @@ class SettingsGroup:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            require(fits(value, hint), f"{self._prefix()}{name} must be {_wording(hint)}, not {value!r}")
+            require(fits(value, hint), f"{self._prefix()}{name.rstrip('_')} must be {_wording(hint)}, not {value!r}")
         self._check()
 
     @classmethod
@@ -83,12 +83,17 @@ class SettingsGroup:
     def _at_most(self, high: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            require(value is None or value <= high, f"{self._prefix()}{name} must be at most {high}, not {value}")
+            require(
+                value is None or value <= high,
+                f"{self._prefix()}{name.rstrip('_')} must be at most {high}, not {value}",
+            )
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            require(value is None or value >= low, f"{self._prefix()}{name} must be at least {low}, not {value}")
+            require(
+                value is None or value >= low, f"{self._prefix()}{name.rstrip('_')} must be at least {low}, not {value}"
+            )
 
     @classmethod
     def from_dict(cls, values: object) -> Self:

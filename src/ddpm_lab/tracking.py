@@ -3,9 +3,9 @@
 `log.jsonl` and `scores.jsonl` are always written, and hold more; a tracker gets a copy.
 """
 
-import hashlib
 import importlib.util
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_lab import processes
 from ddpm_lab.config import Config, Tracker
+from ddpm_lab.files import replace_atomically
 from ddpm_lab.settings import InputError
 
 PROJECT = "ddpm-lab"  # in Weights & Biases
@@ -38,7 +39,7 @@ class Tracking:
         Args:
             run_dir: TensorBoard's events lie in `tensorboard/` there, and what W&B keeps in `wandb/`, which
                 WANDB_MODE=offline keeps off the network.
-            step: steps done; what was told beyond them counts no more.
+            step: steps done; what TensorBoard was told beyond them counts no more (W&B keeps what it was told first).
         Raises:
             InputError: it does not start.
         """
@@ -51,10 +52,13 @@ class Tracking:
 
         PartialState()  # which accelerate's trackers ask who leads
         if kind == "tensorboard":
-            self._told = TensorBoardTracker("tensorboard", run_dir, purge_step=step + 1 if step else None)
+            self._told = TensorBoardTracker("tensorboard", run_dir, purge_step=step + 1)
         else:
-            identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-            self._told = WandBTracker(PROJECT, name=run_dir.resolve().name, dir=run_dir, id=identity, resume="allow")
+            identity = run_dir / ".wandb-id"  # of this run, wherever it is moved and whatever comes in its place
+            if not identity.is_file():
+                replace_atomically(identity, uuid.uuid4().hex[:16].encode())
+            settings = {"name": run_dir.resolve().name, "dir": run_dir, "id": identity.read_text(), "resume": "allow"}
+            self._told = WandBTracker(PROJECT, **settings)
         self._kind = kind
         try:
             self._told.start()

@@ -50,6 +50,12 @@ class TrainedModel:
     folder: Path
     record: dict[str, Any]
 
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that the checkpoint belongs to; None for packaged weights and folders of diffusers."""
+        run = self.folder.parent.parent
+        return run if self.folder.parent.name == "checkpoints" and (run / "config.json").is_file() else None
+
     @cached_property
     def weights_sha256(self) -> str:
         """Of the file the parameters came from, or, in the midst of training, of the file they would be saved to."""
@@ -219,14 +225,14 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         f"T = {config.diffusion.num_timesteps}, {config.diffusion.schedule} schedule "
         f"({config.diffusion.beta_convention}), predicts {config.diffusion.prediction}",
     ]
-    if (trained.folder.parent.parent / "checkpoints").is_dir():
-        steps = checkpoint_steps(trained.folder.parent.parent)
+    if trained.run_dir is not None:
+        steps = checkpoint_steps(trained.run_dir)
         lines.append(f"checkpoints: {', '.join(map(str, steps))}")
     for group, values in config.to_dict().items():
         lines.append(f"{group}: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items()))
     lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items()))
-    log = trained.folder.parent.parent / "log.jsonl"
-    if log.is_file():
+    log = None if trained.run_dir is None else trained.run_dir / "log.jsonl"
+    if log is not None and log.is_file():
         entries = [
             line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.endswith("}")
         ]
