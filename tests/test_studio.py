@@ -20,6 +20,7 @@ pytest.importorskip("gradio")
 from ddpm_lab.cli import run_command
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import drawn, fitted, noised, uploaded
+from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
 from ddpm_lab.studio.sources import model_names, open_model
 
 BROWSER = next(
@@ -49,6 +50,38 @@ def test_models_are_those_below_the_folder(runs):
             open_model(runs, name, "cpu")
     with pytest.raises(InputError, match="damaged"):
         open_model(runs, "broken", "cpu")
+
+
+def test_runs_are_told_with_what_is_wrong(runs, tmp_path):
+    """Their table, curves, grids of one step and reports; nothing outside, and a broken one harms no other."""
+    here = tmp_path / "runs"
+    shutil.copytree(runs, here, symlinks=True)
+    (here / "broken" / "config.json").write_text("{")
+    (here / "broken" / "log.jsonl").unlink()
+    (here / "tiny" / "samples" / "step_00000006.png").write_bytes(b"no picture")
+    (here / "study" / "report.html").write_text("<p>What?</p>")
+    (here / "linked").mkdir()
+    (tmp_path / "secret.html").write_text("secret")
+    (here / "linked" / "report.html").symlink_to(tmp_path / "secret.html")
+    rows = {row[0]: row[1:] for row in run_table(here)}
+    assert rows.keys() == {"broken", "study/cells/one", "tiny"}
+    assert rows["tiny"][:1] + rows["tiny"][2:5] == ["12 of 12", "1000", "rescaled", "eps"]
+    assert rows["broken"][0] == "broken"
+    assert "is not JSON" in rows["broken"][-1]
+    assert curves(here, ["tiny", "broken", "study/cells/one"]).shape[2] == 3
+    assert curves(here, ["broken"]) is None
+    assert grid_steps(here, ["tiny", "study/cells/one"]) == [6, 12]
+    assert grid_at(here, "tiny", 6) is None
+    assert grid_at(here, "tiny", 12).shape == grid_at(here, "study/cells/one", 12).shape
+    assert grid_at(here, "../secret", 12) is None
+    assert report_names(here) == ["study"]
+    assert "&lt;p&gt;What?" in report(here, "study")
+    assert "sandbox" in report(here, "study")
+    for name in ("linked", "../", "tiny"):
+        with pytest.raises(InputError, match="there is no report"):
+            report(here, name)
+    with pytest.raises(InputError, match="choose up to 7"):
+        curves(here, ["../secret"])
 
 
 def test_a_picture_is_cut_scaled_and_noised():
@@ -283,6 +316,25 @@ def test_the_forward_tab(page, tmp_path):
     page.click("#denoise")
     page.wait_for_selector("#denoised img", timeout=60_000)
     assert "of 1000 by tiny" in page.inner_text("#forward-told")
+
+
+@pytest.mark.slow
+def test_the_runs_tab(page, runs):
+    """Table and curves are there; grids change with their step; a run that trains shows its new line by itself."""
+    page.get_by_role("tab", name="Runs").click()
+    page.wait_for_selector("#curves img", timeout=60_000)
+    page.wait_for_selector("#left-grid img", timeout=60_000)
+    assert "step 12" in page.inner_text("#grid-told")
+    before = source(page, "#left-grid")
+    page.locator("#place input[type=number]").fill("0")
+    page.locator("#place input[type=number]").press("Tab")
+    page.wait_for_function("b => document.querySelector('#left-grid img').src !== b", arg=before, timeout=60_000)
+    assert "step 6" in page.inner_text("#grid-told")
+    log = runs / "study" / "cells" / "one" / "log.jsonl"
+    line = log.read_text().splitlines()[-1].replace('"step": 12', '"step": 4321')
+    with log.open("a") as stream:
+        stream.write(line + "\n")
+    page.wait_for_function("() => document.querySelector('#runs').innerText.includes('4,321 of 12')", timeout=60_000)
 
 
 @pytest.mark.slow

@@ -346,7 +346,7 @@ def export(
 
 @app.command
 def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "auto") -> None:
-    """Serve a page on this machine over models and runs: images as they come out of noise, the forward process.
+    """Serve a page on this machine: images as they come out of noise, the forward process, runs and their curves.
 
     Args:
         runs: folder whose runs it shows; nothing outside it can be read through the page.

@@ -12,6 +12,7 @@ import gradio as gr
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import forward_tab
 from ddpm_lab.studio.generate import generate_tab
+from ddpm_lab.studio.runs import runs_tab
 
 HOST = "127.0.0.1"  # this machine alone
 STYLE = """
@@ -30,6 +31,8 @@ def build_page(runs: Path, device: str) -> gr.Blocks:
             generate_tab(runs, device)
         with gr.Tab("Forward", id="forward"):
             forward_tab(page, runs, device)
+        with gr.Tab("Runs", id="runs-tab"):
+            runs_tab(page, runs)
     return page
 
 
