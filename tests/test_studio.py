@@ -298,6 +298,8 @@ def test_the_forward_tab(page, tmp_path):
     changes(lambda: page.locator("#upload input[type=file]").set_input_files(good))
     page.locator("#upload button[aria-label=Clear]").click()
     page.wait_for_function("() => !document.querySelector('#upload button[aria-label=Clear]')")
+    page.locator("#upload input[type=file]").wait_for(state="attached")
+    time.sleep(1)  # until it listens
     page.locator("#upload input[type=file]").set_input_files(bad)
     page.get_by_text("no picture that can be read").first.wait_for(timeout=60_000)
     page.get_by_role("tab", name="Draw").click()

@@ -82,7 +82,7 @@ def export_generator(
     if form == "diffusers" and any(given is not None for given in (sampler, num_steps, guidance)):
         raise InputError("--sampler, --num-steps and --guidance are for --to onnx")
     sampler = sampler or "dpmpp"
-    if guidance is not None and not (trained.model.num_classes and 0 < guidance <= 100):
+    if guidance is not None and not (trained.num_classes and 0 < guidance <= 100):
         raise InputError(f"guidance is a number above 0, up to 100, for networks that are told classes, not {guidance}")
     if num_steps is None:
         num_steps = min(USUAL_STEPS[sampler], trained.schedule.num_timesteps)

@@ -79,7 +79,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             network that has none, or others than it has.
     """
     _check_classes(trained, config)
-    told = trained.model.num_classes > 0
+    told = trained.num_classes > 0
     T = trained.schedule.num_timesteps
     usual = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
     num_steps = config.num_steps or (max(usual // 2, 1) if config.singlestep else usual)
@@ -131,7 +131,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
         asked: Model = network()
         if told:
-            count = trained.model.num_classes
+            count = trained.num_classes
             none = torch.full((len(x_T),), count, device=device)
             asked = guided(network(), none if y is None else y, count, 1.0 if y is None else resolved.guidance or 1.0)
 
@@ -204,15 +204,13 @@ def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Itera
 
 def asked_classes(trained: TrainedModel, config: SamplingConfig, indices: range) -> Tensor | None:
     """The classes that images are asked for, (len(indices),) int64; None: they are asked for none."""
-    if trained.model.num_classes == 0 or config.guidance == 0:
+    if trained.num_classes == 0 or config.guidance == 0:
         return None
-    return classes_in_turn(config.class_, trained.model.num_classes, indices).to(
-        next(trained.model.parameters()).device
-    )
+    return classes_in_turn(config.class_, trained.num_classes, indices).to(next(trained.model.parameters()).device)
 
 
 def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
-    count = trained.model.num_classes
+    count = trained.num_classes
     if count == 0 and (config.class_ or config.guidance is not None):
         raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out")
     strange = [label for label in config.class_ if label >= count]
@@ -282,7 +280,7 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
     """What decides which images come out: weights, network, process, settings, and the version of the code."""
     process = trained.config.to_dict()
     settings = dataclasses.asdict(build_sampler(trained, config).config)
-    if trained.model.num_classes == 0:  # as records were before there were classes
+    if trained.num_classes == 0:  # as records were before there were classes
         del process["model"]["num_classes"], settings["class_"], settings["guidance"]
     else:
         settings["class_"] = list(config.class_)  # as JSON gives it back

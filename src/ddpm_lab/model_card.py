@@ -52,7 +52,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
         loop=loop,
         meaning=MEANING[trained.config.diffusion.prediction],
         config=trained.config,
-        classes=trained.model.num_classes,
+        classes=trained.num_classes,
         data=_data(data) if data.get("name", UNKNOWN) != UNKNOWN else "not known",
         step=trained.step,
         weights=trained.weights,

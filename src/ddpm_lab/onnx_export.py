@@ -110,7 +110,7 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     example = (resources.files("ddpm_lab") / "templates" / "onnx_example.txt").read_text(encoding="utf-8")
     shape = ", ".join(map(str, trained.image_shape))
     image = IMAGE_OF_OUTPUT[trained.config.diffusion.prediction]
-    count = trained.model.num_classes
+    count = trained.num_classes
     told = {"CLASSES": f"y = np.arange(4) % {count}\n", "AND_Y": ', "y": y'} if count else {"CLASSES": "", "AND_Y": ""}
     for mark, words in {"SHAPE": shape, "IMAGE_OF_OUTPUT": image, **told}.items():
         example = example.replace(mark, words)
@@ -137,7 +137,7 @@ def network_graph(trained: TrainedModel, guidance: float = 1.0) -> bytes:
         guidance: of a network that is told classes, see `guidance.guided`.
     """
     example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
-    if trained.model.num_classes == 0:
+    if trained.num_classes == 0:
         return export(trained.model, example, ("x_t", "t"), ("output",))
     module = trained.model if guidance == 1 else _Guided(trained.model, guidance).eval()
     return export(module, [*example, torch.zeros(2, dtype=torch.int64)], ("x_t", "t", "y"), ("output",))

@@ -51,6 +51,11 @@ class TrainedModel:
     record: dict[str, Any]
 
     @property
+    def num_classes(self) -> int:
+        """How many classes the network can be told, 0 where it is told none."""
+        return self.config.model.num_classes or 0
+
+    @property
     def run_dir(self) -> Path | None:
         """The run that the checkpoint belongs to; None for packaged weights and folders of diffusers."""
         run = self.folder.parent.parent

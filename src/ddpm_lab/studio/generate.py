@@ -53,7 +53,7 @@ def settings(
     Raises:
         InputError: a value that cannot be used.
     """
-    told = trained.model.num_classes > 0
+    told = trained.num_classes > 0
     return SamplingConfig(
         sampler=sampler,  # type: ignore[arg-type]  # checked by the configuration
         num_steps=int(steps),
@@ -173,7 +173,7 @@ def generate_tab(runs: Path, device: str) -> None:
             trained = open_model(runs, name, device)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        count = trained.model.num_classes
+        count = trained.num_classes
         return gr.Row(visible=count > 0), gr.Dropdown(["all in turn", *map(str, range(count))], value="all in turn")
 
     def run(name: str, *values: Any) -> Iterator[Any]:
