@@ -86,6 +86,7 @@ def train(
     /,
     *,
     run: Path,
+    start_from: Annotated[str | None, Parameter(name="--from")] = None,
     device: Device = "auto",
     data_dir: DataDir = None,
     config: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
@@ -95,10 +96,13 @@ def train(
     Args:
         recipe: a packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
         run: folder of the run, new or to be continued.
+        start_from: a trained network like this one, whose weights a new run begins with (fine-tuning): run folder,
+            checkpoint folder in one, folder of diffusers, or packaged weights. One that was told no classes serves a
+            run that is told them.
     """
     from ddpm_lab.run import train as train_run
 
-    checkpoint = train_run(config, run, device=device, data_dir=data_dir, say=say)
+    checkpoint = train_run(config, run, start_from=start_from, device=device, data_dir=data_dir, say=say)
     print(f"trained: {checkpoint}")
 
 

@@ -31,13 +31,14 @@ from ddpm_lab.config import Config
 from ddpm_lab.cost import training_cost
 from ddpm_lab.data import ImageSet, load_images
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, replace_atomically
+from ddpm_lab.fine_tuning import begin_from
 from ddpm_lab.log import cut_lines
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import training_scorer
 from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.tracking import check_tracker
-from ddpm_lab.trained import read_run_record
+from ddpm_lab.trained import load, read_run_record
 from ddpm_lab.training import TrainingState, new_state, resolve_device
 from ddpm_lab.unet import build_unet
 
@@ -51,6 +52,7 @@ def train(
     config: Config,
     run_dir: str | Path,
     *,
+    start_from: str | Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
     say: Callable[[str], object] = lambda line: None,
@@ -60,14 +62,15 @@ def train(
     Args:
         config: what to train; it must agree with the run's, where there is one.
         run_dir: made where it does not exist.
+        start_from: what `load` takes, whose averaged weights a new run begins with; None: random ones.
         device: auto, cpu, cuda or mps.
         data_dir: see `data.load_images`.
         say: takes a line of text for the user, now and then.
     Returns:
         The folder of the last checkpoint.
     Raises:
-        InputError: data, device, model or run folder do not fit, or a batch that the processes cannot share; what
-            existed is as it was.
+        InputError: data, device, model, source or run folder do not fit, or a batch that the processes cannot share;
+            what existed is as it was.
         RunError: the loss or a gradient is not finite, the disk is full, or one of several processes ended; the newest
             checkpoint stays.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
@@ -79,11 +82,16 @@ def train(
         )
     processes.join(on)
     with processes.watched("the same command goes on from the newest checkpoint, with any number of processes"):
-        return _train(config, Path(run_dir), on, data_dir, say)
+        return _train(config, Path(run_dir), None if start_from is None else str(start_from), on, data_dir, say)
 
 
 def _train(
-    config: Config, run_dir: Path, on: torch.device, data_dir: Path | None, say: Callable[[str], object]
+    config: Config,
+    run_dir: Path,
+    start_from: str | None,
+    on: torch.device,
+    data_dir: Path | None,
+    say: Callable[[str], object],
 ) -> Path:
     check_tracker(config.evaluation.tracker)
     if processes.lead():
@@ -100,15 +108,18 @@ def _train(
     state = new_state(model, config.training)
     record = _run_record(config, training_set)
     if processes.lead():
-        _check_agreement(run_dir, record)
+        _check_agreement(run_dir, record, start_from)
+        if start_from is not None and not checkpoint_steps(run_dir):
+            record["from"] = begin_from(state, load(start_from, device=str(on)), config)
 
     with locked(run_dir, "--run") if processes.lead() else nullcontext():
-        seconds = _open_run(run_dir, record, state) if processes.lead() else 0.0
+        seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
         _agree(state)
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
         else:
             beginning = f"continues from step {state.step}" if state.step else "starts"
+            beginning += f" from {start_from}" if start_from is not None and not state.step else ""
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
         session = Session(
             config, run_dir, state, schedule, held_out, training_set, record, seconds,
@@ -144,9 +155,9 @@ def _labels(config: Config, training_set: ImageSet, device: torch.device) -> tor
     return training_set.labels.to(device)
 
 
-def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState) -> float:
+def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState, start_from: str | None) -> float:
     """Restore the newest checkpoint, and cut what was logged beyond it; returns the seconds of training so far."""
-    _check_agreement(run_dir, record)
+    _check_agreement(run_dir, record, start_from)
     steps = checkpoint_steps(run_dir)
     if steps:
         _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
@@ -221,13 +232,21 @@ def _check_folder(run_dir: Path) -> None:
             )
 
 
-def _check_agreement(run_dir: Path, record: dict[str, Any]) -> None:
-    """Refuse settings or data other than those the run was begun with, except where changing them is harmless."""
+def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> None:
+    """Refuse settings, data or a beginning other than the run's, except where changing them is harmless."""
     if not (run_dir / "config.json").exists():
         return
     old_record, old, _ = read_run_record(run_dir / "config.json")
     if "imported" in old_record:
         raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
+    begun_from = old_record.get("from")
+    if start_from is not None and (begun_from is None or begun_from.get("source") != start_from):
+        began = "random weights" if begun_from is None else begun_from.get("source")
+        raise InputError(f"run {run_dir} began from {began}, not from {start_from}; name another --run")
+    if begun_from is not None and start_from is None and not checkpoint_steps(run_dir):
+        raise InputError(f"run {run_dir} has no checkpoint yet; give --from {begun_from.get('source')} once more")
+    if begun_from is not None and checkpoint_steps(run_dir):
+        record["from"] = begun_from
     new = Config.from_dict(record["config"])
     if new.training.num_steps != old.training.num_steps:
         steps = checkpoint_steps(run_dir)

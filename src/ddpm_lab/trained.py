@@ -147,7 +147,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and len(shape) == 3
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
-        and isinstance(record.get("versions", {}), dict)
+        and all(isinstance(record.get(name, {}), dict) for name in ("versions", "from"))
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
     try:
@@ -230,6 +230,8 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         f"T = {config.diffusion.num_timesteps}, {config.diffusion.schedule} schedule "
         f"({config.diffusion.beta_convention}), predicts {config.diffusion.prediction}",
     ]
+    if "from" in record:
+        lines.append(f"began from {record['from'].get('source')}, step {record['from'].get('step')}")
     if trained.run_dir is not None:
         steps = checkpoint_steps(trained.run_dir)
         lines.append(f"checkpoints: {', '.join(map(str, steps))}")
