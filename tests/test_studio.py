@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from ddpm_lab.cli import run_command
+from ddpm_lab.log import append_line
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import drawn, fitted, noised, uploaded
 from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
+from ddpm_lab.studio.scores import nearest, records, scored_runs, table, told
 from ddpm_lab.studio.sources import model_names, open_model
 
 BROWSER = next(
@@ -33,6 +36,8 @@ def runs(tiny_run, tmp_path_factory):
     """A folder of runs: a sound one, a damaged one, one below, and a link that leads away."""
     folder = tmp_path_factory.mktemp("studio") / "runs"
     shutil.copytree(tiny_run, folder / "tiny")
+    scoring = ["--features", "classifier", "--metrics", "fid", "is", "kid", "--num-images", "40", "--num-steps", "5"]
+    assert run_command(["evaluate", str(folder / "tiny"), *scoring, "--device", "cpu"]) == 0
     shutil.copytree(tiny_run, folder / "study" / "cells" / "one")
     shutil.copytree(tiny_run, folder / "broken")
     (folder / "broken" / "checkpoints" / "step_00000012" / "ema.safetensors").write_bytes(b"nothing")
@@ -82,6 +87,42 @@ def test_runs_are_told_with_what_is_wrong(runs, tmp_path):
             report(here, name)
     with pytest.raises(InputError, match="choose up to 7"):
         curves(here, ["../secret"])
+
+
+def test_scores_are_told_with_the_record_behind_them(runs, tmp_path):
+    """What `ddpm evaluate` tells, with the floor; of a record of another make no more than that."""
+    here = tmp_path / "runs"
+    shutil.copytree(runs, here, symlinks=True)
+    foreign = {"step": 3, "seconds": 1.0, "fid_label": "FID", "fid": 7, "floor": [], "kid": {"value": "?"}}
+    append_line(here / "study" / "cells" / "one" / "scores.jsonl", foreign)
+    assert scored_runs(here) == ["study/cells/one", "tiny"]
+    (record,) = records(here, "tiny")
+    ((step, count, label, value, interval, floor, _, _, sampler),) = table([record])
+    assert (step, count, label, sampler) == ("12", "40", "FD-classifier", "ddim, 5 evaluations")
+    assert (float(value), float(floor)) == pytest.approx((record["fid"]["value"], record["floor"]["fid"]), rel=1e-3)
+    assert " to " in interval
+    assert "95 % interval" in told(record)
+    (other,) = records(here, "study/cells/one")
+    assert table([other]) == [["3", "0", "", "", "", "", "", "", ""]]
+    assert "lacks what" in told(other)
+    with pytest.raises(InputError, match="there is no run"):
+        records(here, "../outside")
+
+
+def test_the_nearest_training_images_are_found_and_the_run_left_alone(runs, tmp_path, monkeypatch):
+    """By the command that is shown beside them, to the byte."""
+    before = (runs / "tiny" / "scores.jsonl").read_bytes()
+    picture, text, command = nearest(runs, "tiny", 20, 3, "cpu")
+    with Image.open(picture) as opened:
+        assert opened.width > 6 * opened.height, "sixteen above sixteen"
+    assert "lie nearer to a training image" in text
+    assert (runs / "tiny" / "scores.jsonl").read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    assert run_command([*command.split()[1:], "--device", "cpu", "--scores", "scores.jsonl"]) == 0
+    assert (tmp_path / "nearest.png").read_bytes() == Path(picture).read_bytes()
+    for name in ("../outside", "away"):
+        with pytest.raises(InputError, match="there is no model"):
+            nearest(runs, name, 20, 0, "cpu")
 
 
 def test_a_picture_is_cut_scaled_and_noised():
@@ -337,6 +378,23 @@ def test_the_runs_tab(page, runs):
     with log.open("a") as stream:
         stream.write(line + "\n")
     page.wait_for_function("() => document.querySelector('#runs').innerText.includes('4,321 of 12')", timeout=60_000)
+
+
+@pytest.mark.slow
+def test_the_scores_tab(page):
+    """The newest record of the run is told; a search shows pairs and the command that repeats it."""
+    page.get_by_role("tab", name="Scores").click()
+    page.wait_for_function(
+        "() => document.querySelector('#record-told').innerText.includes('95 % interval')", timeout=60_000
+    )
+    assert "ddim, 5 evaluations" in page.inner_text("#scores")
+    choose(page, "#nearest-of", "tiny")
+    page.click("#find")
+    page.wait_for_selector("#pairs img", timeout=120_000)
+    assert "lie nearer to a training image" in page.inner_text("#nearest-told")
+    choose(page, "#nearest-of", "broken")
+    page.click("#find")
+    page.get_by_text("is damaged").first.wait_for(timeout=60_000)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import forward_tab
 from ddpm_lab.studio.generate import generate_tab
 from ddpm_lab.studio.runs import runs_tab
+from ddpm_lab.studio.scores import scores_tab
 
 HOST = "127.0.0.1"  # this machine alone
 STYLE = """
@@ -33,6 +34,8 @@ def build_page(runs: Path, device: str) -> gr.Blocks:
             forward_tab(page, runs, device)
         with gr.Tab("Runs", id="runs-tab"):
             runs_tab(page, runs)
+        with gr.Tab("Scores", id="scores-tab"):
+            scores_tab(page, runs, device)
     return page
 
 
