@@ -131,8 +131,9 @@ def test_a_picture_is_cut_scaled_and_noised():
     assert image.shape == (3, 8, 8)
     assert torch.equal(image[0], image[2])
     assert bool((image[0, 0].diff() > 0).all())
-    sizes = {noised(uploaded(png(picture)), fraction).shape for fraction in (0.0, 0.37, 1.0)}
-    assert len(sizes) == 1, "the picture does not jump while t moves"
+    pictures = [noised(uploaded(png(picture)), fraction) for fraction in (0.0, 0.37, 1.0)]
+    assert [len(kinds) for kinds in pictures] == [2, 2, 2]
+    assert len({kind.shape for kinds in pictures for kind in kinds}) == 1, "the picture does not jump while t moves"
 
 
 def png(picture):
@@ -181,18 +182,22 @@ def test_a_port_that_cannot_be_is_refused(tmp_path, capsys, port, words):
 
 
 @pytest.fixture(scope="module")
-def studio(runs):
-    """Its address, served by the command."""
+def studio(runs, tmp_path_factory):
+    """Its address, served by the command; when it ends, nothing is left of what it wrote."""
+    scratch = tmp_path_factory.mktemp("scratch")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ddpm_lab", "studio", "--runs", str(runs), "--port", str(port), "--device", "cpu"]
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    serving = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"TMPDIR": str(scratch)}
+    )
     assert serving.stdout.readline().startswith(f"http://127.0.0.1:{port}")
     yield f"http://127.0.0.1:{port}"
     serving.send_signal(signal.SIGINT)
     said = serving.communicate(timeout=30)[0]
     assert serving.returncode == 130, said
+    assert not list(scratch.glob("ddpm-studio-*"))
     assert "ddpm_lab" not in said, (
         "nothing of ours failed; the server itself complains of browsers that close in the midst"
     )
@@ -235,7 +240,7 @@ def fill(page, where, value):
 
 
 def source(page, where):
-    return page.locator(f"{where} img").get_attribute("src")
+    return page.locator(f"{where} img").first.get_attribute("src")
 
 
 @pytest.mark.slow

@@ -305,7 +305,8 @@ def score_table(record: dict[str, Any]) -> list[str]:
     width = max(len(name) for name in names.values())
     fewer = floor is not None and floor["num_images"] < record["num_images"]
     title = f"floor (n={floor['num_images']:,})" if fewer else "floor"
-    lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {title:>10}".rstrip())
+    if any(record[key] is not None for key in names):
+        lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {title:>10}".rstrip())
     for key, name in names.items():
         score = record[key]
         if score is None:
@@ -314,7 +315,8 @@ def score_table(record: dict[str, Any]) -> list[str]:
         interval = f"{_number(score['low'])} .. {_number(score['high'])}" if known else ""
         beside = _number(floor[key]) if floor is not None and floor[key] is not None else ""
         lines.append(f"{name:{width}}  {_number(score['value']):>10}  {interval:>24}  {beside:>10}".rstrip())
-    lines.append("")
+    if lines[-1]:
+        lines.append("")
     if floor is not None:
         lines.append(
             f"floor: {floor['num_images']:,} images of {floor['images']}, real ones outside the reference, scored alike"

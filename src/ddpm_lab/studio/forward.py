@@ -33,8 +33,8 @@ def _chains() -> list[list[tuple[Process, Curves]]]:
     return [[(process, Curves(process.schedule)) for process in kind] for kind in kinds]
 
 
-def noised(picture: Image.Image, fraction: float, seed: int = 0) -> Picture:
-    """An image at the same fraction t / T of six chains: three lengths, both conventions of the betas."""
+def noised(picture: Image.Image, fraction: float, seed: int = 0) -> list[Picture]:
+    """An image at the same fraction t / T of six chains: for each convention a picture of three lengths."""
     x_0 = to_float(fitted(picture, (1 if picture.mode == "L" else 3, *picture.size))[None])
     columns = []
     for kind in _chains():
@@ -44,11 +44,11 @@ def noised(picture: Image.Image, fraction: float, seed: int = 0) -> Picture:
             states = to_uint8(forward_states(process.schedule, x_0, [t], seed, closed_form=True))
             alpha_bar = process.schedule.alpha_bar_at(t - 1)
             caption = f"t = {t}   alpha_bar {number(alpha_bar)}   SNR {number(snr_at(process.schedule, t))}"
-            scale = visible_scale(x_0.shape[-1])
+            scale = 2 * visible_scale(x_0.shape[-1])
             table = image_table(states, scale=scale, title=process.label, captions=[("", [caption])], least_width=280)
             rows.append(beside([table, curves.marked(t)]))
-        columns.append(above(rows))
-    return framed(beside(columns))
+        columns.append(framed(above(rows)))
+    return columns
 
 
 def fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
@@ -158,10 +158,14 @@ def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
             told = gr.Markdown("", elem_id="forward-told")
         with gr.Column(scale=3):
             gr.Markdown("**The same image, as far along six chains**")
-            chains = gr.Image(
-                show_label=False, interactive=False, format="png", elem_id="chains", buttons=["fullscreen"],
-                alt_text="the image noised by chains of 500, 1000 and 2000 timesteps and two conventions of the betas",
-            )  # fmt: skip
+            with gr.Row(elem_id="chains"):
+                chains = [
+                    gr.Image(
+                        show_label=False, interactive=False, format="png", buttons=["fullscreen"], min_width=320,
+                        alt_text=f"the image noised by chains of 500, 1000 and 2000 timesteps, betas {kind}",
+                    )
+                    for kind in ("rescaled", "of a fixed range")
+                ]  # fmt: skip
             result = gr.Image(
                 show_label=False, interactive=False, format="png", elem_id="denoised", buttons=["fullscreen"],
                 visible=False, alt_text="the image, noised, and denoised again",
@@ -175,7 +179,7 @@ def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
 
     def show(found: Image.Image | None, at: float) -> Any:
         found = found or chosen(datasets[0], 0)
-        return found, noised(found, at)
+        return found, *noised(found, at)
 
     def from_dataset(name: str, number_: float, at: float) -> Any:
         if name not in datasets:
@@ -186,7 +190,7 @@ def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
         return show(told_as_error(drawn, held), at)
 
     def from_file(content: bytes | None, at: float) -> Any:
-        return (gr.skip(), gr.skip()) if content is None else show(told_as_error(uploaded, content), at)
+        return (gr.skip(), gr.skip(), gr.skip()) if content is None else show(told_as_error(uploaded, content), at)
 
     def run(name: str, found: Image.Image | None, at: float) -> Iterator[Any]:
         try:
@@ -195,7 +199,7 @@ def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    shown = [picture, chains]
+    shown = [picture, *chains]
     for control in (dataset, index):
         control.change(from_dataset, [dataset, index, fraction], shown, show_progress="hidden")
     use.click(from_drawing, [sketch, fraction], shown, show_progress="hidden")

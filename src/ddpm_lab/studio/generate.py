@@ -1,7 +1,6 @@
 """The tab where images come out of noise while one looks: the state beside the image predicted from it."""
 
 import shlex
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.reverse import Trajectory, describe_generator, reverse_frames
 from ddpm_lab.settings import InputError
-from ddpm_lab.studio.sources import model_names, open_model
+from ddpm_lab.studio.sources import model_names, new_folder, open_model
 from ddpm_lab.trained import TrainedModel
 
 MOST_IMAGES, KEPT_STATES = 64, 41
@@ -114,7 +113,7 @@ def grid(images: Tensor) -> Picture:
 
 def files(made: Made, films: bool) -> list[str]:
     """The images as a PNG, and both columns as films, in a folder of their own for this visitor."""
-    folder = Path(tempfile.mkdtemp(prefix="ddpm-studio-"))
+    folder = new_folder()
     images = made.seen.x_t[-1]
     save_png(folder / "images.png", image_grid(images, scale=visible_scale(images.shape[-1])))
     if films:
@@ -160,9 +159,7 @@ def generate_tab(runs: Path, device: str) -> None:
             back = gr.Slider(
                 0, 1, value=1, step=1, label="Go back through the trajectory", visible=False, elem_id="back"
             )
-            command = gr.Code(
-                label="The same from the command line", language="shell", visible=False, elem_id="command"
-            )
+            command = gr.Code(label="The same from the command line", language=None, visible=False, elem_id="command")
             with gr.Row(visible=False) as after:
                 films = gr.Button("Make the films", elem_id="films")
                 downloads = gr.Files(label="Downloads", interactive=False, elem_id="downloads")
@@ -202,6 +199,8 @@ def generate_tab(runs: Path, device: str) -> None:
     controls = [source, sampler, steps, eta, seed, count, asked, guidance]
     results = [x_t, x_0, told, made, back, command, after, downloads]
     running = go.click(run, controls, results, concurrency_limit=4, show_progress="hidden")
-    stop.click(lambda: "stopped", None, told, cancels=[running], queue=False)
+    # told afterwards, or the last line of what is being stopped may come later
+    stopped = stop.click(None, cancels=[running], queue=False)
+    stopped.then(lambda: "stopped", None, told, show_progress="hidden", queue=False)
     back.release(look, [made, back], [x_t, x_0, told], show_progress="hidden", queue=False)
     films.click(lambda held: files(held, films=True) if held else None, made, downloads)

@@ -54,7 +54,12 @@ def serve(runs: Path, port: int, device: str) -> None:
         except OSError as error:
             raise InputError(f"port {port} cannot be had ({error.strerror}); give another --port") from error
     fonts = ["system-ui", "sans-serif"]
-    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]).set(
+        button_primary_background_fill="*primary_600",  # white on it has a contrast of 5.2 : 1
+        button_primary_background_fill_hover="*primary_700",
+        color_accent="*primary_600",  # of the chosen tab
+        body_text_color_subdued="*neutral_500",
+    )
     page = build_page(runs.resolve(), device)
     page.queue(default_concurrency_limit=4).launch(
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=False, max_file_size="10mb",

@@ -1,7 +1,6 @@
 """The tab of scores: the records behind each number with their floors, and the training images nearest to samples."""
 
 import shlex
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ddpm_lab.scores import evaluate_source, score_table
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.runs import run_names
-from ddpm_lab.studio.sources import model_names, open_model
+from ddpm_lab.studio.sources import model_names, new_folder, open_model
 from ddpm_lab.trained import packaged_names
 
 COLUMNS = ("step", "images", "distance", "its value", "95 % interval", "floor", "Inception Score", "KID", "sampled by")
@@ -91,7 +90,7 @@ def nearest(runs: Path, name: str, num_images: float, seed: float, device: str) 
     open_model(runs, name, device)  # refuses what is not to be opened
     source = name if name in packaged_names() else str(runs / name)
     sampling = SamplingConfig(sampler="dpmpp", num_steps=20, seed=int(seed))
-    folder = Path(tempfile.mkdtemp(prefix="ddpm-studio-"))
+    folder = new_folder()
     picture = folder / "nearest.png"
     record = evaluate_source(
         source, None, "classifier", int(num_images), NEAREST, sampling,
@@ -128,7 +127,7 @@ def scores_tab(page: gr.Blocks, runs: Path, device: str) -> None:
             buttons=["fullscreen"], alt_text="above samples, below the nearest training images",
         )  # fmt: skip
         found = gr.Code(label="What was found", language=None, interactive=False, elem_id="nearest-told", lines=4)
-        command = gr.Code(label="The same from the command line", language="shell", interactive=False, visible=False)
+        command = gr.Code(label="The same from the command line", language=None, interactive=False, visible=False)
 
     def choose(name: str | None) -> Any:
         held = records(runs, name) if name in run_names(runs) else []

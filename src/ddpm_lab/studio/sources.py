@@ -1,5 +1,6 @@
-"""What the studio may open: packaged weights, and what lies below the folder of runs; nothing else."""
+"""What the studio may open: packaged weights, and what lies below the folder of runs; and where it writes."""
 
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +10,16 @@ from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel, load, packaged_names
 
 DEPTH = 4  # of folders below that of the runs: a cell of a study is at runs/STUDY/cells/NAME
+
+
+@lru_cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ddpm-studio-")  # removed when the process ends
+
+
+def new_folder() -> Path:
+    """An empty folder for what one press of a button makes; it lasts as long as the studio."""
+    return Path(tempfile.mkdtemp(dir=_scratch().name))
 
 
 def run_folders(runs: Path) -> list[Path]:
