@@ -223,6 +223,12 @@ def prepare(sound: Path) -> list[Target]:
         part.replace("SOUND", str(sound)) for part in ["train", "SOUND/recipe.toml", "--run", "SOUND/told", *device]
     ]
     assert quietly([*told, "--model.num-classes", "10"])[0] == 0
+    plain = ["--diffusion.num-timesteps", "1000", "--diffusion.schedule", "linear", "--evaluation.score-every", "2"]
+    plain += ["--evaluation.score-images", "4", "--evaluation.sample-steps", "2"]
+    assert quietly([*told[:2], "--run", str(sound / "plain"), *device, *plain])[0] == 0
+    export = ["export", "SOUND/plain", "--to", "diffusers", "--out", "SOUND/new"]
+    assert quietly([part.replace("SOUND", str(sound)) for part in [*export[:-1], "SOUND/exported"]])[0] == 0
+    begun = ["train", "SOUND/recipe.toml", "--run", "SOUND/new", "--from", "SOUND/run", *device]
 
     last = "run/checkpoints/step_00000002"
     score = ["--reference", "digits:train", "--features", "classifier", "--metrics", "fid", "is", *device]
@@ -238,6 +244,9 @@ def prepare(sound: Path) -> list[Target]:
         Target("pipeline/scheduler/scheduler_config.json", taken, any_json),
         Target("pipeline/unet/diffusion_pytorch_model.safetensors", of_pipeline, any_bytes),
         Target("told/config.json", ["sample", "SOUND/told", "--num-steps", "1", "--num-images", "2", "--class", "3", *device, "--out", "SOUND/x.png"], any_json),
+        Target("plain/config.json", export, any_json),
+        Target("plain/scores.jsonl", export, any_json),
+        Target("run/config.json", begun, any_json),
         Target("recipe.toml", ["train", "SOUND/recipe.toml", "--run", "SOUND/new", *device], any_toml),
         Target("study.toml", ["study", "SOUND/study.toml", "--out", "SOUND/new", "--cell", "999"], any_toml),
         Target("run/config.json", drawn, any_json),

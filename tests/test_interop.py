@@ -13,6 +13,8 @@ from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_lab import load
 from ddpm_lab.cli import run_command
+from ddpm_lab.config import SamplingConfig
+from ddpm_lab.generation import build_sampler
 from ddpm_lab.samplers import ddpm_steps
 
 from .conftest import tree_hash
@@ -57,7 +59,8 @@ def assert_same_steps(ours, folder, monkeypatch, every=1):
     def noise(step):
         return torch.randn(shape, generator=torch.Generator().manual_seed(step + 1))
 
-    steps = ddpm_steps(ours.model, ours.schedule, noise(-1), noise=noise, prediction=ours.config.diffusion.prediction)
+    steps = ddpm_steps(ours.model, ours.schedule, noise(-1), noise=noise, prediction=ours.config.diffusion.prediction,
+                       variance=build_sampler(ours, SamplingConfig(sampler="ddpm")).config.variance)  # fmt: skip
     image = noise(-1)
     for index, (t, step) in enumerate(zip(pipe.scheduler.timesteps, steps, strict=True)):
         if index % every:
@@ -73,13 +76,20 @@ def assert_same_steps(ours, folder, monkeypatch, every=1):
         torch.testing.assert_close(step.x_s, image, rtol=0, atol=1 / 255)
 
 
-@pytest.mark.parametrize(("prediction", "betas"), [("epsilon", "linear"), ("v_prediction", "squaredcos_cap_v2")])
-def test_an_imported_pipeline_samples_the_same_images(tmp_path, monkeypatch, prediction, betas):
-    folder = save(tmp_path / "theirs", prediction_type=prediction, beta_schedule=betas)
+@pytest.mark.parametrize(
+    ("prediction", "betas", "variance"),
+    [("epsilon", "linear", "fixed_large"), ("epsilon", "linear", "fixed_small"),
+     ("v_prediction", "squaredcos_cap_v2", "fixed_large")],
+)  # fmt: skip
+def test_an_imported_pipeline_samples_the_same_images(tmp_path, monkeypatch, prediction, betas, variance):
+    folder = save(tmp_path / "theirs", prediction_type=prediction, beta_schedule=betas, variance_type=variance)
     assert run_command(["import", str(folder), "--run", str(tmp_path / "run"), "--dataset", "cifar10"]) == 0
     ours = load(tmp_path / "run", device="cpu")
     assert ours.config.data.dataset == "cifar10"
-    assert_same_steps(ours, folder, monkeypatch, every=1 if betas == "linear" else 20)
+    assert_same_steps(ours, folder, monkeypatch, every=1 if (betas, variance) == ("linear", "fixed_large") else 20)
+    again = tmp_path / "again"
+    assert run_command(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(again)]) == 0
+    assert json.loads((again / SCHEDULER).read_text())["variance_type"] == variance
     direct = load(folder, device="cpu")
     assert direct.weights_sha256 == ours.weights_sha256
     assert direct.image_shape == ours.image_shape == (3, 8, 8)
@@ -202,7 +212,7 @@ def cut(folder):
         (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
         (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
         (edit(SCHEDULER, _class_name="DDIMScheduler"), '_class_name "DDIMScheduler" is not covered'),
-        (edit(SCHEDULER, variance_type="fixed_small"), 'variance_type "fixed_small" is not covered; "fixed_large" is'),
+        (edit(SCHEDULER, variance_type="learned"), 'variance_type "learned" is not covered; "fixed_large" is'),
         (without_betas, "beta_schedule null is not covered"),
         (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
         (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),

@@ -35,7 +35,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         raise InputError(
             f"{folder} is no folder of diffusers: it has neither model_index.json nor a UNet2DModel's config"
         )
-    config, model, image_shape = read_diffusers(folder, resolve_device("cpu"))
+    config, model, image_shape, variance = read_diffusers(folder, resolve_device("cpu"))
     config = dataclasses.replace(config, data=DataConfig(dataset=dataset))
     record = {
         "config": config.to_dict(),
@@ -43,6 +43,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "data": {"name": dataset, "image_shape": list(image_shape)},
         "versions": versions(),
         "imported": folder.resolve().name,
+        "variance": variance,
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with appearing(run, "--run") as partial:
@@ -88,7 +89,7 @@ def export_generator(
         num_steps = min(USUAL_STEPS[sampler], trained.schedule.num_timesteps)
     with appearing(out, "--out") as partial:
         if form == "diffusers":
-            save_diffusers(trained.model, trained.config, trained.image_shape[1], partial)
+            save_diffusers(trained.model, trained.config, trained.image_shape[1], trained.variance, partial)
         else:
             save_onnx(trained, sampler, num_steps, 1.0 if guidance is None else guidance, partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")

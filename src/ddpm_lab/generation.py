@@ -102,7 +102,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     )
     common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
     if config.sampler == "ddpm":
-        usual_variance: Variance = "beta" if num_steps == T else "beta_tilde"
+        usual_variance: Variance = trained.variance if num_steps == T else "beta_tilde"
         resolved = dataclasses.replace(resolved, variance=config.variance or usual_variance)
         own: dict[str, Any] = {"variance": resolved.variance}
     elif config.sampler == "heun":

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_lab.config import Config, DataConfig, DiffusionConfig, ModelConfig, Prediction
+from ddpm_lab.config import Config, DataConfig, DiffusionConfig, ModelConfig, Prediction, Variance
 from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet, build_unet
@@ -53,8 +53,8 @@ PROCESS = {
     "clip_sample": True,
     "num_train_timesteps": 1000,
     "trained_betas": None,
-    "variance_type": "fixed_large",
 }
+VARIANCES: dict[str, Variance] = {"fixed_large": "beta", "fixed_small": "beta_tilde"}
 YOUNGER_PROCESS = {"clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "thresholding": False}
 ATTENTION_OF_OLD = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 # Ours to diffusers', applied one after another to each parameter's name.
@@ -168,13 +168,14 @@ def is_diffusers(folder: Path) -> bool:
     return isinstance(config, dict) and "_class_name" in config
 
 
-def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tuple[int, int, int]]:
+def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tuple[int, int, int], Variance]:
     """A generator from a folder of `DDPMPipeline` or `UNet2DModel`.
 
     Args:
         folder: as `save_pretrained` writes it, weights in safetensors.
     Returns:
-        Its configuration (whose training is not known), the network on the device, and (C, H, W) of its images.
+        Its configuration (whose training is not known), the network on the device, (C, H, W) of its images, and the
+        variance that its pipeline samples with.
     Raises:
         InputError: files are absent or damaged, or a setting says something that is not covered; each by its name.
     """
@@ -182,11 +183,11 @@ def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tu
         _covered(folder / "model_index.json", _table(folder / "model_index.json"), {"_class_name": "DDPMPipeline"})
     unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older folders have all files at the top
     model_config, channels, size = _model_config(unet)
-    diffusion = _diffusion_config(_scheduler_of(folder))
+    diffusion, variance = _process(_scheduler_of(folder))
     config = Config(data=DataConfig(dataset=UNKNOWN), model=model_config, diffusion=diffusion)
     model = build_unet(model_config, channels, size, diffusion.num_timesteps).to(device)
     take_parameters(model, _their_parameters(unet), str(unet))
-    return config, model.eval().requires_grad_(False), (channels, size, size)
+    return config, model.eval().requires_grad_(False), (channels, size, size), variance
 
 
 def _scheduler_of(folder: Path) -> Path | None:
@@ -248,22 +249,27 @@ def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
     return config, channels, said["sample_size"]
 
 
-def _diffusion_config(path: Path | None) -> DiffusionConfig:
+def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
+    """What a scheduler's file says of the chain, and of the variance of a step back."""
     if path is None:
         warnings.warn(
             "no scheduler beside the network: taken for linear betas of T = 1000 that predict eps", stacklevel=2
         )
-        return DiffusionConfig()
+        return DiffusionConfig(), "beta"
     said = YOUNGER_PROCESS | {"prediction_type": "epsilon"} | _table(path)
     _covered(path, said, PROCESS | YOUNGER_PROCESS)
     prediction = PREDICTIONS.get(str(said["prediction_type"]))
+    variance = VARIANCES.get(str(said.get("variance_type")))
     if prediction is None:
         _covered(path, said, {"prediction_type": "epsilon"})
+    if variance is None:
+        _covered(path, said, {"variance_type": "fixed_large"})
     assert prediction is not None
+    assert variance is not None
     if said.get("beta_schedule") == "squaredcos_cap_v2":
-        return DiffusionConfig(schedule="cosine", prediction=prediction)
+        return DiffusionConfig(schedule="cosine", prediction=prediction), variance
     _covered(path, said, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
-    return DiffusionConfig(prediction=prediction)
+    return DiffusionConfig(prediction=prediction), variance
 
 
 def _their_parameters(folder: Path) -> dict[str, Tensor]:
@@ -284,7 +290,7 @@ def _their_parameters(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save_diffusers(model: UNet, config: Config, image_size: int, folder: Path) -> None:
+def save_diffusers(model: UNet, config: Config, image_size: int, variance: Variance, folder: Path) -> None:
     """Fill a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that samples what Algorithm 2 does here.
 
     Args:
@@ -304,6 +310,7 @@ def save_diffusers(model: UNet, config: Config, image_size: int, folder: Path) -
         betas = {"beta_schedule": "squaredcos_cap_v2"}
     scheduler = DDPMScheduler(
         num_train_timesteps=config.diffusion.num_timesteps, prediction_type=names[config.diffusion.prediction],
-        variance_type="fixed_large", clip_sample=True, timestep_spacing="trailing", **betas,
+        variance_type={ours: theirs for theirs, ours in VARIANCES.items()}[variance],
+        clip_sample=True, timestep_spacing="trailing", **betas,
     )  # fmt: skip
     DDPMPipeline(diffusers_network(model, image_size), scheduler).save_pretrained(folder, safe_serialization=True)

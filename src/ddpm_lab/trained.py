@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, parameters_sha256, read_meta
-from ddpm_lab.config import Config
+from ddpm_lab.config import Config, Variance
 from ddpm_lab.files import read_json
 from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
@@ -54,6 +54,11 @@ class TrainedModel:
     def num_classes(self) -> int:
         """How many classes the network can be told, 0 where it is told none."""
         return self.config.model.num_classes or 0
+
+    @property
+    def variance(self) -> Variance:
+        """Of the steps of Algorithm 2, where all are taken: the pipeline's that it was imported from, else beta."""
+        return cast(Variance, self.record.get("variance", "beta"))
 
     @property
     def run_dir(self) -> Path | None:
@@ -148,6 +153,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
         and all(isinstance(record.get(name, {}), dict) for name in ("versions", "from"))
+        and record.get("variance", "beta") in get_args(Variance)
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
     try:
@@ -200,7 +206,7 @@ def load(
 def _load_diffusers(folder: Path, weights: Weights, checkpoint: int | None, device: torch.device) -> TrainedModel:
     if weights == "raw" or checkpoint is not None:
         raise InputError(f"{folder} is of diffusers and has one set of weights; leave --weights and --checkpoint out")
-    config, model, image_shape = read_diffusers(folder, device)
+    config, model, image_shape, variance = read_diffusers(folder, device)
     return TrainedModel(
         name=str(folder),
         config=config,
@@ -210,7 +216,11 @@ def _load_diffusers(folder: Path, weights: Weights, checkpoint: int | None, devi
         step=0,
         weights="ema",
         folder=folder,
-        record={"config": config.to_dict(), "data": {"name": UNKNOWN, "image_shape": list(image_shape)}},
+        record={
+            "config": config.to_dict(),
+            "data": {"name": UNKNOWN, "image_shape": list(image_shape)},
+            "variance": variance,
+        },
     )
 
 
