@@ -224,7 +224,7 @@ def prepare(sound: Path) -> list[Target]:
     ]
     assert quietly([*told, "--model.num-classes", "10"])[0] == 0
     plain = ["--diffusion.num-timesteps", "1000", "--diffusion.schedule", "linear", "--evaluation.score-every", "2"]
-    plain += ["--evaluation.score-images", "4", "--evaluation.sample-steps", "2"]
+    plain += ["--evaluation.score-images", "20", "--evaluation.sample-steps", "2"]
     assert quietly([*told[:2], "--run", str(sound / "plain"), *device, *plain])[0] == 0
     export = ["export", "SOUND/plain", "--to", "diffusers", "--out", "SOUND/new"]
     assert quietly([part.replace("SOUND", str(sound)) for part in [*export[:-1], "SOUND/exported"]])[0] == 0
