@@ -17,7 +17,7 @@ from ddpm_lab.generation import build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
-from ddpm_lab.session import BANDS, LOG
+from ddpm_lab.session import BANDS, LOG, SCORES
 from ddpm_lab.settings import InputError, fits, require
 from ddpm_lab.trained import TrainedModel
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN: dict[str, Any] = {"images": int, "loss": float, "images_per_second": float}  # of a line of log.jsonl
+MARKS = ("o-", "s--", "^:", "d-.")  # of scores with different labels
 WIDTH, HEIGHT = 8.4, 2.9  # inches, of a row of panels
 
 
@@ -94,10 +95,12 @@ class RunLog:
     Attributes:
         name: of its folder.
         lines: of log.jsonl.
+        scores: images seen, Frechet distance and its label, of each record in scores.jsonl that has one.
     """
 
     name: str
     lines: list[dict[str, Any]]
+    scores: list[tuple[float, float, str]]
 
 
 def read_runs(runs: Sequence[Path]) -> list[RunLog]:
@@ -114,7 +117,7 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
         lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
         if not lines:
             raise InputError(f"run {run} has no line in log.jsonl yet")
-        logs.append(RunLog(run.resolve().name, lines))
+        logs.append(RunLog(run.resolve().name, lines, _scores(run, lines[-1])))
     return logs
 
 
@@ -130,9 +133,22 @@ def _is_drawn(line: dict[str, Any]) -> bool:
     )
 
 
+def _scores(run: Path, last: dict[str, Any]) -> list[tuple[float, float, str]]:
+    found = []
+    for record in read_lines(run / SCORES):
+        fid = record.get("fid")
+        if isinstance(fid, dict) and fits(fid.get("value"), float) and isinstance(record.get("fid_label"), str):
+            found.append((record["step"] * last["images"] / max(last["step"], 1), fid["value"], record["fid_label"]))
+    return found
+
+
 def training_figure(logs: Sequence[RunLog]) -> "Figure":
-    """Loss over images seen (validation dashed), loss in ten bands of t at the end, and images per second."""
-    figure, (loss, bands, speed) = _panels(3)
+    """Loss over images seen (validation dashed), loss in ten bands of t at the end, images per second; and scores.
+
+    The Frechet distance has a panel where any run has one on record; those of different labels are lines apart.
+    """
+    labels = list(dict.fromkeys(label for log in logs for _, _, label in log.scores))
+    figure, (loss, bands, speed, *distance) = _panels(4, rows=2) if labels else _panels(3)
     for index, log in enumerate(logs):
         colour = COLOURS[index % len(COLOURS)]
         images = [line["images"] for line in log.lines]
@@ -145,6 +161,13 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
         means = [float(np.nanmean(column)) if not np.isnan(column).all() else np.nan for column in by_band.T]
         bands.plot((np.arange(len(means)) + 0.5) / len(means), means, color=colour, marker="o", markersize=3)
         speed.plot(images, [line["images_per_second"] for line in log.lines], color=colour, linewidth=1)
+        for label in labels:
+            points = [(seen, value) for seen, value, named in log.scores if named == label]
+            if points:
+                style = MARKS[labels.index(label) % len(MARKS)]
+                distance[0].plot(*zip(*points, strict=True), style, color=colour, linewidth=1, markersize=4)
+    for label, style in zip(labels, MARKS, strict=False):
+        distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=label)
     loss.set(xscale="linear", yscale="log")
     bands.set(yscale="log", xlim=(0, 1))
     speed.set_ylim(bottom=0)
@@ -152,12 +175,16 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
         (loss, "images seen", "loss (dashed: validation)"),
         (bands, "t / T, ten bands", "loss, last tenth of the run"),
         (speed, "images seen", "images per second"),
+        *((axes, "images seen", "Frechet distance") for axes in distance),
     ):
         axes.set_xlabel(x, fontsize=9)
         axes.set_ylabel(y, fontsize=9)
-    for axes in (loss, speed):
+    for axes in (loss, speed, *distance):
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     loss.legend(fontsize=7, frameon=False)
+    for axes in distance:
+        axes.set_yscale("log")
+        axes.legend(fontsize=7, frameon=False)
     return figure
 
 

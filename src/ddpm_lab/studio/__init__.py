@@ -1,1 +1,8 @@
 """`ddpm studio`: a page on this machine over what the commands do; it calls their functions and holds no maths."""
+
+import os
+import tempfile
+
+HELD = tempfile.TemporaryDirectory(prefix="ddpm-studio-")  # all that the page writes; it goes when the process does
+os.environ["GRADIO_TEMP_DIR"] = HELD.name  # these are read when gradio is imported, which is after this
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

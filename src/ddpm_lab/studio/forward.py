@@ -19,10 +19,12 @@ from ddpm_lab.forward import Curves, Process, forward_states, processes, snr_at
 from ddpm_lab.images import visible_scale
 from ddpm_lab.reverse import reconstruct
 from ddpm_lab.settings import InputError
-from ddpm_lab.studio.sources import model_names, open_model
+from ddpm_lab.studio.sources import model_names, open_model, whole
+from ddpm_lab.studio.sources import told as told_on_page
 
 CHAINS = (500, 1000, 2000)
-SIDE = 28  # pixels of what is drawn or uploaded, where no model says otherwise
+DRAWN, UPLOADED = 28, 64  # pixels a side of what is drawn, as MNIST's are, and of what is uploaded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 30_000_000  # of an upload
 
 
@@ -59,20 +61,25 @@ def fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
 
 
 def uploaded(content: bytes) -> Image.Image:
-    """A picture from a file's bytes, 28 pixels wide and high.
+    """A picture from a file's bytes, 64 pixels wide and high; what is transparent is white.
 
     Raises:
         InputError: no picture, a damaged one, or one that is too large.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise InputError(
                     f"this picture has {opened.width} x {opened.height} pixels; {MOST_PIXELS:,} are the most"
                 )
             upright = ImageOps.exif_transpose(opened)
-            grey = upright.mode in ("1", "L", "LA", "I;16", "I")
-            return ImageOps.fit(upright.convert("L" if grey else "RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)
+            if upright.mode.startswith("I"):  # sixteen bits, which `convert` would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+            grey = upright.mode in ("1", "L", "LA")
+            if "A" in upright.mode or "transparency" in upright.info:
+                seen = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+            return ImageOps.fit(upright.convert("L" if grey else "RGB"), (UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
     except InputError:
         raise
     except Exception as error:  # of as many kinds as there are formats and faults
@@ -97,8 +104,8 @@ def drawn(sketch: dict[str, Any] | None) -> Image.Image:
     picture = Image.fromarray(grey.astype(np.uint8), "L")
     box = picture.point(lambda value: 255 * (value > 30)).getbbox()
     cut = ImageOps.contain(picture.crop(box), (20, 20), Image.Resampling.LANCZOS)  # as MNIST's are: 20 of 28 pixels
-    ground = Image.new("L", (SIDE, SIDE), 0)
-    ground.paste(cut, ((SIDE - cut.width) // 2, (SIDE - cut.height) // 2))
+    ground = Image.new("L", (DRAWN, DRAWN), 0)
+    ground.paste(cut, ((DRAWN - cut.width) // 2, (DRAWN - cut.height) // 2))
     return ground
 
 
@@ -108,9 +115,15 @@ def _images(dataset: str) -> Tensor:
 
 
 def chosen(dataset: str, index: float) -> Image.Image:
-    """A test image of a data set."""
+    """A test image of a data set.
+
+    Raises:
+        InputError: it has no image of that number.
+    """
     images = _images(dataset)
-    image = images[int(index) % len(images)].permute(1, 2, 0).numpy()
+    if not 0 <= int(index) < len(images):
+        raise InputError(f"{dataset} has test images 0 to {len(images) - 1:,}, not {int(index):,}")
+    image = images[int(index)].permute(1, 2, 0).numpy()
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
@@ -132,10 +145,10 @@ def denoised(
     row = torch.stack([x_0, to_uint8(x_t[0]), to_uint8(out[0])])[None]
     scale = 2 * visible_scale(x_0.shape[-1])
     table = image_table(row, scale=scale, captions=[("", ["the image", f"at t = {t}", "denoised"])])
-    yield framed(table), f"denoised from t = {t} of {T} by {name}"
+    yield framed(table), f"denoised from t = {t} of {T} by {name}, with noise of its own"
 
 
-def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
+def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     """Lay out the tab and say what its controls do."""
     datasets, names = here(), model_names(runs)
     picture = gr.State(None)
@@ -171,39 +184,34 @@ def forward_tab(page: gr.Blocks, runs: Path, device: str) -> None:
                 visible=False, alt_text="the image, noised, and denoised again",
             )  # fmt: skip
 
-    def told_as_error(act: Any, *values: Any) -> Any:
-        try:
-            return act(*values)
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    def show(found: Image.Image | None, at: float) -> Any:
-        found = found or chosen(datasets[0], 0)
-        return found, *noised(found, at)
-
-    def from_dataset(name: str, number_: float, at: float) -> Any:
+    # A picture is chosen by one handler and shown by another, so that neither a late picture nor a late t is lost.
+    @told_on_page
+    def from_dataset(name: str, number_: float | None) -> Image.Image:
         if name not in datasets:
-            raise gr.Error("there is no such data set here", print_exception=False)
-        return show(chosen(name, number_ or 0), at)
+            raise InputError("there is no such data set here")
+        return chosen(name, whole(number_, "image"))
 
-    def from_drawing(held: dict[str, Any] | None, at: float) -> Any:
-        return show(told_as_error(drawn, held), at)
+    @told_on_page
+    def from_file(content: bytes | None) -> Any:
+        return gr.skip() if content is None else uploaded(content)
 
-    def from_file(content: bytes | None, at: float) -> Any:
-        return (gr.skip(), gr.skip(), gr.skip()) if content is None else show(told_as_error(uploaded, content), at)
+    @told_on_page
+    def show(found: Image.Image | None, at: float) -> Any:
+        return noised(found or chosen(datasets[0], 0), at)
 
+    @told_on_page
     def run(name: str, found: Image.Image | None, at: float) -> Iterator[Any]:
-        try:
-            for row, words in denoised(runs, device, name, found or chosen(datasets[0], 0), at):
-                yield gr.skip() if row is None else gr.Image(value=row, visible=True), words
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        for row, words in denoised(runs, device, name, found or chosen(datasets[0], 0), at):
+            yield gr.skip() if row is None else gr.Image(value=row, visible=True), words
 
-    shown = [picture, *chains]
-    for control in (dataset, index):
-        control.change(from_dataset, [dataset, index, fraction], shown, show_progress="hidden")
-    use.click(from_drawing, [sketch, fraction], shown, show_progress="hidden")
-    upload.upload(from_file, [upload, fraction], shown, show_progress="hidden")
-    fraction.change(show, [picture, fraction], shown, show_progress="hidden", trigger_mode="always_last")
-    page.load(show, [picture, fraction], shown, show_progress="hidden")
-    denoise.click(run, [model, picture, fraction], [result, told], show_progress="hidden")
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    for event in (
+        gr.on([dataset.change, index.change], from_dataset, [dataset, index], picture, **quiet),
+        use.click(told_on_page(drawn), sketch, picture, **quiet),
+        upload.upload(from_file, upload, picture, **quiet),
+    ):
+        event.success(show, [picture, fraction], chains, **quiet)
+    fraction.change(show, [picture, fraction], chains, trigger_mode="always_last", **quiet)
+    page.load(show, [picture, fraction], chains, **quiet)
+    denoise.click(run, [model, picture, fraction], [result, told], **quiet)
+    gr.on([page.load, tab.select], lambda: gr.Dropdown(model_names(runs)), None, model, **quiet)

@@ -20,8 +20,8 @@ from ddpm_lab.generation import build_sampler, trajectory
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.reverse import Trajectory, describe_generator, reverse_frames
-from ddpm_lab.settings import InputError
-from ddpm_lab.studio.sources import model_names, new_folder, open_model
+from ddpm_lab.studio.sources import model_names, new_folder, open_model, whole
+from ddpm_lab.studio.sources import told as told_on_page
 from ddpm_lab.trained import TrainedModel
 
 MOST_IMAGES, KEPT_STATES = 64, 41
@@ -40,9 +40,9 @@ class Made:
 def settings(
     trained: TrainedModel,
     sampler: str,
-    steps: float,
+    steps: float | None,
     eta: float,
-    seed: float,
+    seed: float | None,
     count: float,
     asked: str,
     guidance: float,
@@ -55,29 +55,36 @@ def settings(
     told = trained.num_classes > 0
     return SamplingConfig(
         sampler=sampler,  # type: ignore[arg-type]  # checked by the configuration
-        num_steps=int(steps),
+        num_steps=whole(steps, "steps"),
         eta=float(eta) if sampler in ("ddim", "dpmpp") and eta else None,
-        seed=int(seed),
+        seed=whole(seed, "seed"),
         batch_size=int(count),
         class_=(int(asked),) if told and asked.isdecimal() else (),
         guidance=float(guidance) if told and guidance != 1 else None,
     )
 
 
-def command_line(source: str, config: SamplingConfig) -> str:
-    """What repeats the images in a shell, to the bit."""
-    words = ["ddpm", "sample", source, "--num-images", str(config.batch_size), "--batch-size", str(config.batch_size)]
+def command_line(trained: TrainedModel, config: SamplingConfig, device: str) -> str:
+    """What repeats the images in a shell, to the bit, also when the run has gone on."""
+    words = ["ddpm", "sample", trained.name]
+    if trained.run_dir is not None:
+        words += ["--checkpoint", str(trained.step)]
+    if device != "auto":
+        words += ["--device", device]
+    words += ["--num-images", str(config.batch_size), "--batch-size", str(config.batch_size)]
     words += ["--sampler", config.sampler, "--num-steps", str(config.num_steps), "--seed", str(config.seed)]
     if config.eta is not None:
-        words += ["--eta", f"{config.eta:g}"]
+        words += ["--eta", repr(config.eta)]
     if config.class_:
         words += ["--class", *map(str, config.class_)]
     if config.guidance is not None:
-        words += ["--guidance", f"{config.guidance:g}"]
+        words += ["--guidance", repr(config.guidance)]
     return shlex.join([*words, "--out", "images.png"])
 
 
-def watch(trained: TrainedModel, config: SamplingConfig) -> Iterator[tuple[Picture, Picture, str, Made | None]]:
+def watch(
+    trained: TrainedModel, config: SamplingConfig, device: str
+) -> Iterator[tuple[Picture, Picture, str, Made | None]]:
     """Sample, and show the state and the predicted image as they change.
 
     Yields:
@@ -87,21 +94,20 @@ def watch(trained: TrainedModel, config: SamplingConfig) -> Iterator[tuple[Pictu
     every = max(1, -(-sampler.num_steps // (KEPT_STATES - 1)))
     kept: list[tuple[int, Tensor, Tensor]] = []
     begun = shown = time.monotonic()
-    with torch.no_grad():
-        for index, step in enumerate(trajectory(trained, sampler)):
-            last = index + 1 == sampler.num_steps
-            if index % every == 0 or last:
-                kept.append((step.t + 1, to_uint8(step.x_t).cpu(), to_uint8(step.x_0_hat).cpu()))
-            if index == 0 or last or time.monotonic() - shown > LEAST_SECONDS:
-                shown = time.monotonic()
-                words = f"step {index + 1} of {sampler.num_steps}, {shown - begun:.1f} s"
-                yield grid(to_uint8(step.x_s)), grid(to_uint8(step.x_0_hat)), words, None
+    for index, step in enumerate(trajectory(trained, sampler)):
+        last = index + 1 == sampler.num_steps
+        if index % every == 0 or last:
+            kept.append((step.t + 1, to_uint8(step.x_t).cpu(), to_uint8(step.x_0_hat).cpu()))
+        if index == 0 or last or time.monotonic() - shown > LEAST_SECONDS:
+            shown = time.monotonic()
+            words = f"step {index + 1} of {sampler.num_steps}, {shown - begun:.1f} s"
+            yield grid(to_uint8(step.x_s)), grid(to_uint8(step.x_0_hat)), words, None
     images = to_uint8(step.x_s).cpu()
     kept.append((0, images, images))
     timesteps, x_t, x_0_hat = zip(*kept, strict=True)
     seen = Trajectory(describe_generator(trained, sampler), list(timesteps), torch.stack(x_t), torch.stack(x_0_hat))
     done = f"{len(images)} images by {sampler.num_evaluations} evaluations each, {time.monotonic() - begun:.1f} s"
-    yield grid(images), grid(images), done, Made(seen, command_line(trained.name, config))
+    yield grid(images), grid(images), done, Made(seen, command_line(trained, config, device))
 
 
 def grid(images: Tensor) -> Picture:
@@ -132,8 +138,9 @@ def _picture(title: str, name: str, words: str) -> gr.Image:
         )  # fmt: skip
 
 
-def generate_tab(runs: Path, device: str) -> None:
+def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     """Lay out the tab and say what its controls do."""
+
     names = model_names(runs)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -165,29 +172,28 @@ def generate_tab(runs: Path, device: str) -> None:
                 downloads = gr.Files(label="Downloads", interactive=False, elem_id="downloads")
     made = gr.State(None)
 
+    @told_on_page
     def choose(name: str) -> Any:
-        try:
-            trained = open_model(runs, name, device)
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        count = trained.num_classes
+        count = open_model(runs, name, device).num_classes
         return gr.Row(visible=count > 0), gr.Dropdown(["all in turn", *map(str, range(count))], value="all in turn")
 
+    @told_on_page
     def run(name: str, *values: Any) -> Iterator[Any]:
-        try:
-            trained = open_model(runs, name, device)
-            config = settings(trained, *values)
-            hidden = gr.update(visible=False)
-            for left, right, words, result in watch(trained, config):
-                if result is None:
-                    yield left, right, words, None, hidden, hidden, hidden, None
-                else:
-                    last = len(result.seen.timesteps) - 1
-                    slider = gr.Slider(minimum=0, maximum=last, value=last, visible=True)
-                    code = gr.Code(value=result.command, visible=True)
-                    yield left, right, words, result, slider, code, gr.Row(visible=True), files(result, films=False)
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        trained = open_model(runs, name, device)
+        config = settings(trained, *values)
+        hidden = gr.update(visible=False)
+        for left, right, words, result in watch(trained, config, device):
+            if result is None:
+                yield left, right, words, None, hidden, hidden, hidden, None
+            else:
+                last = len(result.seen.timesteps) - 1
+                slider = gr.Slider(minimum=0, maximum=last, value=last, visible=True)
+                code = gr.Code(value=result.command, visible=True)
+                yield left, right, words, result, slider, code, gr.Row(visible=True), files(result, films=False)
+
+    @told_on_page
+    def film(held: Made | None) -> list[str] | None:
+        return files(held, films=True) if held else None
 
     def look(held: Made | None, index: float) -> Any:
         if held is None:
@@ -198,9 +204,10 @@ def generate_tab(runs: Path, device: str) -> None:
     source.change(choose, source, [classes, asked])
     controls = [source, sampler, steps, eta, seed, count, asked, guidance]
     results = [x_t, x_0, told, made, back, command, after, downloads]
-    running = go.click(run, controls, results, concurrency_limit=4, show_progress="hidden")
+    filming = films.click(film, made, downloads)
+    running = go.click(run, controls, results, concurrency_limit=4, show_progress="hidden", cancels=[filming])
     # told afterwards, or the last line of what is being stopped may come later
     stopped = stop.click(None, cancels=[running], queue=False)
     stopped.then(lambda: "stopped", None, told, show_progress="hidden", queue=False)
-    back.release(look, [made, back], [x_t, x_0, told], show_progress="hidden", queue=False)
-    films.click(lambda held: files(held, films=True) if held else None, made, downloads)
+    back.input(look, [made, back], [x_t, x_0, told], show_progress="hidden", queue=False, trigger_mode="always_last")
+    gr.on([page.load, tab.select], lambda: gr.Dropdown(model_names(runs)), None, source, show_progress="hidden")

@@ -1,13 +1,15 @@
 """The page whole: its tabs, its look, and how it is served: to this machine only, with nothing from elsewhere."""
 
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before it is imported
+from types import FrameType
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import forward_tab
@@ -16,6 +18,7 @@ from ddpm_lab.studio.runs import runs_tab
 from ddpm_lab.studio.scores import scores_tab
 
 HOST = "127.0.0.1"  # this machine alone
+LOOKS = 5.0  # seconds between looks at the disk
 STYLE = """
 .gradio-container { max-width: 1200px !important; }
 .pixels img { image-rendering: pixelated; }
@@ -28,23 +31,34 @@ def build_page(runs: Path, device: str) -> gr.Blocks:
     page: gr.Blocks
     with gr.Blocks(title="ddpm-lab studio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# ddpm-lab studio")
-        with gr.Tab("Generate", id="generate"):
-            generate_tab(runs, device)
-        with gr.Tab("Forward", id="forward"):
-            forward_tab(page, runs, device)
-        with gr.Tab("Runs", id="runs-tab"):
-            runs_tab(page, runs)
-        with gr.Tab("Scores", id="scores-tab"):
-            scores_tab(page, runs, device)
+        timer = gr.Timer(LOOKS, active=False)  # outside the tabs, for what is in one is not there until it is opened
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate") as generate:
+                generate_tab(page, generate, runs, device)
+            with gr.Tab("Forward", id="forward") as forward:
+                forward_tab(page, forward, runs, device)
+            with gr.Tab("Runs", id="runs-tab") as seen:
+                runs_tab(page, seen, timer, runs)
+            with gr.Tab("Scores", id="scores-tab") as scores:
+                scores_tab(page, scores, runs, device)
+        # one handler for all tabs, or that of the tab one leaves may come after that of the tab one goes to
+        tabs.select(_looking, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
     return page
+
+
+def _looking(chosen: gr.SelectData) -> gr.Timer:
+    """The disk is looked at only while somebody looks at the runs."""
+    return gr.Timer(active=chosen.value == "Runs")
 
 
 def serve(runs: Path, port: int, device: str) -> None:
     """Serve the page until it is interrupted.
 
     Raises:
-        InputError: the port is taken, or no port.
+        InputError: the port is taken, or no port; `runs` is a file.
     """
+    if runs.exists() and not runs.is_dir():
+        raise InputError(f"--runs {runs} is a file; name the folder that holds runs")
     if not 0 < port < 65536:
         raise InputError(f"--port must be from 1 to 65535, not {port}")
     with socket.socket() as probe:
@@ -60,13 +74,22 @@ def serve(runs: Path, port: int, device: str) -> None:
         color_accent="*primary_600",  # of the chosen tab
         body_text_color_subdued="*neutral_500",
     )
+    # A name that a stranger's page has pointed at this machine is not ours.
+    known = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))  # it asks itself
+    signal.signal(signal.SIGTERM, _end)
     page = build_page(runs.resolve(), device)
     page.queue(default_concurrency_limit=4).launch(
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=False, max_file_size="10mb",
-        theme=theme, css=STYLE, footer_links=[], prevent_thread_lock=True, pwa=False, ssr_mode=False, mcp_server=False,
+        theme=theme, css=STYLE, footer_links=[], prevent_thread_lock=True, pwa=False, ssr_mode=False,
+        mcp_server=False, app_kwargs={"middleware": [known]},
     )  # fmt: skip
     print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,6 +1,9 @@
 """The tab of runs: how far each has come, curves side by side, sample grids of the same seeds by step, reports."""
 
+import dataclasses
 import html
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,23 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lab.checkpoint import checkpoint_steps
-from ddpm_lab.curves import read_runs, training_figure
+from ddpm_lab.curves import RunLog, read_runs, training_figure
 from ddpm_lab.drawing import Picture, rendered
-from ddpm_lab.log import read_lines
 from ddpm_lab.session import LOG, SCORES
 from ddpm_lab.settings import InputError
-from ddpm_lab.studio.sources import run_folders
+from ddpm_lab.studio.sources import entries_of, inside, run_folders
+from ddpm_lab.studio.sources import told as told_on_page
 from ddpm_lab.trained import read_run_record
 
 COLUMNS = ("run", "steps", "loss", "T", "betas", "predicts", "last score, or what is wrong")
 MOST_CURVES = 7  # as many as there are colours
-SECONDS = 5.0  # between looks at the disk
 REPORT = '<iframe title="report" sandbox="allow-scripts" style="width:100%;height:80vh;border:0" srcdoc="{}"></iframe>'
+# What comes first in it: it may ask nothing of any machine, and its links to its own parts stay in it.
+POLICY = "default-src 'none'; img-src data:; media-src data:; font-src data:; " + (
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+ALONE = f'<!doctype html><meta http-equiv="Content-Security-Policy" content="{POLICY}"><base href="about:srcdoc">'
+GRID = re.compile(r"step_(\d{8})\.png")
 
 
 def run_names(runs: Path) -> list[str]:
@@ -30,18 +38,20 @@ def run_names(runs: Path) -> list[str]:
 
 def run_table(runs: Path) -> list[list[str]]:
     """A row for each run, with `COLUMNS`; of a broken one what is wrong with it."""
-    return [_row(runs / name, name) for name in run_names(runs)]
+    return [_row(runs, name) for name in run_names(runs)]
 
 
-def _row(path: Path, name: str) -> list[str]:
+def _row(runs: Path, name: str) -> list[str]:
+    path = runs / name
     try:
         _, config, _ = read_run_record(path / "config.json")
-        lines, steps = read_lines(path / LOG), checkpoint_steps(path)
+        steps = checkpoint_steps(path)
     except (InputError, OSError) as error:
         return [name, "broken", "", "", "", "", str(error)]
+    lines = entries_of(runs, path / LOG)
+    scores = [line for line in entries_of(runs, path / SCORES) if isinstance(line.get("fid"), dict)]
     step = max([line["step"] for line in lines[-1:]] + steps[-1:], default=0)
     loss = lines[-1].get("loss") if lines else None
-    scores = [line for line in read_lines(path / SCORES) if isinstance(line.get("fid"), dict)]
     fid = scores[-1]["fid"].get("value") if scores else None
     return [
         name,
@@ -55,7 +65,7 @@ def _row(path: Path, name: str) -> list[str]:
 
 
 def curves(runs: Path, names: list[str]) -> Picture | None:
-    """Curves of training of some runs; None where there is nothing to draw.
+    """Curves of training and scores of some runs; None where there is nothing to draw.
 
     Raises:
         InputError: more runs than there are colours, or one that is not there.
@@ -63,27 +73,33 @@ def curves(runs: Path, names: list[str]) -> Picture | None:
     known = set(run_names(runs))
     if len(names) > MOST_CURVES or not set(names) <= known:
         raise InputError(f"choose up to {MOST_CURVES} of the runs that are here")
-    drawn = []
+    drawn: list[RunLog] = []
     for name in names:
+        if not inside(runs, runs / name / LOG):
+            continue
         try:
-            drawn += read_runs([runs / name])
-        except InputError:
-            continue  # which has no line yet
+            drawn += [dataclasses.replace(log, name=name) for log in read_runs([runs / name])]
+        except (InputError, OSError):
+            continue  # which has no line yet, or none that can be read
     return rendered(training_figure(drawn)) if drawn else None
 
 
 def grid_steps(runs: Path, names: list[str]) -> list[int]:
     """The steps at which all of some runs have a sample grid, ascending."""
-    found = [{int(path.stem[5:]) for path in (runs / name / "samples").glob("step_????????.png")} for name in names]
+    found = [
+        {int(known[1]) for path in (runs / name / "samples").glob("*.png") if (known := GRID.fullmatch(path.name))}
+        for name in names
+    ]
     return sorted(set.intersection(*found)) if found else []
 
 
 def grid_at(runs: Path, name: str, step: int) -> Picture | None:
     """A run's sample grid; None where there is none, or it is damaged."""
-    if name not in run_names(runs):
+    path = runs / name / "samples" / f"step_{step:08d}.png"
+    if name not in run_names(runs) or not inside(runs, path):
         return None
     try:
-        with Image.open(runs / name / "samples" / f"step_{step:08d}.png") as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError):
         return None
@@ -91,11 +107,11 @@ def grid_at(runs: Path, name: str, step: int) -> Picture | None:
 
 def report_names(runs: Path) -> list[str]:
     """Studies and runs below the folder that have a report."""
-    return sorted(str(path.parent.relative_to(runs)) for path in runs.glob("**/report.html") if _inside(runs, path))
-
-
-def _inside(runs: Path, path: Path) -> bool:
-    return path.resolve().is_relative_to(runs.resolve()) and path.is_file()
+    return sorted(
+        str(path.parent.relative_to(runs))
+        for path in runs.glob("**/report.html")
+        if path.is_file() and inside(runs, path)
+    )
 
 
 def report(runs: Path, name: str) -> str:
@@ -106,11 +122,22 @@ def report(runs: Path, name: str) -> str:
     """
     if name not in report_names(runs):
         raise InputError(f"there is no report {name!r} here")
-    return REPORT.format(html.escape((runs / name / "report.html").read_text(encoding="utf-8", errors="replace")))
+    return REPORT.format(html.escape(ALONE + (runs / name / "report.html").read_text("utf-8", errors="replace")))
 
 
-def runs_tab(page: gr.Blocks, runs: Path) -> None:
-    """Lay out the tab and say what its controls do."""
+def _stamp(runs: Path) -> list[tuple[str, int, int]]:
+    """What changes when anything that the tab shows does."""
+    found = []
+    for folder in run_folders(runs):
+        for path in (folder / LOG, folder / SCORES, folder / "config.json", folder / "samples", folder / "checkpoints"):
+            with suppress(OSError):
+                held = path.stat()
+                found.append((str(path), held.st_mtime_ns, held.st_size))
+    return found
+
+
+def runs_tab(page: gr.Blocks, tab: gr.Tab, timer: gr.Timer, runs: Path) -> None:
+    """Lay out the tab and say what its controls do; at each tick of the timer it looks at the disk."""
     names, reports = run_names(runs), report_names(runs)
     first = next((name for name in names if grid_steps(runs, [name])), None)  # whose grids are shown
     second = next((name for name in reversed(names) if first and grid_steps(runs, [first, name])), None)
@@ -119,9 +146,11 @@ def runs_tab(page: gr.Blocks, runs: Path) -> None:
         run_table(runs), headers=list(COLUMNS), interactive=False, wrap=True, elem_id="runs", label="Runs"
     )
     with gr.Accordion("Curves", open=True):
-        drawn = gr.Dropdown(names, value=logged[:3], multiselect=True, label="Runs", elem_id="curves-of")
+        drawn = gr.Dropdown(
+            names, value=logged[:3], multiselect=True, max_choices=MOST_CURVES, label="Runs", elem_id="curves-of"
+        )
         figure = gr.Image(show_label=False, interactive=False, format="png", elem_id="curves", buttons=["fullscreen"],
-                          alt_text="loss, loss by timestep and speed of the runs chosen")  # fmt: skip
+                          alt_text="loss, loss by timestep, speed and scores of the runs chosen")  # fmt: skip
     with gr.Accordion("Samples of the same seeds", open=True):
         with gr.Row():
             left = gr.Dropdown(names, value=first, label="Left", elem_id="left")
@@ -138,11 +167,11 @@ def runs_tab(page: gr.Blocks, runs: Path) -> None:
         chosen = gr.Dropdown(reports, value=None, label="Report", elem_id="report-of")
         shown = gr.HTML("", elem_id="report")
 
+    seen = gr.State(None)
+
+    @told_on_page
     def draw(wanted: list[str] | None) -> Any:
-        try:
-            return curves(runs, wanted or [])
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        return curves(runs, wanted or [])
 
     def look(one: str | None, other: str | None, at: float) -> Any:
         pair = [name for name in (one, other) if name in run_names(runs)]
@@ -152,20 +181,25 @@ def runs_tab(page: gr.Blocks, runs: Path) -> None:
         step = steps[round(at * (len(steps) - 1))]
         return f"step {step:,}", grid_at(runs, pair[0], step), grid_at(runs, pair[1], step)
 
-    def open_report(name: str | None) -> Any:
-        try:
-            return report(runs, name) if name else ""
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    @told_on_page
+    def open_report(name: str | None) -> str:
+        return report(runs, name) if name else ""
 
-    def again(wanted: list[str] | None) -> Any:
-        return run_table(runs), draw(wanted)
+    def again(wanted: list[str] | None, before: Any) -> Any:
+        """The table, curves, choices and stamp anew, where anything on the disk has changed."""
+        now = _stamp(runs)
+        if now == before:
+            return [gr.skip()] * 7
+        there = run_names(runs)
+        kept = [name for name in wanted or [] if name in there][:MOST_CURVES]
+        choices = gr.Dropdown(there)
+        return run_table(runs), curves(runs, kept), choices, choices, choices, gr.Dropdown(report_names(runs)), now
 
-    quiet = {"show_progress": "hidden"}
-    drawn.change(draw, drawn, figure, **quiet)  # type: ignore[arg-type]
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    shown_again = [table, figure, drawn, left, right, chosen, seen]
+    drawn.change(draw, drawn, figure, **quiet)
     for control in (left, right, place):
-        control.change(look, [left, right, place], [told, *grids], **quiet)  # type: ignore[arg-type]
-    chosen.change(open_report, chosen, shown, **quiet)  # type: ignore[arg-type]
-    page.load(again, drawn, [table, figure], **quiet)  # type: ignore[arg-type]
-    page.load(look, [left, right, place], [told, *grids], **quiet)  # type: ignore[arg-type]
-    gr.Timer(SECONDS).tick(again, drawn, [table, figure], **quiet)  # type: ignore[arg-type]
+        control.change(look, [left, right, place], [told, *grids], **quiet)
+    chosen.change(open_report, chosen, shown, **quiet)
+    gr.on([page.load, tab.select, timer.tick], again, [drawn, seen], shown_again, **quiet)
+    page.load(look, [left, right, place], [told, *grids], **quiet)

@@ -8,13 +8,13 @@ import gradio as gr
 
 from ddpm_lab.cell import MEASURES
 from ddpm_lab.config import SamplingConfig, ScoringConfig
-from ddpm_lab.log import read_lines
+from ddpm_lab.data import DATASETS, here
 from ddpm_lab.scores import evaluate_source, score_table
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.runs import run_names
-from ddpm_lab.studio.sources import model_names, new_folder, open_model
-from ddpm_lab.trained import packaged_names
+from ddpm_lab.studio.sources import entries_of, model_names, new_folder, open_model, source_of, whole
+from ddpm_lab.studio.sources import told as told_on_page
 
 COLUMNS = ("step", "images", "distance", "its value", "95 % interval", "floor", "Inception Score", "KID", "sampled by")
 NEAREST = ScoringConfig(metrics=("memorisation",), bootstrap=0)
@@ -22,7 +22,7 @@ NEAREST = ScoringConfig(metrics=("memorisation",), bootstrap=0)
 
 def scored_runs(runs: Path) -> list[str]:
     """Runs below the folder that have a score on record, by their path there."""
-    return [name for name in run_names(runs) if records(runs, name)]
+    return [name for name in run_names(runs) if _records(runs, name)]
 
 
 def records(runs: Path, name: str) -> list[dict[str, Any]]:
@@ -33,10 +33,11 @@ def records(runs: Path, name: str) -> list[dict[str, Any]]:
     """
     if name not in run_names(runs):
         raise InputError(f"there is no run {name!r} here")
-    try:
-        lines = read_lines(runs / name / SCORES) + read_lines(runs / name / MEASURES)
-    except (InputError, OSError):
-        return []
+    return _records(runs, name)
+
+
+def _records(runs: Path, name: str) -> list[dict[str, Any]]:
+    lines = entries_of(runs, runs / name / SCORES) + entries_of(runs, runs / name / MEASURES)
     return [line for line in lines if "fid_label" in line]
 
 
@@ -50,11 +51,11 @@ def _row(record: dict[str, Any]) -> list[str]:
     known = _scores(floor).get("fid")
     sampler, evaluations = record.get("sampler"), record.get("num_evaluations")
     return [
-        f"{record.get('step') or 0:,}",
-        f"{record.get('num_images') or 0:,}",
+        _number(record.get("step")),
+        _number(record.get("num_images")),
         str(record["fid_label"]).partition(" (")[0] if fid else "",
         _number(fid.get("value")),
-        f"{_number(fid['low'])} to {_number(fid['high'])}" if _number(fid.get("low")) else "",
+        f"{_number(fid.get('low'))} to {_number(fid.get('high'))}" if _number(fid.get("low")) else "",
         _number(known),
         _number(_scores(record.get("inception_score")).get("value")),
         _number(_scores(record.get("kid")).get("value")),
@@ -67,7 +68,7 @@ def _scores(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else ""
 
 
 def told(record: dict[str, Any]) -> str:
@@ -78,7 +79,7 @@ def told(record: dict[str, Any]) -> str:
         return "this record lacks what a record of this version has; it is below as it stands"
 
 
-def nearest(runs: Path, name: str, num_images: float, seed: float, device: str) -> tuple[str, str, str]:
+def nearest(runs: Path, name: str, num_images: float, seed: float | None, device: str) -> tuple[str, str, str]:
     """Sample, and find the training image nearest to each sample, among the features of the classifier.
 
     Returns:
@@ -87,22 +88,28 @@ def nearest(runs: Path, name: str, num_images: float, seed: float, device: str) 
     Raises:
         InputError: no such model, or none whose training images and classifier are here.
     """
-    open_model(runs, name, device)  # refuses what is not to be opened
-    source = name if name in packaged_names() else str(runs / name)
-    sampling = SamplingConfig(sampler="dpmpp", num_steps=20, seed=int(seed))
+    trained, source = open_model(runs, name, device), source_of(runs, name)
+    dataset = trained.config.data.dataset
+    if dataset in DATASETS and dataset not in here():
+        raise InputError(f"{dataset} is not on this machine yet: ddpm data {dataset} fetches it")
+    sampling = SamplingConfig(sampler="dpmpp", num_steps=20, seed=whole(seed, "seed"))
+    checkpoint = trained.step if trained.run_dir is not None else None
     folder = new_folder()
     picture = folder / "nearest.png"
     record = evaluate_source(
         source, None, "classifier", int(num_images), NEAREST, sampling,
-        pairs=picture, scores=folder / "scores.jsonl", device=device,
+        pairs=picture, scores=folder / "scores.jsonl", device=device, checkpoint=checkpoint,
     )  # fmt: skip
     assert record is not None
     words = ["ddpm", "evaluate", source, "--num-images", str(int(num_images)), "--features", "classifier"]
-    words += ["--metrics", "memorisation", "--pairs", "nearest.png", "--sampler", "dpmpp", "--num-steps", "20"]
-    return str(picture), told(record), shlex.join([*words, "--seed", str(int(seed))])
+    words += ["--checkpoint", str(checkpoint)] if checkpoint is not None else []
+    words += ["--device", device] if device != "auto" else []
+    words += ["--metrics", "memorisation", "--bootstrap", "0", "--pairs", "nearest.png", "--scores", "nearest.jsonl"]
+    words += ["--sampler", "dpmpp", "--num-steps", "20", "--seed", str(sampling.seed)]
+    return str(picture), told(record), shlex.join(words)
 
 
-def scores_tab(page: gr.Blocks, runs: Path, device: str) -> None:
+def scores_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     """Lay out the tab and say what its controls do."""
     names, models = scored_runs(runs), model_names(runs)
     chosen = gr.Dropdown(names, value=names[0] if names else None, label="Run with scores", elem_id="scores-of")
@@ -141,20 +148,19 @@ def scores_tab(page: gr.Blocks, runs: Path, device: str) -> None:
             return "no record", None
         return told(held[int(number) - 1]), held[int(number) - 1]
 
-    def search(name: str, num_images: float, number: float) -> Any:
-        try:
-            picture, text, line = nearest(runs, name, num_images, number, device)
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    @told_on_page
+    def search(name: str, num_images: float, number: float | None) -> Any:
+        picture, text, line = nearest(runs, name, num_images, number, device)
         return picture, text, gr.Code(value=line, visible=True)
 
     def refresh(name: str | None) -> Any:
         there = scored_runs(runs)
-        return gr.Dropdown(there, value=name if name in there else (there[0] if there else None))
+        kept = name if name in there else (there[0] if there else None)
+        return gr.Dropdown(there, value=kept), gr.Dropdown(model_names(runs))
 
     chosen.change(choose, chosen, [shown, which], show_progress="hidden")
     which.change(look, [chosen, which], [words, whole], show_progress="hidden")
     find.click(search, [source, count, seed], [pairs, found, command], concurrency_limit=1)
-    page.load(refresh, chosen, chosen, show_progress="hidden").then(
+    gr.on([page.load, tab.select], refresh, chosen, [chosen, source], show_progress="hidden").then(
         choose, chosen, [shown, which], show_progress="hidden"
     )

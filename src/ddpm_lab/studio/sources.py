@@ -1,25 +1,33 @@
 """What the studio may open: packaged weights, and what lies below the folder of runs; and where it writes."""
 
+import functools
+import inspect
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import gradio as gr
 
 from ddpm_lab.checkpoint import checkpoint_steps
 from ddpm_lab.interop import is_diffusers
-from ddpm_lab.settings import InputError
+from ddpm_lab.log import read_lines
+from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.studio import HELD
 from ddpm_lab.trained import TrainedModel, load, packaged_names
 
 DEPTH = 4  # of folders below that of the runs: a cell of a study is at runs/STUDY/cells/NAME
 
 
-@lru_cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ddpm-studio-")  # removed when the process ends
-
-
 def new_folder() -> Path:
     """An empty folder for what one press of a button makes; it lasts as long as the studio."""
-    return Path(tempfile.mkdtemp(dir=_scratch().name))
+    return Path(tempfile.mkdtemp(dir=HELD.name))
+
+
+def inside(runs: Path, path: Path) -> bool:
+    """Whether a path is below the folder, also where links lead."""
+    return path.resolve().is_relative_to(runs.resolve())
 
 
 def run_folders(runs: Path) -> list[Path]:
@@ -30,42 +38,112 @@ def run_folders(runs: Path) -> list[Path]:
         folder, depth = waiting.pop()
         try:
             entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
+            held = [folder / name for name in ("config.json", "model_index.json") if (folder / name).is_file()]
         except OSError:
             continue
-        if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        if held and all(inside(runs, path) for path in held):
             found.append(folder)
         elif depth < DEPTH:
             waiting += [(entry, depth + 1) for entry in entries if not entry.name.startswith(".")]
     return sorted(found)
 
 
-def model_names(runs: Path) -> list[str]:
-    """What can be generated from: packaged weights, and runs that have a checkpoint, by their path below `runs`."""
-    return [*packaged_names(), *(str(path.relative_to(runs)) for path in run_folders(runs) if _has_weights(path))]
-
-
-def _has_weights(path: Path) -> bool:
+def entries_of(runs: Path, path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file of JSON lines; none where it cannot be read, or is not below `runs`."""
     try:
-        return is_diffusers(path) or bool(checkpoint_steps(path))
-    except InputError:
-        return False
+        return read_lines(path) if inside(runs, path) else []
+    except OSError:
+        return []
+
+
+def model_names(runs: Path) -> list[str]:
+    """What can be generated from: packaged weights, and runs that have a checkpoint, by their path below `runs`.
+
+    A run that is called like packaged weights has ./ before its name.
+    """
+    packaged = packaged_names()
+    names = [str(path.relative_to(runs)) for path in run_folders(runs) if _weights_file(path) is not None]
+    return [*packaged, *(f"./{name}" if name in packaged else name for name in names)]
+
+
+def _weights_file(path: Path) -> Path | None:
+    """A file that changes when the weights do."""
+    try:
+        if is_diffusers(path):
+            return next(iter(sorted(path.rglob("*.safetensors"))), path / "model_index.json")
+        steps = checkpoint_steps(path)
+    except (InputError, OSError):
+        return None
+    return path / "checkpoints" / f"step_{steps[-1]:08d}" / "meta.json" if steps else None
+
+
+def source_of(runs: Path, name: str) -> str:
+    """What a name of `model_names` is for a command: packaged weights, or the path of a run.
+
+    Raises:
+        InputError: no such name, so that no other path can be asked for.
+    """
+    if name in packaged_names():
+        return name
+    if name not in model_names(runs):
+        raise InputError(f"there is no model {name!r} here")
+    return str(runs / name)
 
 
 def open_model(runs: Path, name: str, device: str) -> TrainedModel:
     """The model of a name of `model_names`.
 
     Raises:
-        InputError: no such name, so that no other path can be asked for; or a broken one.
+        InputError: no such name; or a broken one.
     """
-    if name in packaged_names():
-        return _loaded(name, "", device)
-    if name not in model_names(runs):
-        raise InputError(f"there is no model {name!r} here")
-    path = runs / name
-    newest = "" if is_diffusers(path) else str(checkpoint_steps(path)[-1])
-    return _loaded(str(path), newest, device)
+    source = source_of(runs, name)
+    if source == name:
+        return _loaded(source, (), device)
+    weights = _weights_file(Path(source))
+    try:
+        stamp = () if weights is None else (str(weights), weights.stat().st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+    return _loaded(source, stamp, device)
 
 
 @lru_cache(maxsize=2)
-def _loaded(source: str, newest: str, device: str) -> TrainedModel:
-    return load(source, checkpoint=int(newest) if newest else None, device=device)
+def _loaded(source: str, stamp: tuple[Any, ...], device: str) -> TrainedModel:
+    """Kept until its weights have changed."""
+    return load(source, device=device)
+
+
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose faults are told on the page in a line, as the command line would tell them."""
+    faults = (InputError, RunError, OSError, MemoryError)
+
+    def line(error: BaseException) -> gr.Error:
+        words = "not enough memory for that" if isinstance(error, MemoryError) else str(error)
+        return gr.Error(words, print_exception=False)
+
+    @functools.wraps(handler)
+    def generator(*values: Any) -> Any:
+        try:
+            yield from handler(*values)
+        except faults as error:
+            raise line(error) from error
+
+    @functools.wraps(handler)
+    def function(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except faults as error:
+            raise line(error) from error
+
+    return generator if inspect.isgeneratorfunction(handler) else function
+
+
+def whole(value: float | None, name: str) -> int:
+    """The number in a box.
+
+    Raises:
+        InputError: the box is empty.
+    """
+    if value is None:
+        raise InputError(f"{name} is empty: give a number")
+    return int(value)
