@@ -133,6 +133,16 @@ def test_a_finished_cell_is_never_computed_twice(finished, monkeypatch):
     assert "5 cells, 5 done" in said[0]
 
 
+def test_what_a_study_found_can_be_kept_and_continued_without_its_networks(finished, tmp_path, monkeypatch):
+    """Checkpoints and grids of a finished cell may go: the study stays done, and is reported alike."""
+    kept = tmp_path / "kept"
+    shutil.copytree(finished, kept, ignore=shutil.ignore_patterns("checkpoints", "samples", "*.lease", "report.html"))
+    monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed again"))
+    run_study(open_study(kept), kept, device="cpu")
+    for name in ("results.json", "results.csv", "report.html"):
+        assert (kept / name).read_bytes() == (finished / name).read_bytes()
+
+
 def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch):
     study = read_study(str(study_file))
     done = []
