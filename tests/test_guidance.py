@@ -286,15 +286,20 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
         (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),
         (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be at least 0"),
         (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 leaves the class out"),
-        (["sample", "mnist", "--class", "1", "--out", "RUN.png"], "mnist was told no classes"),
-        (["sample", "mnist", "--guidance", "2", "--out", "RUN.png"], "mnist was told no classes"),
+        (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
+        (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
         (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
         (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance is a number above 0"),
-        (["export", "mnist", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "for networks that are told classes"),
+        (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "for networks that are told classes"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_refused(told, tmp_path, capsys, command, words):
-    places = {"RUN": str(tmp_path / "run"), "RUN.png": str(tmp_path / "run.png"), "TOLD": str(told)}
+def test_what_cannot_be_told_is_refused(told, tiny_run, tmp_path, capsys, command, words):
+    places = {
+        "RUN": str(tmp_path / "run"),
+        "RUN.png": str(tmp_path / "run.png"),
+        "TOLD": str(told),
+        "UNTOLD": str(tiny_run),
+    }
     assert run_command([places.get(word, word) for word in command]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1, err
