@@ -184,6 +184,9 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
     loss.legend(fontsize=7, frameon=False)
     for axes in distance:
         axes.set_yscale("log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(lambda value, _: f"{value:g}")
+        axes.tick_params(labelsize=8, which="both")
         axes.legend(fontsize=7, frameon=False)
     return figure
 
