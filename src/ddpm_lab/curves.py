@@ -37,7 +37,7 @@ def _panels(count: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
     axes = [figure.add_subplot(rows, count // rows, i + 1) for i in range(count)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(labelsize=8, which="both")
         panel.grid(alpha=0.25, linewidth=0.6)
     return figure, axes
 
@@ -186,7 +186,6 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
         axes.set_yscale("log")
         for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatted(lambda value, _: f"{value:g}")
-        axes.tick_params(labelsize=8, which="both")
         axes.legend(fontsize=7, frameon=False)
     return figure
 
