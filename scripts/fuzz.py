@@ -246,6 +246,7 @@ def prepare(sound: Path) -> list[Target]:
         Target("told/config.json", ["sample", "SOUND/told", "--num-steps", "1", "--num-images", "2", "--class", "3", *device, "--out", "SOUND/x.png"], any_json),
         Target("plain/config.json", export, any_json),
         Target("plain/scores.jsonl", export, any_json),
+        Target("plain/scores.jsonl", ["curves", "training", "SOUND/plain", "--out", "SOUND/x.png"], any_json),
         Target("run/config.json", begun, any_json),
         Target("recipe.toml", ["train", "SOUND/recipe.toml", "--run", "SOUND/new", *device], any_toml),
         Target("study.toml", ["study", "SOUND/study.toml", "--out", "SOUND/new", "--cell", "999"], any_toml),

@@ -38,9 +38,11 @@ def test_a_run_begins_as_the_network_it_is_from(tmp_path, config, tiny_run):
         for name, parameter in source.model.named_parameters():
             assert torch.equal(parameter, dict(begun.model.named_parameters())[name]), name
     assert begun.record["from"] == {
-        "source": str(tiny_run), "step": 12, "weights": "ema", "sha256": source.weights_sha256,
+        "source": str(tiny_run), "step": 12, "weights": "ema", "sha256": source.weights_sha256, "variance": "beta",
     }  # fmt: skip
     assert f"began from {tiny_run}, step 12" in "\n".join(describe(str(tmp_path / "run")))
+    assert run_command(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(tmp_path / "card")]) == 0
+    assert f"it began with the weights of {tiny_run}, step 12" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_a_network_told_classes_begins_as_one_that_was_told_none(tmp_path, config, tiny_run):
@@ -76,6 +78,13 @@ def test_it_goes_on_with_and_without_its_source(tmp_path, config, tiny_run):
         shutil.rmtree(checkpoint_path(parts, step))
     with pytest.raises(InputError, match=r"has no checkpoint yet; give --from .*source once more"):
         train(config, parts, device="cpu")
+    shutil.copytree(tiny_run, source)
+    train(changed(config, "training", num_steps=4), parts, start_from=f"{source}/", device="cpu")
+    assert (checkpoint_path(parts, 4) / "ema.safetensors").is_file(), "written otherwise it is the same source"
+    shutil.rmtree(checkpoint_path(parts, 4))
+    shutil.rmtree(checkpoint_path(source, 12))  # now its newest checkpoint is another
+    with pytest.raises(InputError, match=r"source has changed since run .* began from step 12 of it"):
+        train(config, parts, start_from=source, device="cpu")
 
 
 @pytest.mark.parametrize(

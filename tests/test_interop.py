@@ -212,7 +212,7 @@ def cut(folder):
         (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
         (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
         (edit(SCHEDULER, _class_name="DDIMScheduler"), '_class_name "DDIMScheduler" is not covered'),
-        (edit(SCHEDULER, variance_type="learned"), 'variance_type "learned" is not covered; "fixed_large" is'),
+        (edit(SCHEDULER, variance_type="learned"), '"learned" is not covered; fixed_large and fixed_small are'),
         (without_betas, "beta_schedule null is not covered"),
         (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
         (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),

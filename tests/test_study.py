@@ -134,13 +134,20 @@ def test_a_finished_cell_is_never_computed_twice(finished, monkeypatch):
 
 
 def test_what_a_study_found_can_be_kept_and_continued_without_its_networks(finished, tmp_path, monkeypatch):
-    """Checkpoints and grids of a finished cell may go: the study stays done, and is reported alike."""
+    """Checkpoints and grids of a finished cell may go: the study is reported alike, and goes on with the rest."""
     kept = tmp_path / "kept"
     shutil.copytree(finished, kept, ignore=shutil.ignore_patterns("checkpoints", "samples", "*.lease", "report.html"))
     monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed again"))
     run_study(open_study(kept), kept, device="cpu")
     for name in ("results.json", "results.csv", "report.html"):
         assert (kept / name).read_bytes() == (finished / name).read_bytes()
+    missing = open_study(kept).cells[3]
+    shutil.rmtree(kept / "cells" / missing.name)
+    again = []
+    monkeypatch.setattr(study_module, "compute_cell", lambda study, cell, *given, **more: again.append(cell.name))
+    monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
+    run_study(open_study(kept), kept, device="cpu")
+    assert again == [missing.name]
 
 
 def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch):

@@ -244,7 +244,8 @@ class SamplingConfig(SettingsGroup):
     singlestep: bool = False
     """dpmpp only: two evaluations a step in place of the memory of the step before"""
     variance: Variance | None = None
-    """ddpm only: of the noise added at each step; unset: beta with all T steps, beta_tilde with fewer"""
+    """ddpm only: of the noise added at each step; unset: with all T steps beta, or that of the
+    pipeline the network was imported from; beta_tilde with fewer"""
     class_: tuple[int, ...] = ()
     """of a network that is told classes: the class of each image, or several to be taken in turn; unset: all in turn"""
     guidance: float | None = None

@@ -95,7 +95,7 @@ class RunLog:
     Attributes:
         name: of its folder.
         lines: of log.jsonl.
-        scores: images seen, Frechet distance and its label, of each record in scores.jsonl that has one.
+        scores: images seen, Frechet distance and its label, of each score that was taken in the course of training.
     """
 
     name: str
@@ -136,17 +136,21 @@ def _is_drawn(line: dict[str, Any]) -> bool:
 def _scores(run: Path, last: dict[str, Any]) -> list[tuple[float, float, str]]:
     found = []
     for record in read_lines(run / SCORES):
-        fid = record.get("fid")
-        if isinstance(fid, dict) and fits(fid.get("value"), float) and isinstance(record.get("fid_label"), str):
-            found.append((record["step"] * last["images"] / max(last["step"], 1), fid["value"], record["fid_label"]))
+        fid, label = record.get("fid"), record.get("fid_label")
+        if record.get("by") != "training" or not 0 < record["step"] <= last["step"]:
+            continue
+        if isinstance(fid, dict) and fits(fid.get("value"), float) and isinstance(label, str):
+            found.append((last["images"] * record["step"] / last["step"], fid["value"], label))
     return found
 
 
 def training_figure(logs: Sequence[RunLog]) -> "Figure":
     """Loss over images seen (validation dashed), loss in ten bands of t at the end, images per second; and scores.
 
-    The Frechet distance has a panel where any run has one on record; those of different labels are lines apart.
+    The Frechet distance has a panel where any run was scored as it trained; those of different labels are lines apart.
     """
+    from matplotlib.ticker import LogLocator
+
     labels = list(dict.fromkeys(label for log in logs for _, _, label in log.scores))
     figure, (loss, bands, speed, *distance) = _panels(4, rows=2) if labels else _panels(3)
     for index, log in enumerate(logs):
@@ -166,7 +170,8 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
             if points:
                 style = MARKS[labels.index(label) % len(MARKS)]
                 distance[0].plot(*zip(*points, strict=True), style, color=colour, linewidth=1, markersize=4)
-    for label, style in zip(labels, MARKS, strict=False):
+    for index, label in enumerate(labels):
+        style = MARKS[index % len(MARKS)]
         distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=label)
     loss.set(xscale="linear", yscale="log")
     bands.set(yscale="log", xlim=(0, 1))
@@ -184,6 +189,7 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
     loss.legend(fontsize=7, frameon=False)
     for axes in distance:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatted(lambda value, _: f"{value:g}")
         axes.legend(fontsize=7, frameon=False)

@@ -263,9 +263,9 @@ def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
     if prediction is None:
         _covered(path, said, {"prediction_type": "epsilon"})
     if variance is None:
-        _covered(path, said, {"variance_type": "fixed_large"})
+        named = json.dumps(said.get("variance_type"))
+        raise InputError(f"{path}: variance_type {named} is not covered; {' and '.join(VARIANCES)} are")
     assert prediction is not None
-    assert variance is not None
     if said.get("beta_schedule") == "squaredcos_cap_v2":
         return DiffusionConfig(schedule="cosine", prediction=prediction), variance
     _covered(path, said, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})

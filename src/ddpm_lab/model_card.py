@@ -57,6 +57,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
         step=trained.step,
         weights=trained.weights,
         imported="imported" in trained.record or dataset == UNKNOWN,
+        begun_from=trained.record.get("from"),
         sha256=trained.weights_sha256,
         settings=json.dumps(trained.config.to_dict(), indent=2),
         records=records,

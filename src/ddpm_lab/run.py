@@ -38,7 +38,7 @@ from ddpm_lab.scores import training_scorer
 from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.tracking import check_tracker
-from ddpm_lab.trained import load, read_run_record
+from ddpm_lab.trained import load, packaged_names, read_run_record
 from ddpm_lab.training import TrainingState, new_state, resolve_device
 from ddpm_lab.unet import build_unet
 
@@ -110,7 +110,8 @@ def _train(
     if processes.lead():
         _check_agreement(run_dir, record, start_from)
         if start_from is not None and not checkpoint_steps(run_dir):
-            record["from"] = begin_from(state, load(start_from, device=str(on)), config)
+            record["from"] = begin_from(state, load(start_from, device="cpu"), config)
+            _check_unchanged(run_dir, record["from"])
 
     with locked(run_dir, "--run") if processes.lead() else nullcontext():
         seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
@@ -232,6 +233,23 @@ def _check_folder(run_dir: Path) -> None:
             )
 
 
+def _same_source(one: str, other: str) -> bool:
+    """Whether two names are of one model, however its path is written."""
+    return one == other or (not {one, other} & set(packaged_names()) and Path(one).resolve() == Path(other).resolve())
+
+
+def _check_unchanged(run_dir: Path, begun_from: dict[str, Any]) -> None:
+    """Refuse to begin a run a second time, after a kill before its first checkpoint, from other weights."""
+    if not (run_dir / "config.json").exists():
+        return
+    before = read_run_record(run_dir / "config.json")[0].get("from", {})
+    if before.get("sha256") != begun_from["sha256"]:
+        raise InputError(
+            f"{begun_from['source']} has changed since run {run_dir} began from step {before.get('step')} of it; "
+            "name another --run"
+        )
+
+
 def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> None:
     """Refuse settings, data or a beginning other than the run's, except where changing them is harmless."""
     if not (run_dir / "config.json").exists():
@@ -240,7 +258,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
     if "imported" in old_record:
         raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
     begun_from = old_record.get("from")
-    if start_from is not None and (begun_from is None or begun_from.get("source") != start_from):
+    if start_from is not None and (begun_from is None or not _same_source(str(begun_from.get("source")), start_from)):
         began = "random weights" if begun_from is None else begun_from.get("source")
         raise InputError(f"run {run_dir} began from {began}, not from {start_from}; name another --run")
     if begun_from is not None and start_from is None and not checkpoint_steps(run_dir):

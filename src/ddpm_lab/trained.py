@@ -57,8 +57,9 @@ class TrainedModel:
 
     @property
     def variance(self) -> Variance:
-        """Of the steps of Algorithm 2, where all are taken: the pipeline's that it was imported from, else beta."""
-        return cast(Variance, self.record.get("variance", "beta"))
+        """Of the steps of Algorithm 2, where all are taken: that of the pipeline it was imported or began from, else
+        beta."""
+        return cast(Variance, self.record.get("variance", self.record.get("from", {}).get("variance", "beta")))
 
     @property
     def run_dir(self) -> Path | None:
@@ -152,10 +153,15 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and len(shape) == 3
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
-        and all(isinstance(record.get(name, {}), dict) for name in ("versions", "from"))
-        and record.get("variance", "beta") in get_args(Variance)
+        and isinstance(record.get("versions", {}), dict)
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
+    begun_from = record.get("from", {"source": ""})
+    if not isinstance(begun_from, dict) or not isinstance(begun_from.get("source"), str):
+        raise InputError(f"{path}: from must name the source that the run began from")
+    for held in (record, begun_from):
+        if held.get("variance", "beta") not in get_args(Variance):
+            raise InputError(f"{path}: variance must be one of {', '.join(get_args(Variance))}")
     try:
         config = Config.from_dict(record.get("config"))
     except InputError as error:
