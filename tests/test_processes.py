@@ -77,6 +77,14 @@ def test_two_processes_end_where_one_does(runs):
     assert sorted(p.name for p in (runs / "two").rglob("*")) == sorted(p.name for p in (runs / "one").rglob("*"))
 
 
+def test_two_processes_begin_from_what_the_leader_has_read(runs, tiny_recipe, tmp_path):
+    command = ["train", str(tiny_recipe), "--from", str(runs / "one"), *FLAGS, "--run"]
+    assert run_command([*command, str(tmp_path / "one")]) == 0
+    told = outcome(launch(*command, str(tmp_path / "two")))
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 2e-5
+
+
 def test_two_processes_log_the_loss_of_the_whole_batch(runs):
     one, two = (read_lines(runs / name / "log.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
