@@ -77,7 +77,8 @@ def serve(runs: Path, port: int, device: str) -> None:
     # A name that a stranger's page has pointed at this machine is not ours.
     known = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))  # it asks itself
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell has jobs in the background ignore
+        signal.signal(number, _end)
     page = build_page(runs.resolve(), device)
     page.queue(default_concurrency_limit=4).launch(
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=False, max_file_size="10mb",
