@@ -117,7 +117,7 @@ def scores_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     which = gr.Dropdown([], label="Record", elem_id="record")
     words = gr.Code(label="What it says", language=None, interactive=False, elem_id="record-told", lines=4)
     with gr.Accordion("The record whole", open=False):
-        whole = gr.JSON(show_label=False, elem_id="record-whole")
+        entire = gr.JSON(show_label=False, elem_id="record-whole")
     with gr.Accordion("Nearest training images", open=True):
         gr.Markdown(
             "Are samples copies? Those that lie nearest to an image of the training set, nearest first, each above "
@@ -159,7 +159,7 @@ def scores_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
         return gr.Dropdown(there, value=kept), gr.Dropdown(model_names(runs))
 
     chosen.change(choose, chosen, [shown, which], show_progress="hidden")
-    which.change(look, [chosen, which], [words, whole], show_progress="hidden")
+    which.change(look, [chosen, which], [words, entire], show_progress="hidden")
     find.click(search, [source, count, seed], [pairs, found, command], concurrency_limit=1)
     gr.on([page.load, tab.select], refresh, chosen, [chosen, source], show_progress="hidden").then(
         choose, chosen, [shown, which], show_progress="hidden"
