@@ -1,13 +1,17 @@
 """Shared pieces: a network small enough for tests, a run of it, and hashes of whole folders."""
 
 import hashlib
+import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
 from ddpm_lab.run import train
 
@@ -85,6 +89,13 @@ def inception_weights(tmp_path_factory) -> Path:
     return path
 
 
+def png(picture: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "tiny.toml"
@@ -107,3 +118,21 @@ def real_data_dir() -> Path:
     if not folder or not (Path(folder) / "mnist").is_dir():
         pytest.skip("needs the real data: set DDPM_DATA_DIR to a folder with mnist/ and cifar10/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def studio_runs(tmp_path_factory, tiny_run) -> Path:
+    """A folder of runs for the studio: a sound one, a damaged one, one below, and a link that leads away."""
+    folder = tmp_path_factory.mktemp("studio") / "runs"
+    shutil.copytree(tiny_run, folder / "tiny")
+    scoring = ["--features", "classifier", "--metrics", "fid", "is", "kid", "--num-images", "40", "--num-steps", "5"]
+    assert run_command(["evaluate", str(folder / "tiny"), *scoring, "--device", "cpu"]) == 0
+    shutil.copytree(tiny_run, folder / "study" / "cells" / "one")
+    shutil.copytree(tiny_run, folder / "broken")
+    (folder / "broken" / "checkpoints" / "step_00000012" / "ema.safetensors").write_bytes(b"nothing")
+    shutil.copytree(tiny_run, folder.parent / "outside")
+    (folder / "away").symlink_to(folder.parent / "outside")
+    (folder / "notes.txt").write_text("no run")
+    (folder / "tiny" / "samples" / "step_0000 (1).png").write_bytes(b"a copy somebody made")
+    (folder / "broken" / "scores.jsonl").mkdir()
+    return folder
