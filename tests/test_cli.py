@@ -256,7 +256,11 @@ BAD_INPUTS = {
     "pairs without memorisation": (EVALUATE.format("digits:test") + " --pairs pairs.png", "add it to --metrics"),
     "pairs in no picture": (EVALUATE.format("digits:test") + " --pairs pairs.txt", "must end in .png"),
     "scores in no lines": (EVALUATE.format("digits:test") + " --scores scores.json", "must end in .jsonl"),
-    "checkpoint of images": (EVALUATE.format("digits:test") + " --checkpoint 8", "is for a run"),
+    "checkpoint of images": (EVALUATE.format("digits:test") + " --checkpoint 8", "--checkpoint: for a model"),
+    "sampling of images": (
+        EVALUATE.format("digits:test") + " --num-steps 10 --class 3 --weights raw",
+        "--num-steps, --class, --weights: for a model, and digits:test holds images",
+    ),
     "scores of a damaged run": ("evaluate torn --features classifier --device cpu", "is damaged"),
     "sampler that does not fit": (EVALUATE.format("run") + " --num-steps 1001", "from 1 to the 1000"),
     "classifier of no epochs": ("classifier digits --out new --num-epochs 0", "from 1 to 10000"),

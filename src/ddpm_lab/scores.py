@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,7 @@ def evaluate_source(
     if scores is not None and processes.lead():
         check_writable(scores, (".jsonl",), "--scores")
     if _is_images(source):
-        if checkpoint is not None:
-            raise InputError(f"--checkpoint is for a run, and {source} holds images")
+        _check_no_model_is_meant(source, sampling, weights, checkpoint)
         compared = None if reference is None else open_reference(reference, data_dir, image_size)
         channels = compared.images.shape[0] if compared is not None and compared.images is not None else None
         images = open_images(source, data_dir, image_size, channels)
@@ -165,6 +164,20 @@ def _is_images(source: str) -> bool:
     return not is_diffusers(path) and not any(
         (path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors")
     )
+
+
+def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Weights, checkpoint: int | None) -> None:
+    """Refuse settings that would have no effect on images that exist; of those of sampling, the engine has one.
+
+    Raises:
+        InputError: naming them.
+    """
+    usual = SamplingConfig()
+    given = [field.name for field in fields(sampling) if getattr(sampling, field.name) != getattr(usual, field.name)]
+    given += ["weights"] * (weights != "ema") + ["checkpoint"] * (checkpoint is not None)
+    flags = ["--" + name.rstrip("_").replace("_", "-") for name in given if name != "engine"]
+    if flags:
+        raise InputError(f"{', '.join(flags)}: for a model, and {source} holds images")
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
