@@ -129,7 +129,14 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, tiny_recipe, tiny_run):
     before, said = tree_hash(tmp_path / "copy"), []
     train(tiny(tiny_recipe), tmp_path / "copy", device="cpu", say=said.append)
     assert tree_hash(tmp_path / "copy") == before
-    assert "has all its 12 steps" in said[0]
+    assert "has all its 12 steps; give more --training.num-steps" in said[0]
+
+
+def test_a_finished_run_whose_rate_fell_to_0_says_how_to_go_on(tmp_path, tiny_recipe):
+    said = []
+    for _ in range(2):
+        train(tiny(tiny_recipe, num_steps=2, decay="cosine"), tmp_path / "run", device="cpu", say=said.append)
+    assert f"has all its 2 steps; --from {tmp_path / 'run'} and another --run" in said[-1]
 
 
 def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_recipe, tiny_run):

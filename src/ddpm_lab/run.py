@@ -117,7 +117,10 @@ def _train(
         seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
         _agree(state)
         if state.step >= config.training.num_steps:
-            say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
+            more = "give more --training.num-steps to go on"
+            if config.training.decay != "constant":  # its rate has fallen to 0
+                more = f"--from {run_dir} and another --run train it further"
+            say(f"{run_dir} has all its {state.step} steps; {more}")
         else:
             beginning = f"continues from step {state.step}" if state.step else "starts"
             beginning += f" from {start_from}" if start_from is not None and not state.step else ""
