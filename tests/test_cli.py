@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -481,6 +482,17 @@ def test_absent_data_is_told_in_time(tmp_path):
     assert line.startswith("error: train-images-idx3-ubyte.gz is not in")
     assert "127.0.0.1:9" in line
     assert "DDPM_DATA_DIR" in line
+
+
+@pytest.mark.slow
+def test_a_command_that_is_terminated_ends_as_by_ctrl_c(tmp_path):
+    command = [sys.executable, "-m", "ddpm_lab", "sample", "mnist", "--num-images", "100000", "--out", "many.npz"]
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "sampling" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1].splitlines()[-1] == "error: interrupted"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_is_the_study_of_digits(tmp_path, monkeypatch):

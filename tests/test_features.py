@@ -1,12 +1,15 @@
 """Feature networks, and whole scores over the FID network beside those of torch-fidelity, on equal random weights."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ddpm_lab import features
 from ddpm_lab.classifier import packaged_path
 from ddpm_lab.config import ScoringConfig
 from ddpm_lab.evaluation import evaluate
@@ -178,3 +181,22 @@ def test_features_do_not_depend_on_company():
     images = pictures(8, 1, channels=1)[:, :, :8, :8]
     together = network(images)[0]
     np.testing.assert_allclose(torch.cat([network(image[None])[0] for image in images]), together, atol=1e-4)
+
+
+def test_of_two_that_want_the_fid_network_one_fetches_it(tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(urls, path, verify, advice):
+        fetched.append(path)
+        time.sleep(0.2)
+        path.write_bytes(b"weights")
+
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(features, "download", fetch)
+    both = [threading.Thread(target=features._downloaded_inception) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert len(fetched) == 1
+    assert features._downloaded_inception().read_bytes() == b"weights"

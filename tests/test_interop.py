@@ -201,6 +201,8 @@ def cut(folder):
         (edit(UNET, down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types"),
         (edit(UNET, up_block_types=["UpBlock2D", "AttnUpBlock2D"]), "up_block_types"),
         (edit(UNET, sample_size=[8, 16]), "sample_size [8, 16] is not covered"),
+        (edit(UNET, sample_size=-8), "sample_size -8 is not covered"),
+        (edit(UNET, sample_size=True), "sample_size true is not covered"),
         (edit(UNET, in_channels=4, out_channels=4), "in_channels 4"),
         (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in its config"),
         (edit(UNET, block_out_channels="wide"), "is not a UNet2DModel's"),

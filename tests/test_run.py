@@ -23,7 +23,7 @@ from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
 from ddpm_lab.files import locked
 from ddpm_lab.log import read_lines
-from ddpm_lab.run import train
+from ddpm_lab.run import _as_typed, train
 from ddpm_lab.settings import InputError, RunError
 
 from .conftest import tree_hash
@@ -254,6 +254,33 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
     with pytest.raises(session.Interrupted, match="stopped at step 7"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4, 7]
+
+
+def test_a_run_that_cannot_be_scored_is_refused_and_left_as_it_is(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    monkeypatch.setenv("DDPM_INCEPTION_WEIGHTS", str(tmp_path / "nothing.pth"))
+    config = load_recipe(str(tiny_recipe))
+    scored = dataclasses.replace(config.evaluation, score_every=4, score_images=20, score_features="inception")
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    before = tree_hash(tmp_path / "copy")
+    for run_dir in (tmp_path / "copy", tmp_path / "new"):
+        with pytest.raises(InputError, match="cannot be read"):
+            train(dataclasses.replace(config, evaluation=scored), run_dir, device="cpu")
+    assert tree_hash(tmp_path / "copy") == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.num_classes", None, "leave --model.num-classes out"),
+        ("model.attention_levels", [], "leave --model.attention-levels out"),
+        ("model.channel_multipliers", [1, 2], "give --model.channel-multipliers 1 2"),
+        ("data.horizontal_flip", False, "give --data.no-horizontal-flip"),
+        ("training.learning_rate", 2e-4, "give --training.learning-rate 0.0002"),
+    ],
+)
+def test_what_a_run_had_is_told_as_it_is_typed(name, value, words):
+    assert _as_typed(name, value) == words
 
 
 def test_a_run_killed_while_it_wrote_its_first_file_begins(tmp_path, tiny_recipe):

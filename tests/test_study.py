@@ -1,6 +1,7 @@
 """A study: its cells, what is never computed twice, what a failure leaves alone, and what is concluded."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -13,13 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ddpm_lab import study as study_module
+from ddpm_lab.cell import planned_evaluations
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study, study_names
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
-from ddpm_lab.report import report_page, write_report
+from ddpm_lab.report import _other_answers, report_page, write_report
 from ddpm_lab.results import SUMMARY, CellResult, Results, answer, as_csv, compare, gather
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.study import run_study
@@ -349,7 +352,8 @@ def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):
         if (diffusion.num_timesteps, kind, seed) in values and not cell.sampled_as:
             value, half = values[diffusion.num_timesteps, kind, seed]
             found = {"value": value, "low": value - half, "high": value + half}
-            records = [{"key": "ddim-50", "fid": found, "fid_label": "FD-classifier (n=360)"}]
+            chain = {"num_timesteps": diffusion.num_timesteps, "trained_convention": diffusion.beta_convention}
+            records = [{"key": "ddim-50", "fid": found, "fid_label": "FD-classifier (n=360)", **chain}]
         cells.append(CellResult(cell, Path(), {}, None, records))
     return Results(study, cells)
 
@@ -453,6 +457,9 @@ def test_csv_has_a_cell_for_each_column(finished):
         ("[measures]\nimages = 3", "at least 20"),
         ("[settings.training]\nlr = 3", "no setting 'lr'"),
         ("[settings]\ntraining = 3", "must be a table"),
+        ("[settings.diffusion]\nschedule = 'cosine'", "settings.diffusion.schedule is what grid.betas decides"),
+        ("[settings.training]\nseed = 7", "settings.training.seed is what grid.seeds decides"),
+        ("[settings.evaluation]\nscore_every = 9", "is what measures.checkpoints decides"),
         ("cells = 5", "no setting 'cells'"),
         ('recipe = "flat.toml"', "training must be a table"),
         ("[grid", "not a TOML file"),
@@ -474,6 +481,78 @@ def test_the_example_of_the_docs_is_a_study(tmp_path):
     assert len(study.cells) == 3 * 6  # rescaled and fixed are one at 1000, rescaled and cosine are not
     assert study.cells[-1].config.diffusion.schedule == "cosine"
     assert study.cells[0].config.data.dataset == "my-pictures/"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("[settings.data]\ndataset = 'FOLDER'\nimage_size = 8", "a bound of likelihood needs 2"),
+        ("[settings.data]\ndataset = 'FOLDER'\nimage_size = 12", "no packaged classifier takes images of (1, 12, 12)"),
+        ("[settings.data]\ndataset = 'nothing-here'", "nothing-here"),
+        ("[settings.model]\nnum_classes = 4", "model.num_classes must be 10"),
+        ("[settings.evaluation]\ntracker = 'wandb'", "wandb is not installed"),
+    ],
+)
+def test_what_no_cell_could_end_with_is_told_before_the_first(tmp_path, monkeypatch, change, words):
+    """Nothing is written, so that the study, corrected, is taken."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    (tmp_path / "pictures").mkdir()
+    for index in range(20 if "size = 8" in change else 60):  # a twentieth of which is held out
+        Image.new("L", (12, 12), index).save(tmp_path / "pictures" / f"{index}.png")
+    (tmp_path / "bad.toml").write_text(f'recipe = "digits"\n{change}\n'.replace("FOLDER", str(tmp_path / "pictures")))
+    with pytest.raises(InputError, match=re.escape(words)):
+        run_study(read_study(str(tmp_path / "bad.toml")), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [("[]", "is not what a study writes"), ("{", "cannot be read")])
+def test_a_damaged_word_of_failure_is_told_in_the_report(finished, tmp_path, content, words):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "cells" / "T50-rescaled-seed0" / "done.json").unlink()
+    (tmp_path / "out" / "cells" / "T50-rescaled-seed0.failed.json").write_text(content)
+    write_report(tmp_path / "out")
+    assert words in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_record_without_a_key_is_no_measure(finished, tmp_path, monkeypatch):
+    """As `ddpm evaluate --scores` would add one."""
+    shutil.copytree(finished, tmp_path / "out")
+    cell = tmp_path / "out" / "cells" / "T50-rescaled-seed0"
+    (cell / "done.json").unlink()
+    with (cell / "measures.jsonl").open("a") as stream:
+        stream.write('{"step": 4}\n')
+    run_study(open_study(finished), tmp_path / "out", cell=0, device="cpu")
+    assert (cell / "done.json").is_file()
+
+
+def test_all_samplers_are_drawn_at_their_cost_and_scores_keep_their_label(finished, tmp_path):
+    """heun costs two evaluations a step but one; the ancestral one with few steps is a sampler as any other."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    told = json.loads((out / "study.json").read_text())
+    told["measures"]["samplers"] += ["heun-5"]
+    (out / "study.json").write_text(json.dumps(told))
+    study = open_study(out)
+    assert planned_evaluations(study, study.cells[0])["heun-5"] == 20 * 9
+    path = out / "cells" / "T50-rescaled-seed0" / "measures.jsonl"
+    (measured,) = [line for line in read_lines(path) if line["key"] == "dpmpp-5"]
+    with path.open("a") as stream:
+        stream.write(json.dumps(measured | {"key": "heun-5", "sampler": "heun", "num_evaluations": 9}) + "\n")
+    page = report_page(gather(out))
+    assert "heun-5, 9 evaluations: " in page
+    assert "crosses: heun" in page
+    label = measured["fid_label"]
+    assert label.endswith("(n=20)")
+    assert page.count(f"{label}, ddim-50</th>") == 1
+    assert f"<h3>{label} by sampler</h3>" in page
+    assert f"With betas of a fixed range, at equal evaluations, {label}: " in page
+
+
+def test_a_fixed_range_is_told_with_the_chain_that_both_betas_share():
+    values = {(500, "fixed", 0): (5.0, 1.0), (1000, "rescaled", 0): (10.0, 1.0), (2000, "fixed", 0): (20.0, 1.0)}
+    said = _other_answers(made_up(values, seeds=(0,)))
+    assert any(line.endswith("5 for T = 500, 10 for T = 1000, 20 for T = 2000.") for line in said)
 
 
 def test_other_folders_are_refused(study_file, tmp_path, finished):

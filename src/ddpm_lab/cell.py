@@ -15,10 +15,11 @@ from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.cost import evaluation_seconds, step_seconds
 from ddpm_lab.data import load_images, to_float
 from ddpm_lab.drawing import framed, image_table
-from ddpm_lab.evaluation import feature_network, generated_images
+from ddpm_lab.evaluation import check_scoring, feature_network, generated_images
 from ddpm_lab.files import replace_atomically
 from ddpm_lab.film import save_film
 from ddpm_lab.forward import Process, forward_frames
+from ddpm_lab.generation import evaluations_of
 from ddpm_lab.grid import HEADLINE, Cell, Study, parse_sampler
 from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.lease import Lease
@@ -27,9 +28,11 @@ from ddpm_lab.log import append_line, read_lines
 from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.reverse import record_trajectory, reverse_frames
-from ddpm_lab.run import train
+from ddpm_lab.run import told_classes, train
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import own_reference, score_model
+from ddpm_lab.settings import InputError
+from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import TrainedModel, load, with_timesteps
 from ddpm_lab.training import new_state, resolve_device
 from ddpm_lab.unet import build_unet
@@ -37,6 +40,28 @@ from ddpm_lab.unet import build_unet
 MEASURES = "measures.jsonl"
 BOUND_TIMESTEPS = 50
 SHOWN = 16  # samples of the same seeds, side by side
+
+
+def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> None:
+    """Refuse, before any work, what a cell would stumble over at its end.
+
+    Raises:
+        InputError: no images, no network for their features or too few of them, classes that they do not have, a
+            tracker that is not installed.
+    """
+    config, plan = cell.config, study.measures
+    check_tracker(config.evaluation.tracker)
+    data = config.data
+    training, held_out = (load_images(data.dataset, split, data_dir, data.image_size) for split in ("train", "test"))
+    told_classes(config, training)
+    if len(held_out.images) < 2:
+        raise InputError(f"{data.dataset} has {len(held_out.images)} held-out image; a bound of likelihood needs 2")
+    _, C, H, W = training.images.shape
+    shape, reference = (C, H, W), own_reference(config, data_dir)
+    network = feature_network(plan.features, shape, reference, None, str(resolve_device(device)))
+    counts = {num_images for num_images, _, _ in _scored(study, cell).values()} | {plan.images}
+    for count in sorted(counts):
+        check_scoring("the samples of a cell", count, shape, reference, network, _scoring(("fid", "is", "kid"), count))
 
 
 def study_cost(study: Study, cells: Sequence[Cell], device: str, data_dir: Path | None) -> list[str]:
@@ -62,7 +87,8 @@ def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
     measures = study.measures
     planned = {"while training": measures.checkpoints * measures.images * cell.config.evaluation.sample_steps}
     for key, (num_images, _, sampling) in _scored(study, cell).items():
-        planned[key] = num_images * (sampling.num_steps or cell.config.diffusion.num_timesteps)
+        num_steps = sampling.num_steps or cell.config.diffusion.num_timesteps
+        planned[key] = num_images * evaluations_of(sampling, num_steps)
     planned["bound"] = measures.bound_images * (BOUND_TIMESTEPS + 1)
     return planned
 
@@ -101,7 +127,7 @@ def compute_cell(
     """
     train(cell.config, folder, device=device, data_dir=data_dir, say=say)
     trained = load(folder, device=device)
-    done = {line["key"] for line in read_lines(folder / MEASURES) if line["step"] == trained.step}
+    done = {line.get("key") for line in read_lines(folder / MEASURES) if line["step"] == trained.step}
     for key, measure in _measures(study, cell, trained, data_dir).items():
         lease.check()
         if key in done:
@@ -153,7 +179,7 @@ def _measures(
     held_out = load_images(data.dataset, "test", data_dir, data.image_size).images[: plan.bound_images]
 
     def scores(model: TrainedModel, num_images: int, sampling: SamplingConfig, metrics: tuple[str, ...]) -> Any:
-        scoring = ScoringConfig(metrics=metrics, is_splits=min(10, num_images // 10))
+        scoring = _scoring(metrics, num_images)
         return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
 
     def speed() -> dict[str, Any]:
@@ -180,6 +206,10 @@ def _measures(
         metrics = ("is", "kid") if key == "ancestral" else ("fid", "is", "kid")  # too few images for a distance
         planned[key] = scores(model, num_images, sampling, metrics)
     return planned | {"bound": bound}
+
+
+def _scoring(metrics: tuple[str, ...], num_images: int) -> ScoringConfig:
+    return ScoringConfig(metrics=metrics, is_splits=min(10, num_images // 10))
 
 
 def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_dir: Path | None) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -17,7 +18,7 @@ from ddpm_lab import (
     processes,
 )
 from ddpm_lab.commands import app
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, is_out_of_memory
 from ddpm_lab.telling import hold_warnings, tell_warnings
 
 SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
@@ -28,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ddpm` and `python -m ddpm_lab`."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # each line at once, also into a file; any name can be printed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _interrupt)  # as a cluster ends jobs: leases are let go of, and it counts as Ctrl-C
     sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -70,14 +76,12 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(1 if error.errno in FAILED_DISK else 2, f"{place}{error.strerror or error}")
-    except MemoryError:
-        return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         return _run_failure(error)
     return 0
 
 
-def _run_failure(error: RuntimeError) -> int:
+def _run_failure(error: RuntimeError | MemoryError) -> int:
     from ddpm_lab.session import Interrupted
     from ddpm_lab.settings import RunError
 
@@ -88,7 +92,7 @@ def _run_failure(error: RuntimeError) -> int:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         first = str(error).strip().partition("\n")[0]
         return _fail(1, f"torch.compile failed: {first}; --training.compile no or --engine torch does without it")
-    if "allocate memory" in str(error) or "out of memory" in str(error):
+    if is_out_of_memory(error):
         return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
     raise error
 

@@ -48,6 +48,7 @@ app = App(
     name="ddpm",
     help="Train, sample, see and score denoising diffusion models on small images.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # `cli` says in a line that it was interrupted
     config=_settings,
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
 )

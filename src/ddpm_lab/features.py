@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_lab.classifier import WEIGHTS, load_classifier, packaged_classifiers, packaged_path
 from ddpm_lab.download import download
-from ddpm_lab.files import cache_dir
+from ddpm_lab.files import cache_dir, locked
 from ddpm_lab.onnx_engine import OnnxNetwork
 from ddpm_lab.settings import InputError
 
@@ -240,12 +240,13 @@ def _downloaded_inception() -> Path:
     path = cache_dir() / "inception" / INCEPTION_FILE
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     advice = (
         f"put {INCEPTION_FILE} ({INCEPTION_BYTES} bytes, SHA-256 {INCEPTION_SHA256}) there, or name it by "
         "--inception-weights or DDPM_INCEPTION_WEIGHTS; or take --features classifier"
     )
-    download([INCEPTION_URL], path, _verify_download, advice)
+    with locked(path.parent, "DDPM_CACHE_DIR", wait=True):  # a second process waits, and finds the file there
+        if not path.is_file():
+            download([INCEPTION_URL], path, _verify_download, advice)
     return path
 
 

@@ -143,9 +143,13 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         settings = common | own | drawn
         return steppers[config.sampler](model, trained.schedule, x_T, num_steps, **settings)
 
-    evaluations = {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}
-    count = evaluations.get(config.sampler, num_steps) * (1 if resolved.guidance in (None, 0, 1) else 2)
+    count = evaluations_of(config, num_steps) * (1 if resolved.guidance in (None, 0, 1) else 2)
     return Sampler(resolved, num_steps, count, steps)
+
+
+def evaluations_of(config: SamplingConfig, num_steps: int) -> int:
+    """How often a sampler's steps evaluate the network for an image, guidance left out."""
+    return {"heun": 2 * num_steps - 1, "dpmpp": num_steps * (1 + config.singlestep)}.get(config.sampler, num_steps)
 
 
 def generate(

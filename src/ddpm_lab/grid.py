@@ -22,6 +22,15 @@ from ddpm_lab.settings import InputError, SettingsGroup, require
 
 HEADLINE = "ddim-50"  # the sampler of headlines: equal evaluations whatever T
 CONTINUOUS = 10_000  # timesteps that stand for continuous time: a network of that chain is sampled as any other
+DECIDED = {  # settings of a cell that a study does not take from its recipe, and what says them
+    "diffusion": {"num_timesteps": "grid.num_timesteps", "schedule": "grid.betas", "rescale_betas": "grid.betas"},
+    "training": {"seed": "grid.seeds"},
+    "evaluation": {
+        "score_every": "measures.checkpoints",
+        "score_images": "measures.images",
+        "score_features": "measures.features",
+    },
+}
 Features = Literal["classifier", "inception"]
 
 
@@ -230,6 +239,9 @@ def _parse_study(path: Path, values: dict[str, Any]) -> Study:
     require(isinstance(changes, dict), "settings must be a table of the recipe's groups")
     for group, settings in changes.items():
         require(isinstance(settings, dict), f"settings.{group} must be a table")
+        for name in settings:
+            decided = DECIDED.get(group, {}).get(name)
+            require(decided is None, f"settings.{group}.{name} is what {decided} decides; set that")
         base[group] = base.get(group, {}) | settings
     study = Study(
         path.stem,

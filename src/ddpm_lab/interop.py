@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm_lab.config import Config, DataConfig, DiffusionConfig, ModelConfig, Prediction, Variance
 from ddpm_lab.files import read_json
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, fits
 from ddpm_lab.unet import UNet, build_unet
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
@@ -228,9 +228,10 @@ def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
             "block_out_channels": [width // widths[0] * widths[0] for width in widths],
         }
         _covered(path, {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}, mirrored)
-        if channels not in (1, 3) or not isinstance(said["sample_size"], int):
+        size = said["sample_size"]
+        if channels not in (1, 3) or not fits(size, int) or not 0 < size < 65_536:
             raise InputError(
-                f"{path}: in_channels {json.dumps(channels)} with sample_size {json.dumps(said['sample_size'])} is not "
+                f"{path}: in_channels {json.dumps(channels)} with sample_size {json.dumps(size)} is not "
                 "covered; 1 or 3 are, with the side of square images"
             )
         config = ModelConfig(

@@ -56,7 +56,7 @@ def variational_bound(
 
     Args:
         model: called as model(x_t, t).
-        images: (N, C, H, W) uint8, N at least 2; held-out ones.
+        images: (N, C, H, W) uint8, N at least 2; held-out ones, on the device of the model.
         prediction: what the model predicts.
         variance: of the steps back, 'beta' or 'beta_tilde'; that of the last is beta_tilde of the one before it, for
             its own is 0 (as Ho et al. evaluate it).
@@ -71,6 +71,12 @@ def variational_bound(
     require(num_timesteps >= 1, f"num_timesteps must be at least 1, not {num_timesteps}")
     if variance not in ("beta", "beta_tilde"):
         raise InputError(f"variance must be beta or beta_tilde, not {variance!r}")
+    device, images = images.device, images.cpu()
+
+    def on_device(x_t: Tensor, t: Tensor) -> Tensor:  # all else is float64 on the CPU: some devices have none
+        with torch.no_grad():
+            return model(x_t.to(device), t.to(device)).cpu()
+
     N, later = len(images), schedule.num_timesteps - 1  # timesteps 1 .. T-1 of code have a step back that is Gaussian
     parts = min(num_timesteps, later)
     generator = torch.Generator().manual_seed(seed)
@@ -83,10 +89,10 @@ def variational_bound(
         rows = slice(first, min(first + batch_size, N))
         x_0 = to_float(images[rows])
         for part in range(parts):
-            costs = _step_costs(model, schedule, x_0, drawn[rows, part], generator, prediction, variance, clip_x_0)
+            costs = _step_costs(on_device, schedule, x_0, drawn[rows, part], generator, prediction, variance, clip_x_0)
             bits[rows] += costs * float(width[part])
             on_batch(len(x_0))
-        decoders[rows] = _decoder_costs(model, schedule, x_0, generator, prediction, clip_x_0)
+        decoders[rows] = _decoder_costs(on_device, schedule, x_0, generator, prediction, clip_x_0)
         on_batch(len(x_0))
     alpha_bar = float(schedule.alpha_bar[-1])
     mean_square = to_float(images).double().square().flatten(1).mean(1)
@@ -106,9 +112,7 @@ def _estimate(
     model: Model, x_t: Tensor, t: Tensor, alpha_bar: Tensor, prediction: Prediction, clip_x_0: bool
 ) -> Tensor:
     """x_0_hat, (B, C, H, W) float64, of images at timesteps of their own."""
-    with torch.no_grad():
-        output = model(x_t, t.to(x_t.device)).double()
-    rows = zip(output, x_t.double(), alpha_bar.tolist(), strict=True)
+    rows = zip(model(x_t, t).double(), x_t.double(), alpha_bar.tolist(), strict=True)
     return torch.stack([predict_x_0_eps(prediction, o, x, a, clip_x_0)[0] for o, x, a in rows])
 
 
@@ -123,8 +127,8 @@ def _step_costs(
     clip_x_0: bool,
 ) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each image, bits per dimension, (B,) float64."""
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-    x_t = q_sample(schedule, x_0, t.to(x_0.device), eps)
+    eps = torch.randn(x_0.shape, generator=generator)
+    x_t = q_sample(schedule, x_0, t, eps)
     alpha_bar = schedule.alpha_bar[t]
     x_0_hat = _estimate(model, x_t, t, alpha_bar, prediction, clip_x_0)
     costs = []
@@ -138,7 +142,7 @@ def _step_costs(
         ratio = beta_tilde / sigma_squared
         nats = (mean - mean_hat).square().mean() / sigma_squared / 2 + (ratio - 1 - math.log(ratio)) / 2
         costs.append(nats / math.log(2))
-    return torch.stack(costs).cpu()
+    return torch.stack(costs)
 
 
 def _decoder_costs(
@@ -150,9 +154,9 @@ def _decoder_costs(
     clip_x_0: bool,
 ) -> Tensor:
     """-log2 p(x_0 | x_1) per dimension: a normal density over each of 256 levels, open at both ends; (B,) float64."""
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=generator)
     t = torch.zeros(len(x_0), dtype=torch.int64)
-    x_1 = q_sample(schedule, x_0, t.to(x_0.device), eps)
+    x_1 = q_sample(schedule, x_0, t, eps)
     mean = _estimate(model, x_1, t, schedule.alpha_bar[t], prediction, clip_x_0)  # of the posterior at s = 0: x_0_hat
     a_t, a_s = float(schedule.alpha_bar[1]), float(schedule.alpha_bar[0])
     sigma = ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
@@ -164,4 +168,4 @@ def _decoder_costs(
     near, far = torch.where(below > 0, -below, above), torch.where(below > 0, -above, below)
     log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
     nats: Tensor = -(log_near + torch.log1p(-torch.exp(log_far - log_near)))
-    return (nats / math.log(2)).flatten(1).mean(1).cpu()
+    return (nats / math.log(2)).flatten(1).mean(1)

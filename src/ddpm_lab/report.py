@@ -17,6 +17,7 @@ from ddpm_lab.settings import InputError
 
 STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
 MARKERS = {"-": "o", "-.": "v", "--": "D", ":": "s"}  # by the style of the line
+DOTS = {"ddim": "", "dpmpp": "^", "heun": "P", "ddpm": "X"}  # by the sampler
 PICTURES = ("samples.png", "ancestral.png", "forward.gif", "reverse.gif")
 MIME = {".png": "image/png", ".gif": "image/gif"}
 
@@ -60,7 +61,8 @@ def report_page(results: Results) -> str:
         rows=[_row(result, records) for result in finished],
         keys=results.study.measures.samplers,
         headline=HEADLINE,
-        label=next((record["fid_label"] for record in records if record["key"] == HEADLINE), "FD"),
+        label=_headline_label(results),
+        other_samplers=", ".join(sorted({r["sampler"] for r in records if r.get("fid")} - {"ddim", "dpmpp"})),
         unfinished=[result for result in results.cells if not result.done],
         chains=_chains(results),
         pictures=[_pictures(result) for result in finished if result.cell.config.training.seed == _first_seed(results)],
@@ -68,6 +70,11 @@ def report_page(results: Results) -> str:
         summaries=[result.done for result in finished],
         floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
     )
+
+
+def _headline_label(results: Results) -> str:
+    """What the headline's distance is called, with the number of images."""
+    return next((record["fid_label"] for record in results.records if record["key"].startswith(HEADLINE)), "FD")
 
 
 def _first_seed(results: Results) -> int:
@@ -99,14 +106,14 @@ def _charts(results: Results) -> dict[str, str]:
     floor = next((r["floor"]["fid"] for r in records if r["key"] == HEADLINE and r.get("floor")), None)
     level = (floor, "floor: real images") if floor else None
     lengths = sorted(results.study.grid.num_timesteps)
-    steps = sorted({int(name.partition("-")[2]) for name in measures.samplers})
+    costs = sorted({r["num_evaluations"] for r in records if r["key"] in measures.samplers})
     return {
         "training": line_chart(
             "training", _training_series(results), "training images seen", label, log_y=True
         ),
         "evaluations": line_chart(
             "evaluations", _cost_series(results, "num_evaluations", "evaluations"),
-            "evaluations of the network an image", final, log_x=True, log_y=True, x_ticks=steps, level=level,
+            "evaluations of the network an image", final, log_x=True, log_y=True, x_ticks=costs, level=level,
         ),
         "seconds": line_chart(
             "seconds", _cost_series(results, "seconds_an_image", "s"), "seconds an image", final,
@@ -145,11 +152,11 @@ def _training_series(results: Results) -> list[Series]:
 
 
 def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
-    """Scores at the end over what an image costs: a line for DDIM, dots for DPM-Solver++."""
+    """Scores at the end over what an image costs: a line for DDIM, dots for the others."""
     series = []
     for result in results.cells:
         records = [record for key in results.study.measures.samplers if (record := result.at_end(key))]
-        for sampler in ("ddim", "dpmpp"):
+        for sampler, dot in DOTS.items():
             points = [
                 _point(r[cost], r, "fid", f"{result.cell.name}, {r['key']}, {r[cost]:.3g} {unit}")
                 for r in records
@@ -157,7 +164,7 @@ def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
             ]
             name = _legend(results, result) if sampler == "ddim" else ""
             style = _style(result.cell)
-            shape = (style, MARKERS[style]) if sampler == "ddim" else ("", "^")
+            shape = (style, MARKERS[style]) if sampler == "ddim" else ("", dot)
             if points:
                 series.append(Series(name, _colour(results, result.cell), points, *shape))
     return series
@@ -189,13 +196,15 @@ def _other_answers(results: Results) -> list[str]:
             f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}), KID: {listed}; "
             f"the 95 % interval of the largest difference is +- {_short(native.half)}, and covers {native.covers}."
         )
+    label = _headline_label(results)
     for ending, wanted in (("", "fixed range"), (" as T=", "rescaled")):
         means = _headline_means(results, ending, wanted)
+        if means and not ending:  # at T = 1000 there is one chain for both kinds of betas
+            means = {T: mean for T, mean in _headline_means(results, "", "rescaled").items() if T == 1000} | means
         listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(means.items()))
-        if listed and ending:
-            said.append(f"One network of continuous time (T = 10,000), sampled at equal evaluations: {listed}.")
-        elif listed:
-            said.append(f"With betas of a fixed range, at equal evaluations: {listed}.")
+        what = "One network of continuous time (T = 10,000), sampled" if ending else "With betas of a fixed range,"
+        if listed:
+            said.append(f"{what} at equal evaluations, {label}: {listed}.")
     return said
 
 

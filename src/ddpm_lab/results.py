@@ -84,9 +84,20 @@ def gather(out: Path) -> Results:
     for cell in study.cells:
         folder, failure = cell_folder(out, cell), failure_path(out, cell)
         done = _read_done(folder / "done.json") if is_done(out, cell) else None
-        why = str(read_json(failure).get("error")) if failure.is_file() and done is None else None
+        why = _read_failure(failure) if done is None else None
         cells.append(CellResult(cell, folder, done, why, list(_records(cell, folder))))
     return Results(study, cells)
+
+
+def _read_failure(path: Path) -> str | None:
+    """Why a cell failed; None where it did not, or another worker has done it since."""
+    try:
+        told = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return f"{path.name} cannot be read"
+    return str(told.get("error")) if isinstance(told, dict) else f"{path.name} is not what a study writes"
 
 
 def _read_done(path: Path) -> dict[str, Any]:

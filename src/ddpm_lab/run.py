@@ -99,7 +99,8 @@ def _train(
     training_set = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
     held_out = load_images(config.data.dataset, "test", data_dir, config.data.image_size)
     channels, image_size = training_set.images.shape[1:3]
-    labels = _labels(config, training_set, on)
+    labels = told_classes(config, training_set)
+    labels = labels if labels is None else labels.to(on)
     schedule = build_schedule(config.diffusion)
     torch.manual_seed(config.training.seed)
     model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps).to(on)
@@ -112,6 +113,7 @@ def _train(
         if start_from is not None and not checkpoint_steps(run_dir):
             record["from"] = begin_from(state, load(start_from, device="cpu"), config)
             _check_unchanged(run_dir, record["from"])
+    scorer = training_scorer(config, training_set, data_dir, on)  # before the folder is written, for it may refuse
 
     with locked(run_dir, "--run") if processes.lead() else nullcontext():
         seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
@@ -125,10 +127,7 @@ def _train(
             beginning = f"continues from step {state.step}" if state.step else "starts"
             beginning += f" from {start_from}" if start_from is not None and not state.step else ""
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
-        session = Session(
-            config, run_dir, state, schedule, held_out, training_set, record, seconds,
-            training_scorer(config, training_set, data_dir, on),
-        )  # fmt: skip
+        session = Session(config, run_dir, state, schedule, held_out, training_set, record, seconds, scorer)
         try:
             session.catch_up()
             if state.step < config.training.num_steps:
@@ -143,7 +142,7 @@ def _train(
     return checkpoint_path(run_dir, state.step)
 
 
-def _labels(config: Config, training_set: ImageSet, device: torch.device) -> torch.Tensor | None:
+def told_classes(config: Config, training_set: ImageSet) -> torch.Tensor | None:
     """The classes of the images, where the network is told them.
 
     Raises:
@@ -156,7 +155,7 @@ def _labels(config: Config, training_set: ImageSet, device: torch.device) -> tor
     there = int(training_set.labels.max()) + 1
     if config.model.num_classes != there:
         raise InputError(f"model.num_classes must be {there} for {config.data.dataset}, not {config.model.num_classes}")
-    return training_set.labels.to(device)
+    return training_set.labels
 
 
 def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState, start_from: str | None) -> float:
@@ -212,6 +211,16 @@ def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
     packages = ("ddpm-lab", "torch", "numpy")
     return {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """What to type for a setting to have a value."""
+    group, _, rest = name.replace("_", "-").partition(".")
+    if value is None or value == []:
+        return f"leave --{group}.{rest} out"
+    if isinstance(value, bool):
+        return f"give --{group}.{'' if value else 'no-'}{rest}"
+    return f"give --{group}.{rest} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _as_json(record: dict[str, Any]) -> str:
@@ -288,7 +297,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
             if value != there and free is not None and name not in free:
                 raise InputError(
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
-                    f"give --{group}.{name.replace('_', '-')} {json.dumps(there)}, or another --run"
+                    f"{_as_typed(f'{group}.{name}', there)}, or another --run"
                 )
     if old_record["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")

@@ -140,8 +140,8 @@ class Session:
     def _summary(self, interval: Interval) -> dict[str, Any]:
         """A line of the log; stops the run where a loss or a gradient was not finite."""
         steps, config = interval.steps, self.config
-        losses = torch.stack([step.losses for step in steps]).double().cpu()
-        grad_norms = torch.stack([step.grad_norm for step in steps]).double().cpu()
+        losses = torch.stack([step.losses for step in steps]).cpu().double()
+        grad_norms = torch.stack([step.grad_norm for step in steps]).cpu().double()
         for values, what in ((losses.mean(1), "loss"), (grad_norms, "gradient")):
             bad = (~values.isfinite()).nonzero()
             if len(bad):

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpm_lab.cell import compute_cell, study_cost
+from ddpm_lab.cell import check_cell, compute_cell, study_cost
 from ddpm_lab.files import InUse, replace_atomically
 from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.lease import SECONDS, LeaseLost, leased
@@ -35,20 +35,24 @@ def run_study(
         cell: index of the only one to compute; None: all, one after another.
         device, data_dir, say: see `run.train`.
     Raises:
-        InputError: a cell that does not exist, or a folder of another study.
+        InputError: a cell that does not exist, a folder of another study, or what no cell could be computed with.
         RunError: a cell failed; the others are done all the same.
         Interrupted: see `run.train`.
     """
     cells = study.cells
     if cell is not None and not 0 <= cell < len(cells):
         raise InputError(f"--cell must be from 0 to {len(cells) - 1}, the cells of study {study.name}, not {cell}")
-    _claim_folder(study, out)
+    _check_folder(study, out)
     chosen = cells if cell is None else [cells[cell]]
     missing = [c for c in chosen if not is_done(out, c)]
+    costs = []
+    if missing:  # what cannot be computed is told before anything is written
+        check_cell(study, missing[0], device, data_dir)
+        costs = study_cost(study, missing, device, data_dir)
+    _claim_folder(study, out)
     say(f"study {study.name}: {len(cells)} cells, {sum(is_done(out, c) for c in cells)} done")
-    if missing:
-        for line in study_cost(study, missing, device, data_dir):
-            say(line)
+    for line in costs:
+        say(line)
     failed: list[str] = []
 
     def attempt(one: Cell) -> bool:
@@ -90,7 +94,8 @@ def run_study(
         say(f"left to other workers, which are at it: {', '.join(one.name for one in left)}")
 
 
-def _claim_folder(study: Study, out: Path) -> None:
+def _check_folder(study: Study, out: Path) -> None:
+    """Refuse a folder that holds something else."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder, new or of a study")
     if (out / "study.json").is_file():
@@ -102,6 +107,10 @@ def _claim_folder(study: Study, out: Path) -> None:
         others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if others and others != ["cells"]:
             raise InputError(f"--out {out} holds {others[0]} but no study.json; name an empty or new folder")
+
+
+def _claim_folder(study: Study, out: Path) -> None:
+    _check_folder(study, out)  # since we looked
     try:
         (out / "cells").mkdir(parents=True, exist_ok=True)
         if not (out / "study.json").is_file():

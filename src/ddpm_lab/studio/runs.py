@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm_lab.checkpoint import checkpoint_steps
 from ddpm_lab.curves import RunLog, read_runs, training_figure
 from ddpm_lab.drawing import Picture, rendered
+from ddpm_lab.interop import is_diffusers
 from ddpm_lab.session import LOG, SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.sources import entries_of, inside, run_folders
@@ -33,7 +34,11 @@ GRID = re.compile(r"step_(\d{8})\.png")
 
 def run_names(runs: Path) -> list[str]:
     """Runs below the folder, by their path there; folders of diffusers have no log and are left out."""
-    return [str(path.relative_to(runs)) for path in run_folders(runs) if (path / "config.json").is_file()]
+    return [
+        str(path.relative_to(runs))
+        for path in run_folders(runs)
+        if (path / "config.json").is_file() and not is_diffusers(path)
+    ]
 
 
 def run_table(runs: Path) -> list[list[str]]:
@@ -128,8 +133,15 @@ def report(runs: Path, name: str) -> str:
 def _stamp(runs: Path) -> list[tuple[str, int, int]]:
     """What changes when anything that the tab shows does."""
     found = []
-    for folder in run_folders(runs):
-        for path in (folder / LOG, folder / SCORES, folder / "config.json", folder / "samples", folder / "checkpoints"):
+    for folder in (*run_folders(runs), *(runs / name for name in report_names(runs))):
+        for path in (
+            folder / "report.html",
+            folder / LOG,
+            folder / SCORES,
+            folder / "config.json",
+            folder / "samples",
+            folder / "checkpoints",
+        ):
             with suppress(OSError):
                 held = path.stat()
                 found.append((str(path), held.st_mtime_ns, held.st_size))

@@ -13,7 +13,7 @@ import gradio as gr
 from ddpm_lab.checkpoint import checkpoint_steps
 from ddpm_lab.interop import is_diffusers
 from ddpm_lab.log import read_lines
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.settings import InputError, RunError, is_out_of_memory
 from ddpm_lab.studio import HELD
 from ddpm_lab.trained import TrainedModel, load, packaged_names
 
@@ -115,11 +115,14 @@ def _loaded(source: str, stamp: tuple[Any, ...], device: str) -> TrainedModel:
 
 def told(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A handler whose faults are told on the page in a line, as the command line would tell them."""
-    faults = (InputError, RunError, OSError, MemoryError)
+    faults = (InputError, RunError, OSError, MemoryError, RuntimeError)
 
-    def line(error: BaseException) -> gr.Error:
-        words = "not enough memory for that" if isinstance(error, MemoryError) else str(error)
-        return gr.Error(words, print_exception=False)
+    def line(error: Exception) -> Exception:
+        if is_out_of_memory(error):
+            return gr.Error("not enough memory for that", print_exception=False)
+        if isinstance(error, RuntimeError) and not isinstance(error, RunError):
+            return error  # a fault of ours, with its traceback
+        return gr.Error(str(error), print_exception=False)
 
     @functools.wraps(handler)
     def generator(*values: Any) -> Any:
