@@ -69,8 +69,6 @@ bound_images = 2
 [settings.training]
 num_steps = 2
 batch_size = 4
-[settings.diffusion]
-schedule = "linear"
 """
 SECONDS = 20  # after which a try is given up, and counted
 
