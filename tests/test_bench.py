@@ -202,6 +202,7 @@ def test_a_command_is_measured_with_its_processes():
     shared = scaling.cost_of((sys.executable, "-c", code), processes=2)
     assert alone.seconds > 0.5
     assert 50 < shared.mebibytes - alone.mebibytes < 70
+    scaling.cost_of((sys.executable, "-c", "import os; assert os.environ['DDPM_CACHE_DIR'] == 'own'"), cache="own")
     with pytest.raises(RunError, match="failed: ZeroDivisionError: division by zero"):
         scaling.cost_of((sys.executable, "-c", "1 / 0"))
 
@@ -210,7 +211,8 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
     """Commands that take 3 seconds and a thousandth an image, half of it with two processes; nothing is started."""
     begun = []
 
-    def cost_of(command, processes=1):
+    def cost_of(command, processes=1, cache=None):
+        assert not Path(cache).exists(), "what was kept from another time would cost nothing"
         begun.append(command)
         count = int(command[command.index("--num-images") + 1]) if "--num-images" in command else 0
         if "train" in command:
@@ -222,6 +224,7 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
         return scaling.Cost(3 + count / 1000 / processes, 100.0)
 
     monkeypatch.setattr(scaling, "cost_of", cost_of)
+    monkeypatch.setattr(scaling.os, "cpu_count", lambda: 2)
     said = []
     records = scaling.scaling("cpu", said.append, images=(100, 1200), num_steps=4)
     rates = {(r["what"], r["processes"]): r["images_per_second"] for r in records if r["images_per_second"]}
@@ -232,6 +235,10 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
     assert len(said) == len(records) == 4 + 2 * 2 + 1
     assert len(begun) == 2 + 4 + 4 + 1
     assert "sampling, 2 processes: 1,200 images in 3.6 s, 2,000 images/s, 100 MiB at most" in said
+    monkeypatch.setattr(scaling.os, "cpu_count", lambda: 1)
+    records = scaling.scaling("cpu", said.append, images=(100, 1200), num_steps=4)
+    assert {record["processes"] for record in records} == {1}
+    assert any(line.startswith("more than 1 processes are not measured") for line in said)
 
 
 def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):

@@ -84,20 +84,33 @@ def test_damaged_files_are_refused(tmp_path):
         (tmp_path / WEIGHTS).write_bytes(damaged)
         with pytest.raises(InputError, match="is damaged, or not a classifier's"):
             load_classifier(tmp_path / WEIGHTS)
+    (tmp_path / STATE).unlink()
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(InputError, match="without the training that it came from"):
+        train_classifier("digits", tmp_path, num_epochs=1, device="cpu")
+    assert (tmp_path / WEIGHTS).read_bytes() == content
     (tmp_path / STATE).write_bytes(content)
     with pytest.raises(InputError, match="other settings"):
         train_classifier("digits", tmp_path, num_epochs=1, device="cpu")
 
 
-def test_a_header_that_tells_another_shape_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": {"widths": [16, 32, 48]}}, "another network"),
+        ({"settings": {"widths": []}}, "does not describe one"),
+        ({"test_accuracy": "high"}, "does not describe one"),
+    ],
+)
+def test_a_header_that_tells_another_shape_is_refused(tmp_path, change, words):
     train_classifier("digits", tmp_path, num_epochs=1, device="cpu")
     content = (tmp_path / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     meta = json.loads(header["__metadata__"]["ddpm_lab"])
-    meta["settings"]["widths"] = [16, 32, 48]
+    meta |= change
     header["__metadata__"]["ddpm_lab"] = json.dumps(meta)
     changed = json.dumps(header).encode()
     (tmp_path / WEIGHTS).write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
-    with pytest.raises(InputError, match="another network"):
+    with pytest.raises(InputError, match=words):
         load_classifier(tmp_path / WEIGHTS)

@@ -22,6 +22,7 @@ from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig, recipe_names
 from ddpm_lab.generation import sampling_identity
 from ddpm_lab.grid import study_names
+from ddpm_lab.progress import progress
 from ddpm_lab.trained import load
 
 from .conftest import TINY_RECIPE, tree_hash
@@ -100,6 +101,7 @@ def _write_arrays() -> None:
         "mixed": {"mu": np.zeros(64), "sigma": np.eye(5)},
         "scalar": {"mu": np.float64(0), "sigma": np.eye(64)},
         "indefinite": {"mu": np.zeros(64), "sigma": np.eye(64) * -4 + 5},
+        "none": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "crooked": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
     }
     for name, held in arrays.items():
@@ -258,6 +260,12 @@ BAD_INPUTS = {
     "pairs in no picture": (EVALUATE.format("digits:test") + " --pairs pairs.txt", "must end in .png"),
     "scores in no lines": (EVALUATE.format("digits:test") + " --scores scores.json", "must end in .jsonl"),
     "checkpoint of images": (EVALUATE.format("digits:test") + " --checkpoint 8", "--checkpoint: for a model"),
+    "weights that score nothing": (EVALUATE.format("run") + " --inception-weights x.pth", "for --features inception"),
+    "a size for no folder": (EVALUATE.format("run") + " --image-size 4", "for folders of images, and there is none"),
+    "an engine for no sampling": (EVALUATE.format("digits:test") + " --engine compile", "--engine: for a model"),
+    "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "is empty"),
+    "scores of too many images": (EVALUATE.format("run") + " --num-images 100000000000", "from 2 to 10000000"),
+    "statistics of nothing": (STATISTICS.format("none.npz"), "no statistics"),
     "sampling of images": (
         EVALUATE.format("digits:test") + " --num-steps 10 --class 3 --weights raw",
         "--num-steps, --class, --weights: for a model, and digits:test holds images",
@@ -265,7 +273,7 @@ BAD_INPUTS = {
     "scores of a damaged run": ("evaluate torn --features classifier --device cpu", "is damaged"),
     "sampler that does not fit": (EVALUATE.format("run") + " --num-steps 1001", "from 1 to the 1000"),
     "classifier of no epochs": ("classifier digits --out new --num-epochs 0", "from 1 to 10000"),
-    "classifier of a negative seed": ("classifier digits --out new --seed -1", "at least 0"),
+    "classifier of a negative seed": ("classifier digits --out new --seed -1", "seed must be from 0"),
     "classifier in a file": ("classifier digits --out a_file", "is a file"),
     "classifier of another training": ("classifier digits --out trained --num-epochs 3", "other settings or images"),
     "scores too rare to be": (TRAIN + " --evaluation.score-images 3", "at least 20"),
@@ -303,7 +311,15 @@ BAD_INPUTS = {
     "forward of unknown betas": (FORWARD.format("a.png") + " --betas sigmoid", "sigmoid"),
     "forward of no betas": (FORWARD.format("a.png") + " --betas", "betas"),
     "forward with unknown spacing": (FORWARD.format("a.png") + " --spacing quadratic", "quadratic"),
-    "forward of a negative seed": (FORWARD.format("a.png") + " --seed -1", "seed must be at least 0"),
+    "forward of a negative seed": (FORWARD.format("a.png") + " --seed -1", "seed must be from 0"),
+    "forward of a giant seed": (FORWARD.format("a.png") + " --seed 99999999999999999999", "seed must be from 0"),
+    "forward of digits of another size": (FORWARD.format("a.png") + " --image-size 4", "has its own size"),
+    "forward of pictures of no size": ("forward --dataset good --image-size 0 --out a.png", "--image-size must be"),
+    "frames of a picture": (FORWARD.format("a.png") + " --frames 9 --fps 5", "--frames, --fps: for a film"),
+    "columns of a film": (FORWARD.format("a.gif") + " --columns 5", "--columns: for a picture"),
+    "hold of a picture": ("interpolate run --hold 5 --out a.png", "--hold: for a film"),
+    "columns of a reverse film": ("reverse run --columns 5 --out a.mp4", "--columns: for a picture"),
+    "classifier of a giant seed": ("classifier digits --out new --seed 99999999999999999999", "seed must be from 0"),
     "forward too fast": (FORWARD.format("a.gif") + " --fps 51", "fps must be from 1 to 50"),
     "forward of giants": (FORWARD.format("a.png") + " --scale 1000", "scale must be at most 16"),
     "forward held for ever": (FORWARD.format("a.gif") + " --hold 1e9", "hold must be from 0 to 60"),
@@ -317,7 +333,8 @@ BAD_INPUTS = {
     "reverse of too many steps": ("reverse run --num-steps 1001 --out a.png", "from 1 to the 1000"),
     "interpolation with noise": ("interpolate run --sampler ddpm --out a.png", "without noise on the way"),
     "interpolation of one image": ("interpolate run --columns 1 --out a.png", "from 2 to 101"),
-    "interpolation to a negative seed": ("interpolate run --to-seed -1 --out a.png", "at least 0"),
+    "interpolation to a negative seed": ("interpolate run --to-seed -1 --out a.png", "to_seed must be from 0"),
+    "reconstruction of unnamed classes": ("reconstruct mnist --dataset good --guidance 2 --out a.png", "needs --class"),
     "reconstruction beyond the chain": ("reconstruct run --timesteps 5 1001 --out a.png", "from 2 to the 1000"),
     "reconstruction from nothing": ("reconstruct run --timesteps 0 --out a.png", "from 2 to the 1000"),
     "reconstruction of other images": (
@@ -493,6 +510,19 @@ def test_a_command_that_is_terminated_ends_as_by_ctrl_c(tmp_path):
     assert process.communicate(timeout=60)[1].splitlines()[-1] == "error: interrupted"
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_goes_on_when_nobody_reads_how_far_it_is(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    monkeypatch.setattr("ddpm_lab.progress.PLAIN_INTERVAL_SECONDS", 0.0)
+    with progress("counting", 3, "sheep") as advance:
+        for _ in range(3):
+            advance(1)
+    assert run_command(["info", "nothing"]) == 2
 
 
 def test_the_demo_is_the_study_of_digits(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddpm_lab import data, download
 from ddpm_lab.data import load_images, to_float, to_uint8, training_batch
+from ddpm_lab.image_folder import open_folder
 from ddpm_lab.settings import InputError
 
 
@@ -201,6 +202,21 @@ def test_a_folder_is_a_data_set(tmp_path):
     assert train.images.shape == (38, 1, 6, 6)
     values = sorted([*train.images[:, 0, 0, 0].tolist(), *test.images[:, 0, 0, 0].tolist()])
     assert values == list(range(40)), "every image is in one split, and in one only"
+
+
+def test_what_hides_in_a_folder_is_no_image_of_it(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for hidden in (".ipynb_checkpoints/a.png", "below/.thumbnails/b.png", ".c.png"):
+        (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3)).save(tmp_path / hidden)
+    assert len(open_folder(tmp_path, None, "--size")) == 1
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("digits", 4), ("FOLDER", 0), ("FOLDER", -5), ("FOLDER", 10**9)])
+def test_a_size_that_cannot_be_is_refused(tmp_path, dataset, size):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="--size"):
+        load_images(dataset.replace("FOLDER", str(tmp_path)), image_size=size, option="--size")
 
 
 @pytest.mark.parametrize("red", range(4))

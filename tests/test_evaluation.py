@@ -23,9 +23,9 @@ from ddpm_lab.data import load_images
 from ddpm_lab.evaluation import evaluate, generated_images, memorisation, open_reference
 from ddpm_lab.feature_store import Features, features_of
 from ddpm_lab.features import classifier_network, module_network
-from ddpm_lab.image_stream import ImageStream, open_images, tensor_stream
+from ddpm_lab.image_stream import ImageStream, chunk_size, open_images, tensor_stream
 from ddpm_lab.images import save_npz
-from ddpm_lab.log import append_line, read_lines
+from ddpm_lab.log import append_line, cut_lines, read_lines
 from ddpm_lab.metrics import statistics
 from ddpm_lab.settings import InputError
 
@@ -165,6 +165,12 @@ def test_features_are_computed_once_and_continued(cache):
     third = Pixels()
     assert torch.equal(features_of(stream, kept(third)).values, expected)
     assert third.calls == 0
+    torn = found.folder.with_name(".partial-" + found.folder.name)
+    shutil.move(found.folder, torn)  # as if it had not come to its end, and a crash had lost some logits
+    os.truncate(torn / feature_store.LOGITS, 600 * 40)
+    fourth = Pixels()
+    assert torch.equal(features_of(stream, kept(fourth)).logits, found.logits)
+    assert fourth.calls == 12, "500 of 1700 were there"
     for damage in (
         lambda f: os.truncate(f / feature_store.FEATURES, 100),
         lambda f: (f / "meta.json").write_text("[]"),
@@ -376,6 +382,33 @@ def test_a_record_after_a_torn_line_is_whole(tmp_path):
     append_line(path, {"step": 3, "seconds": 1.0})
     append_line(path, {"step": 4, "seconds": 1.0})
     assert [line["step"] for line in read_lines(path)] == [1, 3, 4]
+
+
+def test_a_record_of_no_step_stays_where_a_run_goes_on(tmp_path):
+    """That of real images, say, kept beside those of the run."""
+    path = tmp_path / "scores.jsonl"
+    for step in (1, None, 3):
+        append_line(path, {"step": step, "seconds": 1.0})
+    assert [line["step"] for line in cut_lines(path, 2)] == [1]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, None]
+
+
+def test_a_record_that_cannot_be_kept_is_told(tiny_run, tmp_path, capsys, cache, monkeypatch):
+    def full(path, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ddpm_lab.scores.append_line", full)
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert run_command(evaluate_command(tmp_path / "run", "--metrics", "fid")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line.partition("the record: ")[2])["num_images"] == 40
+
+
+def test_large_images_are_read_a_few_at_a_time():
+    assert chunk_size((3, 32, 32)) == 500
+    assert chunk_size((3, 4096, 4096)) == 2
+    images = torch.zeros(5, 3, 4096, 4096, dtype=torch.uint8)
+    assert [len(batch) for batch in tensor_stream("large", images).batches()] == [2, 2, 1]
 
 
 def evaluate_command(run, *more, num_images=40):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ddpm_lab.drawing import GAP, LINE, MARGIN, above, beside, enlarged, image_table, number
-from ddpm_lab.film import save_film
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.film import check_kind, save_film
+from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 
@@ -105,6 +105,17 @@ def test_an_encoder_that_fails_is_told_as_a_failed_run(tmp_path, monkeypatch, co
     with pytest.raises(RunError, match="No space left on device"):
         save_film(tmp_path / "a.mp4", itertools.islice(itertools.cycle(frames()), count), PictureConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["ffmpeg"]
+
+
+def test_a_film_without_an_encoder_is_refused_before_the_work(tmp_path, monkeypatch):
+    def absent():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", absent)
+    with pytest.raises(InputError, match="mp4 needs ffmpeg"):
+        check_kind(tmp_path / "a.mp4", PictureConfig(), COLUMNS)
+    assert check_kind(tmp_path / "a.gif", PictureConfig(), COLUMNS)
+    assert not check_kind(tmp_path / "a.png", PictureConfig(), 5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Scores against closed forms, against theory, and against torch-fidelity."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -265,3 +267,11 @@ def test_intervals_cover_as_they_say():
 def test_what_cannot_be_computed_is_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_deviation_of_few_images_is_a_number(count):
+    """A draw of one image over and over has no pair."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(count, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    assert math.isfinite(kernel_distance_deviation(a, b, 50))

@@ -20,6 +20,7 @@ from ddpm_lab import processes
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.log import read_lines
+from ddpm_lab.settings import InputError
 
 FLAGS = ["--device", "cpu", "--model.dropout", "0", "--model.num-classes", "10", "--training.precision", "float32"]
 
@@ -245,6 +246,23 @@ def test_an_environment_that_says_nonsense_is_told(monkeypatch, capsys, name):
     monkeypatch.setenv(name, "two")
     assert run_command(["info", "mnist"]) == 2
     assert f"error: environment variable {name} must be a whole number, not 'two'" in capsys.readouterr().err
+
+
+def test_what_a_launcher_left_behind_makes_nobody_a_helper(monkeypatch):
+    """A lone process of rank 1 would train to the end, and write nothing."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for count in (None, "1"):
+        monkeypatch.delenv("WORLD_SIZE") if count is None and "WORLD_SIZE" in os.environ else None
+        monkeypatch.setenv("WORLD_SIZE", count) if count else None
+        assert processes.lead()
+        assert processes.local_rank() == 0
+
+
+def test_processes_meet_only_where_they_can(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="not mps; give --device cpu"):
+        processes.join(torch.device("mps"))
 
 
 def test_alone_nothing_is_shared():

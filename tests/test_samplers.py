@@ -77,6 +77,23 @@ def test_gaussian_data_is_sampled_with_its_mean_and_deviation(name):
     assert float(x_0.std()) == pytest.approx(deviation, rel=0.03)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x_0"])
+def test_heun_passes_through_pure_noise(prediction):
+    """The first step, even in log SNR, leads through a stretch where 1e-21 of the image's variance is left."""
+    schedule, mean, deviation = linear_schedule(4000, rescale_betas=False), 0.3, 0.2
+    exact = gaussian_model(schedule, mean, deviation)
+
+    def model(x_t, t):
+        ab = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = exact(x_t, t)
+        return eps if prediction == "eps" else (x_t - (1 - ab).sqrt() * eps) / ab.sqrt()
+
+    x_T = torch.randn(2_000, 1, 1, 1, dtype=torch.float64)
+    x_0 = heun_sample(model, schedule, x_T, 20, prediction=prediction)
+    assert float(x_0.mean()) == pytest.approx(mean, abs=0.03)
+    assert float(x_0.std()) == pytest.approx(deviation, rel=0.1)
+
+
 def test_ddim_converges_at_first_order():
     """Against the exact solution of the probability-flow ODE, twice the steps leave half the error."""
     schedule, mean, deviation = cosine_schedule(10_000), 0.3, 0.5

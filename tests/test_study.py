@@ -184,6 +184,16 @@ def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch
         gather(out)
 
 
+def test_a_study_that_nobody_listens_to_ends_and_its_cell_has_not_failed(study_file, tmp_path, monkeypatch):
+    def compute(*given, **more):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(study_module, "compute_cell", compute)
+    with pytest.raises(BrokenPipeError):
+        run_study(read_study(str(study_file)), tmp_path / "out", device="cpu")
+    assert not list((tmp_path / "out" / "cells").glob("*.failed.json"))
+
+
 def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypatch):
     study, out, said = read_study(str(study_file)), tmp_path / "out", []
     monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed"))

@@ -177,12 +177,14 @@ def train_classifier(
         raise InputError(f"a classifier needs labels: data set must be one of {', '.join(SETTINGS)}, not {dataset!r}")
     if num_epochs is not None and not 1 <= num_epochs <= 10_000:
         raise InputError(f"num_epochs must be from 1 to 10000, not {num_epochs}")
-    if seed < 0:
-        raise InputError(f"seed must be at least 0, not {seed}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be from 0 to 2^63 - 1, not {seed}")
     settings = replace(SETTINGS[dataset], num_epochs=num_epochs or SETTINGS[dataset].num_epochs, seed=seed)
     on = resolve_device(device)
     training_set, test_set = (load_images(dataset, split, data_dir) for split in ("train", "test"))
     with locked(out, "--out"):
+        if (out / WEIGHTS).exists() and not (out / STATE).exists():
+            raise InputError(f"{out / WEIGHTS} exists, without the training that it came from; name another --out")
         state = _State(training_set, settings, out, on)
         dtype = resolve_precision("auto", on)
         with progress(f"classifier of {dataset}", settings.num_epochs, "epochs", start=state.epoch) as advance:
@@ -308,8 +310,8 @@ def load_classifier(path: Path) -> TrainedClassifier:
     try:
         channels, _, _ = meta["image_shape"]
         network = Classifier(channels, tuple(meta["settings"]["widths"]))
-        float(meta["test_accuracy"]), str(meta["dataset"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        meta |= {"test_accuracy": float(meta["test_accuracy"]), "dataset": str(meta["dataset"])}
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is not a classifier's weights: its header does not describe one") from error
     _copy(network, tensors, path)
     return TrainedClassifier(network.eval().requires_grad_(False), meta, sha256)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 
 from cyclopts import CycloptsError
 
@@ -22,6 +22,7 @@ from ddpm_lab.settings import InputError, is_out_of_memory
 from ddpm_lab.telling import hold_warnings, tell_warnings
 
 SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
+LONG = ("train", "study", "demo", "classifier")  # commands whose lines are not what one calls them for
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -72,7 +73,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, "interrupted")
     except BrokenPipeError:  # the reader has seen enough; nothing may be written when Python exits, either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1 if arguments and arguments[0] in LONG else 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(1 if error.errno in FAILED_DISK else 2, f"{place}{error.strerror or error}")
@@ -100,5 +101,6 @@ def _run_failure(error: RuntimeError | MemoryError) -> int:
 def _fail(code: int, message: str) -> int:
     rank = os.environ.get("RANK", "0")
     which = f"process {rank}: " if rank.isdecimal() and int(rank) else ""
-    print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # whoever read it has gone
+        print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
     return code

@@ -140,7 +140,7 @@ def run_bench(
     if of.config.patch_size > 1:
         say("diffusers has no network on patches, and takes part in the input path only")
 
-    wait = torch.cuda.synchronize if on.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(on.type, lambda: None)
 
     def meet(contest: Contest, turns: int = repeats) -> None:
         with progress(contest.case, (turns + 1) * len(contest.contestants), "turns") as advance:

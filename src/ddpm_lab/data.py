@@ -111,7 +111,11 @@ def default_data_dir() -> Path:
 
 
 def load_images(
-    dataset: str, split: str = "train", data_dir: Path | None = None, image_size: int | None = None
+    dataset: str,
+    split: str = "train",
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    option: str = "--data.image-size",
 ) -> ImageSet:
     """Load one split of a data set, fetching and verifying it first where needed.
 
@@ -121,12 +125,18 @@ def load_images(
         split: train or test.
         data_dir: holds mnist/ and cifar10/; None: see `default_data_dir`.
         image_size: for folders: crop to the centre square and scale to this side in pixels.
+        option: the flag that gives it, for messages.
     Raises:
         InputError: no such data set; files that are absent and cannot be fetched, or hold something else; a folder
-            without images, with unreadable ones, or with several sizes and no image_size.
+            without images, with unreadable ones, or with several sizes and no image_size; one out of range, or for a
+            set that has its own size.
     """
     if split not in ("train", "test"):
         raise InputError(f"split must be train or test, not {split!r}")
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise InputError(f"{option} must be from 1 to 4096, not {image_size}")
+    if image_size is not None and dataset in DATASETS:
+        raise InputError(f"{option} is for a folder of images; {dataset} has its own size")
     folder = data_dir or default_data_dir()
     if dataset == "mnist":
         images, labels = _read_mnist(folder / "mnist", split)
@@ -135,7 +145,7 @@ def load_images(
     elif dataset == "digits":
         images, labels = _read_digits(split)
     else:
-        images, labels = _read_folder(Path(dataset), split, image_size), None
+        images, labels = _read_folder(Path(dataset), split, image_size, option), None
     return ImageSet(
         name=f"{dataset}:{split}",
         images=torch.from_numpy(images),
@@ -182,10 +192,10 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[:, None], digits.target[chosen]
 
 
-def _read_folder(path: Path, split: str, image_size: int | None) -> np.ndarray:
+def _read_folder(path: Path, split: str, image_size: int | None, option: str) -> np.ndarray:
     if not path.is_dir():
         raise InputError(f"no data set {str(path)!r}: name one of {', '.join(DATASETS)}, or a folder of images")
-    folder = open_folder(path, image_size, "--data.image-size")
+    folder = open_folder(path, image_size, option)
     if len(folder) < 2:
         raise InputError(f"folder {path} holds one image; training needs at least 2")
     order = np.random.RandomState(0).permutation(len(folder))

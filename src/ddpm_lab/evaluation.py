@@ -137,12 +137,15 @@ def feature_network(
 
 def generated_images(trained: TrainedModel, num_images: int, config: SamplingConfig) -> ImageStream:
     """Sample what is to be scored, into the cache: what an earlier call has made is not made again."""
-    identity = sampling_identity(trained, config)
+    here = {
+        "device": next(trained.model.parameters()).device.type,
+        "torch": version("torch"),
+    }  # no two agree to the bit
+    identity = sampling_identity(trained, config) | here
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
     sample_to_folder(trained, folder, num_images, config, wait=True)
-    damaged = unreadable(folder)
-    if damaged:
+    if damaged := unreadable(folder):
         for path in damaged:
             path.unlink()
         sample_to_folder(trained, folder, num_images, config, wait=True)
@@ -182,25 +185,16 @@ def evaluate(
     floor = compared.floor(stream.num_images, data_dir) if compared is not None else None
     found = features_of(stream, network, keep)
     comparing = set(config.metrics) - {"is"}
-    against = None
-    if comparing and compared is not None and compared.images is not None:
-        against = features_of(compared.images, network)
+    there = compared.images if comparing and compared is not None else None
+    against = None if there is None else features_of(there, network)
     known = compared.given if compared is not None else None
     if against is not None and "fid" in config.metrics:
         known = against.statistics()
-    if known is not None and len(known.mean) != found.values.shape[1]:
-        raise InputError(
-            f"reference {compared.name if compared else ''} has statistics of {len(known.mean)} features, "
-            f"and {network.name} has {found.values.shape[1]}: they are of another network"
-        )
     floor_scores = None
     if floor is not None:
         values = _scores(features_of(floor, network), against, known, config, intervals=False)
-        floor_scores = {
-            **{name: interval and interval["value"] for name, interval in values.items()},
-            "images": floor.name,
-            "num_images": floor.num_images,
-        }
+        floor_scores = {name: interval and interval["value"] for name, interval in values.items()}
+        floor_scores |= {"images": floor.name, "num_images": floor.num_images}
     record: dict[str, Any] = _scores(found, against, known, config, intervals=config.bootstrap > 0)
     record["fid_label"] = fid_label(network, stream.num_images)
     record["num_images"] = stream.num_images
@@ -283,6 +277,11 @@ def check_scoring(
         )
     if "prdc" in config.metrics and num_images < 4:
         raise InputError(f"prdc needs at least 4 images, not {num_images}; give more, or leave it out of --metrics")
+    if reference.given is not None:
+        there, own = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
+        words = f"{reference.name} has {there} features, {network.name} {own}: they are of another network"
+        if there != own:
+            raise InputError(words)
     limit = min(num_images, reference.images.num_images if reference.images is not None else num_images)
     if "kid" in config.metrics and (config.kid_subset_size or 2) > limit:
         raise InputError(f"--kid-subset-size of {config.kid_subset_size} exceeds the {limit} images there are")

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from torch import Tensor
 from ddpm_lab import processes
 from ddpm_lab.features import FeatureNetwork
 from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing
-from ddpm_lab.image_stream import BATCH, ImageStream, ahead
+from ddpm_lab.image_stream import ImageStream, ahead, chunk_size
 from ddpm_lab.metrics import Statistics, statistics
 from ddpm_lab.progress import progress
 from ddpm_lab.settings import InputError
 
+ABANDONED = 2 * 86_400.0  # seconds after which features that were not to be kept belong to nobody
 FEATURES, LOGITS, META, STATISTICS = "features.f32", "logits.f32", "meta.json", "statistics.npz"
 
 
@@ -72,6 +75,7 @@ def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True)
     store = cache_dir() / "features"
     store.mkdir(parents=True, exist_ok=True)
     if not (keep and network.persistent):
+        _sweep(store)
         passing = store / f".passing-{uuid.uuid4().hex}"
         try:
             _extract(images, network, passing)
@@ -88,6 +92,14 @@ def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True)
             shutil.rmtree(folder, ignore_errors=True)
             _extract(images, network, folder)
             return _open(folder, images.num_images)
+
+
+def _sweep(store: Path) -> None:
+    """Remove what a process that was killed had not meant to keep."""
+    for left in store.glob("*.passing-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _open(folder: Path, num_images: int) -> Features:
@@ -108,7 +120,7 @@ def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None
     """Append features batch by batch in a temporary folder, which takes its name once all are there."""
     partial = folder.with_name(TEMPORARY_PREFIX + folder.name)
     partial.mkdir(exist_ok=True)
-    done = _rows_done(partial)
+    done = _rows_done(partial, chunk_size(images.shape))
     waiting = (batch for chunk in images.batches() for batch in torch.split(chunk, network.batch_size))
     position = 0
     while position < done:  # whole chunks, so whole batches
@@ -139,11 +151,13 @@ def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None
     partial.rename(folder)
 
 
-def _rows_done(partial: Path) -> int:
+def _rows_done(partial: Path, chunk: int) -> int:
     """Whole chunks of images an earlier extraction left behind; what is beyond them is cut off."""
     try:
         meta = json.loads((partial / META).read_text())
-        rows = (partial / FEATURES).stat().st_size // (4 * int(meta["num_features"])) // BATCH * BATCH
+        widths = {FEATURES: int(meta["num_features"]), LOGITS: int(meta["num_classes"])}
+        rows = min((partial / name).stat().st_size // (4 * width) for name, width in widths.items() if width)
+        rows = rows // chunk * chunk
     except (OSError, ValueError, KeyError, TypeError):
         meta, rows = {"num_features": 0, "num_classes": 0}, 0
     for name, columns in ((FEATURES, meta["num_features"]), (LOGITS, meta["num_classes"])):

@@ -60,7 +60,12 @@ class FeatureNetwork:
     @property
     def key(self) -> str:
         """What decides its features."""
-        return f"{self.name} {self.sha256} {self.library} {self.version}"
+        return f"{self.name} {self.sha256} {self.library} {self.version} torch {version('torch')} {self.device.type}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def check(self, name: str, shape: tuple[int, int, int]) -> None:
         """Refuse images that the network was not made for.
@@ -88,8 +93,7 @@ class FeatureNetwork:
         """
         if images.dtype != torch.uint8:
             raise InputError(f"images must be uint8, 0 .. 255, not {images.dtype}")
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        found = self.module(images.to(device))
+        found = self.module(images.to(self.device))
         features, logits = found if isinstance(found, tuple) else (found, None)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

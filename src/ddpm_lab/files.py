@@ -100,8 +100,8 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise InUse(f"{folder} is being written by another process; wait for it, or name another {option}") from error
-    except OSError as error:
-        raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise InputError(f"{option} {folder} cannot be written: {getattr(error, 'strerror', error)}") from error
     try:
         yield
     finally:
@@ -118,6 +118,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Have the disk confirm the names in a folder."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,11 +10,33 @@ import numpy as np
 
 from ddpm_lab.drawing import PAPER, Picture
 from ddpm_lab.files import replacing
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.images import check_writable
+from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 FILM_ENDINGS = (".gif", ".mp4")
 PICTURE_ENDINGS = (".png",)
+
+
+def check_kind(path: Path, look: PictureConfig, columns: int) -> bool:
+    """Whether a path is of a film; refuses settings that a picture, or a film, does not have.
+
+    Raises:
+        InputError: such a setting, or what `images.check_writable` refuses; or there is no program that encodes MP4.
+    """
+    check_writable(path, PICTURE_ENDINGS + FILM_ENDINGS)
+    moving = path.suffix.lower() in FILM_ENDINGS
+    usual = PictureConfig()
+    given = ["columns"] if columns != COLUMNS else []
+    if not moving:
+        given = [name for name in ("frames", "fps", "hold") if getattr(look, name) != getattr(usual, name)]
+    if given:
+        kind, other = ("film", "picture") if moving else ("picture", "film")
+        flags = ", ".join(f"--{name}" for name in given)
+        raise InputError(f"{flags}: for a {other}, and {path} is a {kind}")
+    if path.suffix.lower() == ".mp4":
+        encoder_path()
+    return moving
 
 
 def save_film(path: Path, frames: Iterable[Picture], film: PictureConfig) -> None:
@@ -97,9 +119,21 @@ def _nearest(picture: Picture, colours: np.ndarray) -> np.ndarray:
     return index
 
 
-def _save_mp4(path: Path, frames: Iterable[Picture], frames_per_second: int) -> None:
+def encoder_path() -> str:
+    """The program that encodes MP4.
+
+    Raises:
+        InputError: there is none.
+    """
     from imageio_ffmpeg import get_ffmpeg_exe
 
+    try:
+        return str(get_ffmpeg_exe())
+    except RuntimeError as error:
+        raise InputError("an .mp4 needs ffmpeg, which is not installed here; name a .gif, or install it") from error
+
+
+def _save_mp4(path: Path, frames: Iterable[Picture], frames_per_second: int) -> None:
     encoder = None
     try:
         for frame in frames:
@@ -108,7 +142,7 @@ def _save_mp4(path: Path, frames: Iterable[Picture], frames_per_second: int) -> 
                 raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(frames_per_second)]
                 raw += ["-s", f"{even.shape[1]}x{even.shape[0]}", "-i", "-"]
                 coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart"]
-                command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", *raw, *coded, "-f", "mp4", str(path)]
+                command = [encoder_path(), "-y", "-loglevel", "error", *raw, *coded, "-f", "mp4", str(path)]
                 encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
             cast(IO[bytes], encoder.stdin).write(even.tobytes())
         errors = cast(subprocess.Popen[bytes], encoder).communicate()[1]

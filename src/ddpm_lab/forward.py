@@ -31,9 +31,9 @@ from ddpm_lab.drawing import (
     rendered,
     text_width,
 )
-from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
-from ddpm_lab.images import check_writable, save_png, visible_scale
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.film import check_kind, save_film
+from ddpm_lab.images import save_png, visible_scale
+from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError, require
@@ -137,7 +137,7 @@ def snr_at(schedule: NoiseSchedule, t: int) -> float:
 def forward_picture(
     shown: Sequence[Process],
     x_0: Tensor,
-    columns: int = 11,
+    columns: int = COLUMNS,
     *,
     spacing: Columns = "uniform",
     seed: int = 0,
@@ -266,7 +266,7 @@ def show_forward(
     *,
     split: str = "test",
     num_images: int = 4,
-    columns: int = 11,
+    columns: int = COLUMNS,
     spacing: Columns = "uniform",
     closed_form: bool = False,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
@@ -285,8 +285,7 @@ def show_forward(
     Raises:
         InputError: what cannot be read, drawn or written, told before any work.
     """
-    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
-    moving = out.suffix.lower() in FILM_ENDINGS
+    moving = check_kind(out, look, columns)
     shortest = min(shown, key=lambda process: process.config.num_timesteps).schedule
     count = look.num_frames(shortest.num_timesteps + 1) if moving else columns
     shown_timesteps(shortest, count)
@@ -315,8 +314,8 @@ def chosen_images(
         InputError: a number outside 1 .. 64 or above the set's, a negative seed; what `data.load_images` refuses.
     """
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
-    require(seed >= 0, f"seed must be at least 0, not {seed}")
-    images = load_images(dataset, split, data_dir, image_size).images
+    require(0 <= seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {seed}")
+    images = load_images(dataset, split, data_dir, image_size, "--image-size").images
     if num_images > len(images):
         raise InputError(f"num_images of {num_images} exceeds the {len(images)} images of {dataset}:{split}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

@@ -35,6 +35,7 @@ from ddpm_lab.trained import TrainedModel, Weights, load
 from ddpm_lab.training import autocast, compiled, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
+MOST_IMAGES = 10_000_000
 SAMPLING = "sampling.json"  # in a folder of samples
 
 
@@ -330,8 +331,8 @@ def sample_to_file(
     if not folder and processes.lead():
         check_writable(out, (".png", ".npz"))
     grid = out.suffix.lower() == ".png"
-    if not 1 <= num_images <= (MAX_GRID_IMAGES if grid else 10_000_000):
-        limit = f"{MAX_GRID_IMAGES} in one picture (more go into an .npz)" if grid else "10000000"
+    if not 1 <= num_images <= (MAX_GRID_IMAGES if grid else MOST_IMAGES):
+        limit = f"{MAX_GRID_IMAGES} in one picture (more go into an .npz)" if grid else str(MOST_IMAGES)
         raise InputError(f"num_images must be from 1 to {limit}, not {num_images}")
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)

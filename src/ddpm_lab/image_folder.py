@@ -62,7 +62,7 @@ def open_folder(folder: Path, image_size: int | None, option: str, channels: int
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_ENDINGS and not _hidden(path.relative_to(folder)) and path.is_file()
     )
     if not paths:
         raise InputError(f"folder {folder} holds no images ({' '.join(IMAGE_ENDINGS)})")
@@ -76,6 +76,10 @@ def open_folder(folder: Path, image_size: int | None, option: str, channels: int
             )
     mode = "L" if channels == 1 or (channels is None and all(mode == "L" for mode, _ in headers)) else "RGB"
     return ImageFolder(tuple(paths), mode, image_size or first[0], image_size is not None)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def unreadable(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from ddpm_lab.image_folder import ImageFolder, open_folder
 from ddpm_lab.settings import InputError
 
 ARRAYS = ("images", "arr_0")  # names under which an .npz holds images: ours, and the one other projects use
-BATCH = 500
+MOST_IMAGES, MOST_BYTES = 500, 2**27  # that are read at a time
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,12 @@ class ImageStream:
                 yield batch[wanted[(wanted >= first) & (wanted < first + len(batch))] - first]
                 first += len(batch)
 
-        return replace(self, num_images=num_images, read=lambda count: _chunks(read(count)), drawn_from=self.num_images)
+        return replace(
+            self,
+            num_images=num_images,
+            read=lambda count: _chunks(read(count), chunk_size(self.shape)),
+            drawn_from=self.num_images,
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -82,15 +87,21 @@ class ImageStream:
         return digest.hexdigest()
 
 
-def _chunks(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same images, BATCH at a time."""
+def chunk_size(shape: tuple[int, int, int]) -> int:
+    """How many images of a (C, H, W) are read at a time."""
+    C, H, W = shape
+    return max(1, min(MOST_IMAGES, MOST_BYTES // (C * H * W)))
+
+
+def _chunks(batches: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """The same images, so many at a time."""
     held: list[Tensor] = []
     for batch in batches:
         held.append(batch)
-        if sum(map(len, held)) >= BATCH:
+        while sum(map(len, held)) >= size:
             joined = torch.cat(held)
-            yield joined[:BATCH]
-            held = [joined[BATCH:]]
+            yield joined[:size]
+            held = [joined[size:]]
     if held and sum(map(len, held)):
         yield torch.cat(held)
 
@@ -112,10 +123,8 @@ def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: 
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise InputError(f"{name} must be (N, 1 or 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}")
-    channels, height, width = images.shape[1:]
-    return ImageStream(
-        name, len(images), (channels, height, width), lambda n: iter(torch.split(images[:n], BATCH)), dataset, split
-    )
+    shape, held = (images.shape[1], images.shape[2], images.shape[3]), images.cpu()
+    return ImageStream(name, len(held), shape, lambda n: iter(torch.split(held[:n], chunk_size(shape))), dataset, split)
 
 
 def open_images(
@@ -132,6 +141,8 @@ def open_images(
     Raises:
         InputError: no such images, or unreadable ones.
     """
+    if not name:
+        raise InputError("a name of images is empty: give DATASET:SPLIT, an .npz, or a folder of images")
     if image_size is not None and not 1 <= image_size <= 4096:
         raise InputError(f"--image-size must be from 1 to 4096, not {image_size}")
     dataset, _, split = name.partition(":")
@@ -154,8 +165,9 @@ def open_images(
 
 
 def _read_folder(folder: ImageFolder, num_images: int) -> Iterator[Tensor]:
-    for first in range(0, num_images, BATCH):
-        yield torch.from_numpy(folder.read(range(first, min(first + BATCH, num_images))))
+    size = chunk_size((1 if folder.mode == "L" else 3, folder.image_size, folder.image_size))
+    for first in range(0, num_images, size):
+        yield torch.from_numpy(folder.read(range(first, min(first + size, num_images))))
 
 
 def _open_npz(path: Path) -> ImageStream:
@@ -182,8 +194,10 @@ def _open_npz(path: Path) -> ImageStream:
 def _read_npz(path: Path, member: str, shape: tuple[int, int, int], num_images: int) -> Iterator[Tensor]:
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         _array_header(stream)
-        for first in range(0, num_images, BATCH):
-            count = min(BATCH, num_images - first)
+        H, W, C = shape
+        size = chunk_size((C, H, W))
+        for first in range(0, num_images, size):
+            count = min(size, num_images - first)
             content = stream.read(count * int(np.prod(shape)))
             batch = np.frombuffer(content, np.uint8).reshape(count, *shape)
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())

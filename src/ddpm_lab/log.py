@@ -26,24 +26,28 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop entries after `step`, and what is no entry; returns what stays."""
+    """Drop entries after `step`, and what is no entry; returns what stays.
+
+    A record that is of no step, as of real images scored beside a run, stays in the file.
+    """
     text = _text(path)
-    kept = [(line, entry) for line, entry in _whole_lines(text) if entry["step"] <= step]
+    kept = [(line, entry) for line, entry in _whole_lines(text, of_no_step=True) if (entry["step"] or 0) <= step]
     if "".join(line for line, _ in kept) != text:
         replace_atomically(path, "".join(line for line, _ in kept).encode())
-    return [entry for _, entry in kept]
+    return [entry for _, entry in kept if entry["step"] is not None]
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _whole_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _whole_lines(text: str, of_no_step: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with what it says."""
+    known = int | None if of_no_step else int
     for line in text.splitlines(keepends=True):
         try:
             entry = json.loads(line)
-            whole = line.endswith("\n") and isinstance(entry["step"], int) and isinstance(entry["seconds"], float)
+            whole = line.endswith("\n") and isinstance(entry["step"], known) and isinstance(entry["seconds"], float)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if whole:

@@ -41,4 +41,5 @@ class PictureConfig(SettingsGroup):
         return frames
 
 
+COLUMNS = 11  # of a picture, unless told otherwise
 SHORT_FILM = PictureConfig(frames=31, fps=10, hold=2.0)  # small enough to lie beside every generator

@@ -35,7 +35,7 @@ class Statistics:
     cov: Tensor
 
     def __post_init__(self) -> None:
-        if self.mean.ndim != 1 or self.cov.shape != (len(self.mean), len(self.mean)):
+        if self.mean.ndim != 1 or len(self.mean) == 0 or self.cov.shape != (len(self.mean), len(self.mean)):
             raise InputError(f"mean must be (d,), cov (d, d), not {tuple(self.mean.shape)}, {tuple(self.cov.shape)}")
         if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
             raise InputError(f"statistics must be float64, not {self.mean.dtype} and {self.cov.dtype}")
@@ -240,7 +240,9 @@ def kernel_distance_deviation(a: Tensor, b: Tensor, replicates: int = 50, seed: 
         across += weights @ torch.stack([_cubic_kernel(part, other).sum(1) for other in blocks(y)]).sum(0)
         first += len(part)
     pairs = len(x) ** 2 - counts.square().sum(1)
-    values = within / pairs - 2 * across / (len(x) * len(y))
+    values = (within / pairs - 2 * across / (len(x) * len(y)))[pairs > 0]  # without those of one image over and over
+    if len(values) < 2:
+        raise InputError(f"no interval of KID can be drawn from {len(x)} images; leave kid out, or give --bootstrap 0")
     return float(values.std()) * float(np.sqrt(len(x) / len(a)))
 
 

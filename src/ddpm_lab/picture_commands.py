@@ -7,7 +7,7 @@ from cyclopts import App, Parameter
 
 from ddpm_lab.commands import DataDir, Device, Source, app
 from ddpm_lab.config import SamplingConfig
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.telling import tell_warnings
 
 NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
@@ -34,7 +34,7 @@ def forward(
     num_images: int = 4,
     num_timesteps: NumTimesteps = (1000,),
     betas: Betas = ("rescaled",),
-    columns: int = 11,
+    columns: int = COLUMNS,
     spacing: Literal["uniform", "logsnr"] = "uniform",
     closed_form: bool = False,
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
@@ -70,7 +70,7 @@ def reverse(
     *sources: Source,
     out: Path,
     num_images: int = 4,
-    columns: int = 11,
+    columns: int = COLUMNS,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Literal["ema", "raw"] = "ema",
@@ -103,7 +103,7 @@ def interpolate(
     out: Path,
     to_seed: int = 1,
     num_images: int = 4,
-    columns: int = 11,
+    columns: int = COLUMNS,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Literal["ema", "raw"] = "ema",

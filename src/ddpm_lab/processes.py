@@ -8,6 +8,7 @@ alone, nothing here does anything.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # the command line asks for the rank before anything heavy is
     from torch import Tensor
 
 Result = TypeVar("Result")
+PATIENCE = timedelta(days=7)  # with one at work alone; of one that has died the closed connection tells
 
 _host_group: Any = None  # passes what lies in the memory of the hosts; made by `join`
 _leading = False  # whether the others wait for work that `share_out` gives
@@ -37,12 +39,12 @@ def count() -> int:
 
 def rank() -> int:
     """Which of them this one is, from 0 (RANK)."""
-    return _number("RANK", 0)
+    return _number("RANK", 0) if count() > 1 else 0
 
 
 def local_rank() -> int:
     """Which one it is on its node: the GPU it takes (LOCAL_RANK)."""
-    return _number("LOCAL_RANK", 0)
+    return _number("LOCAL_RANK", 0) if count() > 1 else 0
 
 
 def lead() -> bool:
@@ -56,17 +58,20 @@ def join(device: "torch.device") -> None:
     Args:
         device: where this process computes.
     Raises:
+        InputError: there is no way to meet on such a device.
         RunError: they do not come.
     """
     global _host_group
     if count() == 1 or _host_group is not None:
         return
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"several processes share GPUs of NVIDIA or CPUs, not {device.type}; give --device cpu")
     import torch.distributed as dist
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=device.type == "cpu")
-        _host_group = dist.new_group(backend="gloo")
+        PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"process {rank()} of {count()} did not meet the others: {error}") from error
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from ddpm_lab import processes
@@ -89,7 +89,8 @@ def _plain(description: str, total: int, unit: str, start: int) -> Advance:
             return
         shown = now
         left = (now - begun) * (total - done) / max(done - start, 1)
-        print(f"{description}: {done}/{total} {unit}, {duration(left)} left  {last_note}".rstrip(), file=sys.stderr)
+        with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+            print(f"{description}: {done}/{total} {unit}, {duration(left)} left  {last_note}".rstrip(), file=sys.stderr)
 
     return advance
 

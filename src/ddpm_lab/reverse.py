@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ddpm_lab.config import SamplingConfig
-from ddpm_lab.data import to_uint8
+from ddpm_lab.data import DATASETS, to_uint8
 from ddpm_lab.diffusion import q_sample
 from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
-from ddpm_lab.film import FILM_ENDINGS, PICTURE_ENDINGS, save_film
+from ddpm_lab.film import PICTURE_ENDINGS, check_kind, save_film
 from ddpm_lab.forward import chosen_images, snr_at
 from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png, visible_scale
-from ddpm_lab.look import PictureConfig
+from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, require
@@ -137,6 +137,13 @@ def _block(images: Tensor) -> Tensor:
     return torch.cat([images, white]).reshape(-1, columns, *images.shape[1:])
 
 
+def check_interpolation(config: SamplingConfig, to_seed: int) -> None:
+    """Refuse a sampler with noise on the way, and a seed that is none."""
+    require(0 <= to_seed < 2**63, f"to_seed must be from 0 to 2^63 - 1, not {to_seed}")
+    if config.sampler == "ddpm" or config.eta:
+        raise InputError("interpolation needs a sampler without noise on the way: ddim, dpmpp or heun with eta 0")
+
+
 def interpolate(
     trained: TrainedModel,
     config: SamplingConfig,
@@ -157,12 +164,10 @@ def interpolate(
     Returns:
         (num_images, num_between, C, H, W) uint8.
     Raises:
-        InputError: a sampler with noise on the way, a number below 2, or a negative seed.
+        InputError: what `check_interpolation` refuses, or a number below 2.
     """
-    require(to_seed >= 0, f"to_seed must be at least 0, not {to_seed}")
+    check_interpolation(config, to_seed)
     require(num_between >= 2, f"an interpolation needs 2 images, its ends, or more, not {num_between}")
-    if config.sampler == "ddpm" or config.eta:
-        raise InputError("interpolation needs a sampler without noise on the way: ddim, dpmpp or heun with eta 0")
     sampler = build_sampler(trained, config)
     device = next(trained.model.parameters()).device
 
@@ -207,7 +212,7 @@ def reconstruct(
     The rest of the chain, timesteps 1 .. t, is a chain of its own; of the sampler's steps it gets its share.
 
     Args:
-        x_0: (N, C, H, W) float32, in [-1, 1]; N at most the batch size.
+        x_0: (N, C, H, W) float32, in [-1, 1].
         t: a figure's timestep, from 2 to T.
         config: of a network that is told classes: those given, in turn; else it is told none.
     Returns:
@@ -217,24 +222,32 @@ def reconstruct(
     """
     T = trained.schedule.num_timesteps
     require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {trained.name}, not {t}")
-    require(
-        bool(config.class_) or not config.guidance, "guidance needs --class here, for nobody says what the images are"
-    )
+    check_told(config)
     whole = build_sampler(trained, config)
     rest = dataclasses.replace(trained, schedule=NoiseSchedule(trained.schedule.beta[:t]))
     num_steps = max(1, min(round(whole.num_steps * t / T), t // (1 + config.singlestep)))
     # What was resolved stays as it is for the whole chain, such as the variance that goes with all T steps.
     sampler = build_sampler(rest, dataclasses.replace(whole.config, num_steps=num_steps))
     device = next(trained.model.parameters()).device
-    noise = ImageNoise(config.seed, range(len(x_0)), trained.image_shape, device)
-    clean = x_0.to(device)
-    x_t = q_sample(rest.schedule, clean, torch.full((len(x_0),), t - 1, device=device), noise(-1))
-    x_s = x_t
-    asked = asked_classes(trained, config, range(len(x_0))) if config.class_ else None
-    for step in sampler.steps(x_t, noise, asked):
-        x_s = step.x_s
-        on_step(len(x_0))
-    return x_t.cpu(), x_s.cpu()
+    found = []
+    for first in range(0, len(x_0), config.batch_size):
+        rows = range(first, min(first + config.batch_size, len(x_0)))
+        noise = ImageNoise(config.seed, rows, trained.image_shape, device)
+        clean = x_0[first : rows.stop].to(device)
+        x_t = x_s = q_sample(rest.schedule, clean, torch.full((len(rows),), t - 1, device=device), noise(-1))
+        asked = asked_classes(trained, config, rows) if config.class_ else None
+        for step in sampler.steps(x_t, noise, asked):
+            x_s = step.x_s
+            on_step(len(rows))
+        found.append((x_t.cpu(), x_s.cpu()))
+    noised, restored = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return noised, restored
+
+
+def check_told(config: SamplingConfig) -> None:
+    """Refuse guidance towards classes that nobody has named."""
+    if config.guidance and not config.class_:
+        raise InputError("guidance needs --class here, for nobody says what the images are")
 
 
 def show_reverse(
@@ -243,7 +256,7 @@ def show_reverse(
     config: SamplingConfig,
     *,
     num_images: int = 4,
-    columns: int = 11,
+    columns: int = COLUMNS,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
@@ -264,12 +277,11 @@ def show_reverse(
     Raises:
         InputError: a source, setting or path that cannot be used; told before any work.
     """
-    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
+    moving = check_kind(out, look, columns)
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
     require(bool(sources), "name at least one model")
     generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
     steps = [build_sampler(trained, config).num_steps for trained in generators]
-    moving = out.suffix.lower() in FILM_ENDINGS
     count = look.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
     begin()
     with progress("sampling", num_images * sum(steps), "steps") as advance:
@@ -294,22 +306,18 @@ def show_interpolation(
     to_seed: int,
     *,
     num_images: int = 4,
-    columns: int = 11,
+    columns: int = COLUMNS,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
     begin: Callable[[], object] = lambda: None,
 ) -> str:
-    """Save what lies between the images of two seeds: a picture with a row for each, or a film of all at once.
-
-    Args, returns, raises:
-        see `interpolate` and `show_reverse`.
-    """
-    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
+    """Save what lies between the images of two seeds, a row for each or a film; see `interpolate`, `show_reverse`."""
+    moving = check_kind(out, look, columns)
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
-    moving = out.suffix.lower() in FILM_ENDINGS
     count = look.num_frames(10_001) if moving else _columns(columns, 101)
+    check_interpolation(config, to_seed)
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
     begin()
@@ -350,8 +358,7 @@ def show_reconstruction(
 
     Args:
         timesteps: figures' timesteps, from 2 to T; none: ten even ones.
-        dataset: whose images; None: those the network was trained on.
-        The rest: see `show_reverse`.
+        dataset: whose images; None: those the network was trained on. The rest: see `show_reverse`.
     Returns:
         A line that says what was made and how much survived.
     """
@@ -361,13 +368,14 @@ def show_reconstruction(
     chosen = sorted(set(timesteps)) or sorted({max(2, round(T * i / 10)) for i in range(1, 11)})
     for t in chosen:
         require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {source}, not {t}")
-    build_sampler(trained, config)
-    data = trained.config.data
-    x_0 = chosen_images(dataset or data.dataset, split, num_images, config.seed, data_dir, data.image_size)
+    sampler, data = build_sampler(trained, config), trained.config.data
+    check_told(config)
+    size = None if dataset in DATASETS else data.image_size
+    x_0 = chosen_images(dataset or data.dataset, split, num_images, config.seed, data_dir, size)
     if tuple(x_0.shape[1:]) != shape:
-        raise InputError(f"images of {dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
+        raise InputError(f"images of {dataset or data.dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
     begin()
-    steps = sum(max(1, round(build_sampler(trained, config).num_steps * t / T)) for t in chosen)
+    steps = sum(max(1, round(sampler.num_steps * t / T)) for t in chosen)
     with progress("denoising", num_images * steps, "steps") as advance:
         pairs = [reconstruct(trained, config, x_0, t, advance) for t in chosen]
     original = torch.stack([x_0, x_0], dim=1).flatten(0, 1)  # (2 N, C, H, W)
@@ -381,7 +389,7 @@ def show_reconstruction(
     table = image_table(
         to_uint8(torch.stack(columns, dim=1)),
         scale=look.scale or visible_scale(shape[-1]),
-        title=describe_generator(trained, build_sampler(trained, config)),
+        title=describe_generator(trained, sampler),
         row_labels=["noised", "denoised"] * num_images,
         captions=captions,
     )

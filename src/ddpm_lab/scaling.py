@@ -22,6 +22,7 @@ import torch
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
 from ddpm_lab.settings import RunError
+from ddpm_lab.training import resolve_device
 
 IMAGES = (64, 1_000, 10_000, 50_000)
 PROCESSES = (1, 2)
@@ -31,7 +32,7 @@ WATCH = """
 import os, subprocess, sys
 child = subprocess.Popen(sys.argv[1:], stderr=subprocess.STDOUT)
 _, status, usage = os.wait4(child.pid, 0)
-print(usage.ru_maxrss / 1024)
+print(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 1024))
 sys.exit(os.waitstatus_to_exitcode(status) and 1)
 """  # between us and a command, for Linux counts as a process's memory that of the one that it was forked from
 STATISTICS = """
@@ -58,15 +59,18 @@ class Cost:
     mebibytes: float
 
 
-def cost_of(command: Sequence[str], processes: int = 1) -> Cost:
+def cost_of(command: Sequence[str], processes: int = 1, cache: str | None = None) -> Cost:
     """Run a command in processes of its own, and measure it.
 
     Args:
+        cache: the cache folder it gets; None: the user's.
         processes: how many share it, each with its part of the threads that PyTorch has here.
     Raises:
         RunError: it ended with an error; its last line is told.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // processes, 1))}
+    if cache is not None:
+        environment |= {"DDPM_CACHE_DIR": cache}
     if processes > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -104,19 +108,24 @@ def scaling(
         device: auto, cpu, cuda or mps.
         say: takes a line for a person.
         images: ascending numbers of images to sample and to score, and of features of 2,048 numbers to compare.
-        processes: how many share training, then sampling.
+        processes: how many share training, then sampling; more than there are cores or GPUs are left out.
         num_steps: of training that is timed.
     Returns:
         Records {what, images, processes, seconds, mebibytes, images_per_second}: seconds from the shell; the rate of
         training from its log without the first line, that of sampling without what a command with few images takes.
     """
     found: list[dict[str, Any]] = []
+    here = resolve_device(device)
+    most = {"cpu": os.cpu_count() or 1, "cuda": torch.cuda.device_count()}.get(here.type, 1)
+    if most < max(processes):
+        say(f"more than {most} processes are not measured: there is nothing here for them to run on")
+    processes = [number for number in processes if number <= most]
     on, compared = ("--device", device), [count for count in images if count >= 500]
     commands = 3 * len(processes) + 2 * len(images) + len(compared)
     with TemporaryDirectory() as folder, progress("scaling", commands, "commands") as advance:
 
         def measure(what: str, count: int, command: Sequence[str], number: int = 1) -> dict[str, Any]:
-            cost = cost_of(command, number)
+            cost = cost_of(command, number, f"{folder}/cache")  # what was kept from another time would cost nothing
             advance(1)
             return {"what": what, "images": count, "processes": number, **vars(cost), "images_per_second": None}
 

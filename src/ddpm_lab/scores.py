@@ -1,5 +1,6 @@
 """Scores of a model or of images: sampling where needed, the record, where it is kept, and the table people read."""
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 
 from ddpm_lab import processes
 from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
-from ddpm_lab.data import DATASETS, ImageSet, load_images
+from ddpm_lab.data import DATASETS, ImageSet, here, load_images
 from ddpm_lab.evaluation import (
     SURE,
     Reference,
@@ -23,13 +24,13 @@ from ddpm_lab.evaluation import (
 )
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
-from ddpm_lab.generation import asked_classes, build_sampler, generate, sampling_task
+from ddpm_lab.generation import MOST_IMAGES, asked_classes, build_sampler, generate, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.interop import UNKNOWN, is_diffusers
 from ddpm_lab.log import append_line
 from ddpm_lab.onnx_engine import resolve_engine
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
@@ -86,7 +87,16 @@ def evaluate_source(
             raise InputError("--pairs is a picture of memorisation; add it to --metrics")
     if scores is not None and processes.lead():
         check_writable(scores, (".jsonl",), "--scores")
-    if _is_images(source):
+        _check_appendable(scores)
+    if inception_weights is not None and features != "inception":
+        raise InputError(f"--inception-weights is for --features inception, not for {features}")
+    images_given = _is_images(source)
+    folders = [
+        name for name in (source if images_given else None, reference) if name is not None and Path(name).is_dir()
+    ]
+    if image_size is not None and not folders:
+        raise InputError("--image-size is for folders of images, and there is none")
+    if images_given:
         _check_no_model_is_meant(source, sampling, weights, checkpoint)
         compared = None if reference is None else open_reference(reference, data_dir, image_size)
         channels = compared.images.shape[0] if compared is not None and compared.images is not None else None
@@ -94,6 +104,7 @@ def evaluate_source(
         images = images if num_images is None else images.draw(num_images)
         network = feature_network(features, images.shape, compared, inception_weights, on)
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
+        _check_floor(compared, data_dir)
         begin()
         network = onnx_features(network, images.shape) if engine == "onnx" else network
         record = processes.led(
@@ -111,7 +122,10 @@ def evaluate_source(
         scores = scores or (_scores_file(trained) if processes.lead() else None)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
+        if wanted > MOST_IMAGES:
+            raise InputError(f"num_images must be from 2 to {MOST_IMAGES}, not {wanted}")
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
+        _check_floor(compared, data_dir)
         begin()
         network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
         record = processes.led(
@@ -124,7 +138,10 @@ def evaluate_source(
         return None
     record |= of_model | {"image_size": image_size, "device": on, "seconds": time.monotonic() - begun}
     if scores is not None:
-        append_line(scores, record)
+        try:
+            append_line(scores, record)
+        except OSError as error:  # the work is not lost: here it is
+            raise RunError(f"{scores} cannot be written: {error.strerror}; the record: {json.dumps(record)}") from error
     return record
 
 
@@ -167,7 +184,7 @@ def _is_images(source: str) -> bool:
 
 
 def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Weights, checkpoint: int | None) -> None:
-    """Refuse settings that would have no effect on images that exist; of those of sampling, the engine has one.
+    """Refuse settings that would have no effect on images that exist; of those of sampling, ONNX Runtime has one.
 
     Raises:
         InputError: naming them.
@@ -175,9 +192,17 @@ def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Wei
     usual = SamplingConfig()
     given = [field.name for field in fields(sampling) if getattr(sampling, field.name) != getattr(usual, field.name)]
     given += ["weights"] * (weights != "ema") + ["checkpoint"] * (checkpoint is not None)
-    flags = ["--" + name.rstrip("_").replace("_", "-") for name in given if name != "engine"]
+    given = [name for name in given if name != "engine" or sampling.engine != "onnx"]
+    flags = ["--" + name.rstrip("_").replace("_", "-") for name in given]
     if flags:
         raise InputError(f"{', '.join(flags)}: for a model, and {source} holds images")
+
+
+def _check_floor(reference: Reference | None, data_dir: Path | None) -> None:
+    """Fetch the floor's images now where they are missing, so that what cannot be fetched is told before the work."""
+    dataset = reference.images.dataset if reference is not None and reference.images is not None else None
+    if reference is not None and dataset is not None and dataset not in here(data_dir):
+        reference.floor(2, data_dir)
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
@@ -205,9 +230,14 @@ def _scores_file(trained: TrainedModel) -> Path | None:
     if trained.run_dir is None:
         return None
     path = trained.run_dir / "scores.jsonl"
+    _check_appendable(path)
+    return path
+
+
+def _check_appendable(path: Path) -> None:
     try:
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=trained.run_dir):
-            return path
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; give --scores FILE.jsonl elsewhere") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_lab.config import Prediction, Spacing
 from ddpm_lab.diffusion import Model
 from ddpm_lab.samplers import Noise, Step, estimate, last_state, path
-from ddpm_lab.schedule import NoiseSchedule
+from ddpm_lab.schedule import LEAST_LOG_SNR, NoiseSchedule
 from ddpm_lab.settings import InputError
 
 
@@ -132,8 +132,11 @@ def heun_steps(
         distance = (1 - alpha_bar_s) ** 0.5 - scale * (1 - alpha_bar_t) ** 0.5
         x_s = scale * x_t + distance * eps_t
         if s >= 0:
-            _, eps_s = estimate(model, x_s, s, alpha_bar_s, clip_x_0, prediction)
-            x_s = scale * x_t + distance * (eps_t + eps_s) / 2
+            x_0_hat_s, eps_s = estimate(model, x_s, s, alpha_bar_s, clip_x_0, prediction)
+            if 2 * _log_snr(alpha_bar_t) > LEAST_LOG_SNR:
+                x_s = scale * x_t + distance * (eps_t + eps_s) / 2
+            else:  # through pure noise the mean of x_0: that of eps would divide their difference by next to nothing
+                x_s = _towards((x_0_hat + x_0_hat_s) / 2, x_t, alpha_bar_t, alpha_bar_s)
         yield Step(t, x_t, x_s, x_0_hat)
         x_t = x_s
 

@@ -66,7 +66,7 @@ def run_study(
                     compute_cell(study, one, cell_folder(out, one), lease, device=device, data_dir=data_dir, say=say)
                 except (InUse, LeaseLost):
                     return False
-                except Interrupted:
+                except (Interrupted, BrokenPipeError):  # the latter: nobody reads what is said
                     raise
                 except Exception as error:  # whatever it is, the other cells are none the worse
                     failed.append(one.name)

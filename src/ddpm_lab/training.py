@@ -8,7 +8,7 @@ kept, and a run that was killed and resumed ends in the very weights of the run 
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -103,7 +103,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Convolutions, products and attention in `dtype`; normalisation takes its statistics in float32 all the same."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
