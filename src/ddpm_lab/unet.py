@@ -37,6 +37,12 @@ def timestep_embedding(position: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def _table(rows: int, columns: int) -> nn.Embedding:
+    """nn.Embedding with its usual first values; none on the meta device, where drawing them imports for seconds."""
+    weight = torch.empty(rows, columns)
+    return nn.Embedding(rows, columns, _weight=weight if weight.is_meta else weight.normal_())
+
+
 def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, scale: float = 1.0) -> nn.Conv2d:
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
     return cast(nn.Conv2d, _initialise(layer, scale))
@@ -229,7 +235,7 @@ class UNet(nn.Module):
             _initialise(nn.Linear(embedding_channels, embedding_channels)),
         )
         # the last row stands for no class
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
+        self.class_embedding = None if num_classes is None else _table(num_classes + 1, embedding_channels)
         self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
 
         # Down: the channels of every state kept are noted, for the way up joins them in reverse.
