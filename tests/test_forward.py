@@ -124,8 +124,7 @@ def test_chosen_images_are_those_of_a_seed():
 def test_every_kind_of_file_is_made(tmp_path):
     shown = processes([50], ["cosine"])
     for name in ("a.png", "a.gif", "a.mp4"):
-        line = show_forward(
-            tmp_path / name, shown, "digits", num_images=2, columns=4, look=PictureConfig(frames=4, hold=0.1)
-        )
+        kind = {"columns": 4} if name == "a.png" else {"look": PictureConfig(frames=4, hold=0.1)}
+        line = show_forward(tmp_path / name, shown, "digits", num_images=2, **kind)
         assert line.startswith(f"{tmp_path / name}: 2 images of digits:test at 4 timesteps, T = 50, cosine")
         assert (tmp_path / name).stat().st_size > 1000

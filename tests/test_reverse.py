@@ -99,9 +99,9 @@ def test_generators_of_different_lengths_go_in_step(trained):
 def test_the_last_frame_shows_what_ddpm_sample_draws(tiny_run, trained, tmp_path):
     config = SamplingConfig(num_steps=4, batch_size=4)
     images = torch.cat(list(generate(trained, 2, config)))
-    look = PictureConfig(scale=2, hold=0.5)
-    for name in ("a.gif", "a.png"):
-        show_reverse(tmp_path / name, [str(tiny_run)], config, num_images=2, columns=5, look=look, device="cpu")
+    picture, film = PictureConfig(scale=2), PictureConfig(scale=2, hold=0.5)
+    for name, kind in (("a.gif", {"look": film}), ("a.png", {"look": picture, "columns": 5})):
+        show_reverse(tmp_path / name, [str(tiny_run)], config, num_images=2, device="cpu", **kind)
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 5
         film.seek(4)
@@ -171,11 +171,13 @@ def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
 
 
 def test_every_kind_of_file_is_made(tiny_run, tmp_path):
-    sampling, film = SamplingConfig(num_steps=4, batch_size=4), PictureConfig(frames=3, hold=0.1)
+    sampling = SamplingConfig(num_steps=4, batch_size=4)
+    film, picture = {"look": PictureConfig(frames=3, hold=0.1)}, {"columns": 3}
     for name in ("a.png", "a.gif", "a.mp4"):
-        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, columns=3, look=film, device="cpu")
+        kind = picture if name == "a.png" else film
+        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, device="cpu", **kind)
         assert (tmp_path / name).stat().st_size > 1000
-        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, columns=3, look=film, device="cpu")
+        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, device="cpu", **kind)
         assert (tmp_path / f"i{name}").stat().st_size > 1000
     line = show_reconstruction(tmp_path / "r.png", str(tiny_run), sampling, [10, 900], device="cpu")
     assert "from t = 10, " in line
