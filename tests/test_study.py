@@ -269,7 +269,8 @@ def slurm(tmp_path, monkeypatch):
     commands = tmp_path / "commands"
     commands.mkdir()
     ddpm = Path(sys.executable).with_name("ddpm")
-    (commands / "srun").write_text(f'#!/usr/bin/env bash\n[ -z "$FAIL" ] || exit $FAIL\nshift 2\nexec {ddpm} "$@"\n')
+    options = 'while [[ "$1" == --* ]]; do shift; done; [ "$1" = ddpm ] && shift'
+    (commands / "srun").write_text(f'#!/usr/bin/env bash\n[ -z "$FAIL" ] || exit $FAIL\n{options}\nexec {ddpm} "$@"\n')
     (commands / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" > {tmp_path}/told\n')
     for path in commands.iterdir():
         path.chmod(0o755)
