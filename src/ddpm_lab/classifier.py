@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ddpm_lab.data import ImageSet, load_images, to_float
 from ddpm_lab.files import locked, replace_atomically
 from ddpm_lab.progress import progress
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.settings import InputError, RunError, check_seed
 from ddpm_lab.training import PERMUTATION, STEP, autocast, random_seed, resolve_device, resolve_precision
 
 WEIGHTS = "classifier.safetensors"
@@ -177,8 +177,7 @@ def train_classifier(
         raise InputError(f"a classifier needs labels: data set must be one of {', '.join(SETTINGS)}, not {dataset!r}")
     if num_epochs is not None and not 1 <= num_epochs <= 10_000:
         raise InputError(f"num_epochs must be from 1 to 10000, not {num_epochs}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed must be from 0 to 2^63 - 1, not {seed}")
+    check_seed(seed)
     settings = replace(SETTINGS[dataset], num_epochs=num_epochs or SETTINGS[dataset].num_epochs, seed=seed)
     on = resolve_device(device)
     training_set, test_set = (load_images(dataset, split, data_dir) for split in ("train", "test"))

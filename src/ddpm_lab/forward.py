@@ -36,7 +36,7 @@ from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
-from ddpm_lab.settings import InputError, require
+from ddpm_lab.settings import InputError, check_seed, require
 
 Betas = Literal["rescaled", "fixed", "cosine"]
 Columns = Literal["uniform", "logsnr"]
@@ -314,7 +314,7 @@ def chosen_images(
         InputError: a number outside 1 .. 64 or above the set's, a negative seed; what `data.load_images` refuses.
     """
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
-    require(0 <= seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {seed}")
+    check_seed(seed)
     images = load_images(dataset, split, data_dir, image_size, "--image-size").images
     if num_images > len(images):
         raise InputError(f"num_images of {num_images} exceeds the {len(images)} images of {dataset}:{split}")

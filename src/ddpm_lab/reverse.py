@@ -23,7 +23,7 @@ from ddpm_lab.images import check_writable, save_png, visible_scale
 from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule
-from ddpm_lab.settings import InputError, require
+from ddpm_lab.settings import InputError, check_seed, require
 from ddpm_lab.trained import TrainedModel, Weights, load
 
 X_T, X_0 = "x_t", "predicted x_0"
@@ -139,7 +139,7 @@ def _block(images: Tensor) -> Tensor:
 
 def check_interpolation(config: SamplingConfig, to_seed: int) -> None:
     """Refuse a sampler with noise on the way, and a seed that is none."""
-    require(0 <= to_seed < 2**63, f"to_seed must be from 0 to 2^63 - 1, not {to_seed}")
+    check_seed(to_seed, "to_seed")
     if config.sampler == "ddpm" or config.eta:
         raise InputError("interpolation needs a sampler without noise on the way: ddim, dpmpp or heun with eta 0")
 

@@ -31,6 +31,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse a seed that no generator takes; `name` is what messages call it.
+
+    Raises:
+        InputError: it is not in 0 .. 2^63 - 1.
+    """
+    require(0 <= seed < 2**63, f"{name} must be from 0 to 2^63 - 1, not {seed}")
+
+
 def fits(value: object, hint: Any) -> bool:
     """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
     origin = typing.get_origin(hint)
