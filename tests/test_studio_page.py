@@ -286,10 +286,10 @@ def test_the_runs_tab(page, studio_runs):
     line = log.read_text().splitlines()[-1].replace('"step": 12', '"step": 4321')
     with log.open("a") as stream:
         stream.write(line + "\n")
-    page.wait_for_function("() => document.querySelector('#runs').innerText.includes('4,321 of 12')", timeout=60_000)
+    page.wait_for_function("() => document.querySelector('#runs')?.innerText.includes('4,321 of 12')", timeout=60_000)
     shutil.copytree(studio_runs / "tiny", studio_runs / "later")  # begun while somebody looks
     try:
-        page.wait_for_function("() => document.querySelector('#runs').innerText.includes('later')", timeout=60_000)
+        page.wait_for_function("() => document.querySelector('#runs')?.innerText.includes('later')", timeout=60_000)
         choose(page, "#left", "later")
         page.get_by_role("tab", name="Generate").click()
         page.wait_for_timeout(1000)
@@ -307,7 +307,7 @@ def test_the_scores_tab(page):
     """The newest record of the run is told; a search shows pairs and the command that repeats it."""
     page.get_by_role("tab", name="Scores").click()
     page.wait_for_function(
-        "() => document.querySelector('#record-told').innerText.includes('95 % interval')", timeout=60_000
+        "() => document.querySelector('#record-told')?.innerText.includes('95 % interval')", timeout=60_000
     )
     assert "ddim, 5 evaluations" in page.inner_text("#scores")
     choose(page, "#nearest-of", "tiny")
