@@ -6,6 +6,7 @@ and cast to the dtype of the images last, so that the same functions serve float
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from ddpm_lab.config import Prediction
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 
+Coefficient = TypeVar("Coefficient", float, Tensor)  # one for all images, or one for each
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, H, W), t (B,) int64) -> (B, C, H, W)
 
 
-def _per_image(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def per_image(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Entries `table[t]` in the dtype and on the device of `like`, (B, 1, 1, 1)."""
     if t.dtype != torch.int64 or t.shape != like.shape[:1]:
         raise InputError(f"t must be ({len(like)},) int64, not {tuple(t.shape)} {t.dtype}")
@@ -46,8 +48,8 @@ def q_sample(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Te
         InputError: t out of range (checked on the CPU), or shapes that differ.
     """
     _same_shape("x_0", x_0, "eps", eps)
-    signal = _per_image(schedule.alpha_bar.sqrt(), t, x_0)
-    noise = _per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
+    signal = per_image(schedule.alpha_bar.sqrt(), t, x_0)
+    noise = per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
     return signal * x_0 + noise * eps
 
 
@@ -66,10 +68,12 @@ def q_step(schedule: NoiseSchedule, x_s: Tensor, t: Tensor, eps: Tensor) -> Tens
         InputError: t out of range (checked on the CPU), or shapes that differ.
     """
     _same_shape("x_s", x_s, "eps", eps)
-    return _per_image(schedule.alpha.sqrt(), t, x_s) * x_s + _per_image(schedule.beta.sqrt(), t, x_s) * eps
+    return per_image(schedule.alpha.sqrt(), t, x_s) * x_s + per_image(schedule.beta.sqrt(), t, x_s) * eps
 
 
-def posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float) -> tuple[Tensor, float]:
+def posterior(
+    x_0: Tensor, x_t: Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coefficient
+) -> tuple[Tensor, Coefficient]:
     """Mean and variance of q(x_s | x_t, x_0), s < t (Ho et al. 2020, eqs. 6-7, with s = t - 1 there).
 
     With alpha = alpha_bar_t / alpha_bar_s and beta = 1 - alpha, the step's own:
@@ -77,8 +81,9 @@ def posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float) 
     variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) beta, which the paper calls beta-tilde
 
     Args:
-        x_0, x_t: images of one shape; all at the same t.
-        alpha_bar_t, alpha_bar_s: 0 < alpha_bar_t < alpha_bar_s <= 1; alpha_bar_s is 1 for the clean image.
+        x_0, x_t: images of one shape.
+        alpha_bar_t, alpha_bar_s: 0 < alpha_bar_t < alpha_bar_s <= 1; alpha_bar_s is 1 for the clean image. Numbers, or
+            tensors that broadcast against the images.
     Returns:
         mean (shape and dtype of x_t), variance (0 where s is the clean image).
     """
@@ -112,7 +117,7 @@ def prediction_target(prediction: Prediction, x_0: Tensor, eps: Tensor, signal: 
 
 
 def predict_x_0_eps(
-    prediction: Prediction, output: Tensor, x_t: Tensor, alpha_bar: float, clip_x_0: bool = False
+    prediction: Prediction, output: Tensor, x_t: Tensor, alpha_bar: Coefficient, clip_x_0: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The clean image and the noise that a network's output stands for: the one place where its meaning is known.
 
@@ -120,8 +125,8 @@ def predict_x_0_eps(
 
     Args:
         prediction: what `output` is: eps, x_0 or v.
-        output, x_t: (B, C, H, W), all at one timestep.
-        alpha_bar: there, in (0, 1).
+        output, x_t: (B, C, H, W).
+        alpha_bar: there, in (0, 1): a number, or a tensor that broadcasts against the images.
         clip_x_0: bring x_0 into [-1, 1], and derive eps again from it.
     Returns:
         x_0_hat, eps_hat, in the dtype of x_t.
@@ -158,8 +163,8 @@ def denoising_losses(
         (B,) float32 (or the dtype of x_0, where that is wider): mean over pixels and channels.
     """
     output = model(q_sample(schedule, x_0, t, eps), t)
-    signal = _per_image(schedule.alpha_bar.sqrt(), t, x_0)
-    noise = _per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
+    signal = per_image(schedule.alpha_bar.sqrt(), t, x_0)
+    noise = per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
     target = prediction_target(prediction, x_0, eps, signal, noise)
     _same_shape("the network's output", output, "the images", target)
     return (output.to(target.dtype) - target).square().flatten(1).mean(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_lab.config import Prediction, Variance
 from ddpm_lab.data import to_float
-from ddpm_lab.diffusion import Model, posterior, predict_x_0_eps, q_sample
+from ddpm_lab.diffusion import Model, per_image, posterior, predict_x_0_eps, q_sample
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, require
 
@@ -47,7 +47,6 @@ def variational_bound(
     prediction: Prediction = "eps",
     variance: Variance = "beta",
     num_timesteps: int = 50,
-    clip_x_0: bool = True,
     seed: int = 0,
     batch_size: int = 250,
     on_batch: Callable[[int], object] = lambda rows: None,
@@ -61,7 +60,6 @@ def variational_bound(
         variance: of the steps back, 'beta' or 'beta_tilde'; that of the last is beta_tilde of the one before it, for
             its own is 0 (as Ho et al. evaluate it).
         num_timesteps: parts of the sum; all there are where the chain is no longer.
-        clip_x_0: bring the predicted image into [-1, 1].
         seed: of timesteps and noise.
         on_batch: called after each batch with its number of evaluations.
     Raises:
@@ -89,10 +87,10 @@ def variational_bound(
         rows = slice(first, min(first + batch_size, N))
         x_0 = to_float(images[rows])
         for part in range(parts):
-            costs = _step_costs(on_device, schedule, x_0, drawn[rows, part], generator, prediction, variance, clip_x_0)
+            costs = _step_costs(on_device, schedule, x_0, drawn[rows, part], generator, prediction, variance)
             bits[rows] += costs * float(width[part])
             on_batch(len(x_0))
-        decoders[rows] = _decoder_costs(on_device, schedule, x_0, generator, prediction, clip_x_0)
+        decoders[rows] = _decoder_costs(on_device, schedule, x_0, generator, prediction)
         on_batch(len(x_0))
     alpha_bar = float(schedule.alpha_bar[-1])
     mean_square = to_float(images).double().square().flatten(1).mean(1)
@@ -108,14 +106,6 @@ def variational_bound(
     )
 
 
-def _estimate(
-    model: Model, x_t: Tensor, t: Tensor, alpha_bar: Tensor, prediction: Prediction, clip_x_0: bool
-) -> Tensor:
-    """x_0_hat, (B, C, H, W) float64, of images at timesteps of their own."""
-    rows = zip(model(x_t, t).double(), x_t.double(), alpha_bar.tolist(), strict=True)
-    return torch.stack([predict_x_0_eps(prediction, o, x, a, clip_x_0)[0] for o, x, a in rows])
-
-
 def _step_costs(
     model: Model,
     schedule: NoiseSchedule,
@@ -124,25 +114,18 @@ def _step_costs(
     generator: torch.Generator,
     prediction: Prediction,
     variance: Variance,
-    clip_x_0: bool,
 ) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each image, bits per dimension, (B,) float64."""
-    eps = torch.randn(x_0.shape, generator=generator)
-    x_t = q_sample(schedule, x_0, t, eps)
-    alpha_bar = schedule.alpha_bar[t]
-    x_0_hat = _estimate(model, x_t, t, alpha_bar, prediction, clip_x_0)
-    costs = []
-    for clean, guess, noisy, a_t, a_s, beta in zip(
-        x_0.double(), x_0_hat, x_t.double(), alpha_bar.tolist(), schedule.alpha_bar[t - 1].tolist(),
-        schedule.beta[t].tolist(), strict=True,
-    ):  # fmt: skip
-        mean, beta_tilde = posterior(clean, noisy, a_t, a_s)
-        mean_hat, _ = posterior(guess, noisy, a_t, a_s)
-        sigma_squared = beta if variance == "beta" else beta_tilde
-        ratio = beta_tilde / sigma_squared
-        nats = (mean - mean_hat).square().mean() / sigma_squared / 2 + (ratio - 1 - math.log(ratio)) / 2
-        costs.append(nats / math.log(2))
-    return torch.stack(costs)
+    x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=generator))
+    output, x_0, x_t = model(x_t, t).double(), x_0.double(), x_t.double()
+    alpha_bar_t, alpha_bar_s = (per_image(schedule.alpha_bar, at, x_0) for at in (t, t - 1))
+    x_0_hat, _ = predict_x_0_eps(prediction, output, x_t, alpha_bar_t, clip_x_0=True)
+    mean, beta_tilde = posterior(x_0, x_t, alpha_bar_t, alpha_bar_s)
+    mean_hat, _ = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_s)
+    sigma_squared = per_image(schedule.beta, t, x_0) if variance == "beta" else beta_tilde
+    ratio = beta_tilde / sigma_squared
+    nats = (mean - mean_hat).square() / sigma_squared / 2 + (ratio - 1 - ratio.log()) / 2
+    return nats.flatten(1).mean(1) / math.log(2)
 
 
 def _decoder_costs(
@@ -151,14 +134,16 @@ def _decoder_costs(
     x_0: Tensor,
     generator: torch.Generator,
     prediction: Prediction,
-    clip_x_0: bool,
 ) -> Tensor:
     """-log2 p(x_0 | x_1) per dimension: a normal density over each of 256 levels, open at both ends; (B,) float64."""
     eps = torch.randn(x_0.shape, generator=generator)
     t = torch.zeros(len(x_0), dtype=torch.int64)
     x_1 = q_sample(schedule, x_0, t, eps)
-    mean = _estimate(model, x_1, t, schedule.alpha_bar[t], prediction, clip_x_0)  # of the posterior at s = 0: x_0_hat
     a_t, a_s = float(schedule.alpha_bar[1]), float(schedule.alpha_bar[0])
+    output = model(x_1, t).double()
+    mean, _ = predict_x_0_eps(
+        prediction, output, x_1.double(), a_s, clip_x_0=True
+    )  # of the posterior at s = 0: x_0_hat
     sigma = ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
     clean = x_0.double()
     above = torch.where(clean > 0.999, torch.inf, (clean + 1 / 255 - mean) / sigma)

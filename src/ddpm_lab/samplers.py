@@ -5,9 +5,11 @@ for each; films, progress bars and pages listen to the steps, `ddpm_sample` and 
 ask what the network predicts (`predict_x_0_eps` does). States keep the dtype and device of x_T.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from ddpm_lab.diffusion import Model, posterior, predict_x_0_eps
 from ddpm_lab.schedule import NoiseSchedule, sampling_timesteps
 from ddpm_lab.settings import InputError
 
+P = ParamSpec("P")
 Noise = Callable[[int], Tensor]  # step i = 0, 1, ... -> standard normal noise, (B, C, H, W)
 
 
@@ -154,64 +157,21 @@ def ddim_steps(
         x_t = x_s
 
 
-def last_state(steps: Iterator[Step]) -> Tensor:
-    """Run a sampler to its end; what it arrives at."""
-    for step in steps:
-        x_0 = step.x_s
-    return x_0
+def to_the_end(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
+    """The function that runs a sampler's steps to their end and returns what they arrive at."""
+
+    def sample(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        for step in steps(*args, **kwargs):
+            x_0 = step.x_s
+        return x_0
+
+    sample.__name__ = sample.__qualname__ = steps.__name__.replace("steps", "sample")
+    sample.__doc__ = f"Run `{steps.__name__}` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."
+    sample.__module__ = steps.__module__
+    signature = inspect.signature(steps, eval_str=False).replace(return_annotation="Tensor")
+    sample.__signature__ = signature  # type: ignore[attr-defined]
+    return sample
 
 
-def ddpm_sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    num_steps: int | None = None,
-    *,
-    clip_x_0: bool = True,
-    noise: Noise | None = None,
-    spacing: Spacing = "uniform",
-    variance: Variance | None = None,
-    prediction: Prediction = "eps",
-) -> Tensor:
-    """Run `ddpm_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return last_state(
-        ddpm_steps(
-            model,
-            schedule,
-            x_T,
-            num_steps,
-            clip_x_0=clip_x_0,
-            noise=noise,
-            spacing=spacing,
-            variance=variance,
-            prediction=prediction,
-        )
-    )
-
-
-def ddim_sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    num_steps: int | None = None,
-    *,
-    eta: float = 0.0,
-    clip_x_0: bool = True,
-    noise: Noise | None = None,
-    spacing: Spacing = "uniform",
-    prediction: Prediction = "eps",
-) -> Tensor:
-    """Run `ddim_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return last_state(
-        ddim_steps(
-            model,
-            schedule,
-            x_T,
-            num_steps,
-            eta=eta,
-            clip_x_0=clip_x_0,
-            noise=noise,
-            spacing=spacing,
-            prediction=prediction,
-        )
-    )
+ddpm_sample = to_the_end(ddpm_steps)
+ddim_sample = to_the_end(ddim_steps)

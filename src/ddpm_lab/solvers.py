@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_lab.config import Prediction, Spacing
 from ddpm_lab.diffusion import Model
-from ddpm_lab.samplers import Noise, Step, estimate, last_state, path
+from ddpm_lab.samplers import Noise, Step, estimate, path, to_the_end
 from ddpm_lab.schedule import LEAST_LOG_SNR, NoiseSchedule
 from ddpm_lab.settings import InputError
 
@@ -141,47 +141,5 @@ def heun_steps(
         x_t = x_s
 
 
-def dpmpp_sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    num_steps: int = 20,
-    *,
-    clip_x_0: bool = True,
-    noise: Noise | None = None,
-    eta: float = 0.0,
-    spacing: Spacing = "logsnr",
-    singlestep: bool = False,
-    prediction: Prediction = "eps",
-) -> Tensor:
-    """Run `dpmpp_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return last_state(
-        dpmpp_steps(
-            model,
-            schedule,
-            x_T,
-            num_steps,
-            clip_x_0=clip_x_0,
-            noise=noise,
-            eta=eta,
-            spacing=spacing,
-            singlestep=singlestep,
-            prediction=prediction,
-        )
-    )
-
-
-def heun_sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    num_steps: int = 10,
-    *,
-    clip_x_0: bool = True,
-    spacing: Spacing = "logsnr",
-    prediction: Prediction = "eps",
-) -> Tensor:
-    """Run `heun_steps` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."""
-    return last_state(
-        heun_steps(model, schedule, x_T, num_steps, clip_x_0=clip_x_0, spacing=spacing, prediction=prediction)
-    )
+dpmpp_sample = to_the_end(dpmpp_steps)
+heun_sample = to_the_end(heun_steps)
