@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import save as tensor_bytes
 
 from ddpm_lab.cli import run_command
-from ddpm_lab.config import SamplingConfig, recipe_names
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.generation import sampling_identity
-from ddpm_lab.grid import study_names
 from ddpm_lab.progress import progress
+from ddpm_lab.settings import packaged
 from ddpm_lab.trained import load
 
 from .conftest import TINY_RECIPE, tree_hash
@@ -471,10 +471,10 @@ def test_help_names_every_option_and_default(command, capsys):
     assert "Usage: ddpm" in text
     if command == ["train"]:
         assert "[default: 800000]" in text
-        assert all(name in text for name in recipe_names())
+        assert all(name in text for name in packaged("recipe"))
         assert ".no-rescale-betas" in text
     if command == ["study"]:
-        assert all(name in text for name in study_names())
+        assert all(name in text for name in packaged("study"))
 
 
 def test_help_imports_nothing_heavy():

@@ -114,6 +114,12 @@ class _Server(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if start and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
@@ -176,6 +182,17 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
     download.download([server + "file"], path, lambda p: None, "wait")
     assert path.read_bytes() == content
     assert _Server.asked[-1] == ("/file", f"bytes={kept}-")
+
+
+def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
+    _Server.files = {"/file": b"all of it"}
+    (tmp_path / "file.part").write_bytes(b"all of it")
+    download.download([server + "file"], tmp_path / "file", lambda p: None, "wait")
+    assert (tmp_path / "file").read_bytes() == b"all of it"
+    (tmp_path / "more.part").write_bytes(b"all of it, and more")
+    with pytest.raises(InputError, match="does not belong to this file"):
+        download.download([server + "file"], tmp_path / "more", lambda p: None, "wait")
+    assert not (tmp_path / "more.part").exists()
 
 
 def test_silence_is_given_up_in_time(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
-from ddpm_lab.config import Config, read_recipe
+from ddpm_lab.config import load_recipe
 from ddpm_lab.run import train
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import describe, load
@@ -17,7 +17,7 @@ from ddpm_lab.trained import describe, load
 
 @pytest.fixture
 def config(tiny_recipe):
-    return Config.from_dict(read_recipe(str(tiny_recipe)))
+    return load_recipe(str(tiny_recipe))
 
 
 def changed(config, group, **values):

@@ -24,7 +24,7 @@ from ddpm_lab.config import load_recipe
 from ddpm_lab.files import locked
 from ddpm_lab.log import read_lines
 from ddpm_lab.run import _as_typed, train
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.settings import InputError, Interrupted, RunError
 
 from .conftest import tree_hash
 
@@ -251,7 +251,7 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
         return real(sitting)
 
     monkeypatch.setattr(session.Session, moment, interrupted)
-    with pytest.raises(session.Interrupted, match="stopped at step 7"):
+    with pytest.raises(Interrupted, match="stopped at step 7"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4, 7]
 

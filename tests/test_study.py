@@ -19,12 +19,12 @@ from PIL import Image
 from ddpm_lab import study as study_module
 from ddpm_lab.cell import planned_evaluations
 from ddpm_lab.charts import Series, line_chart
-from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study, study_names
+from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
 from ddpm_lab.report import _other_answers, report_page, write_report
 from ddpm_lab.results import SUMMARY, CellResult, Results, answer, as_csv, compare, gather
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.settings import InputError, RunError, packaged
 from ddpm_lab.study import run_study
 
 from .conftest import TINY_RECIPE
@@ -81,7 +81,7 @@ def test_a_thousand_steps_are_one_cell_for_both_conventions():
     assert len(everything_else) == 1  # the same images, steps and seed for all
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize("name", packaged("study"))
 def test_packaged_studies_are_whole(name):
     study = read_study(name)
     again = Study(
@@ -334,6 +334,7 @@ def essential(out):
         ("measures.jsonl", {"num_timesteps": None}, "it has no ddim-5: num_timesteps"),
         ("measures.jsonl", {"fid": 3}, "it has no ddim-5: fid: value"),
         ("measures.jsonl", {"kid": {"value": 1.0, "low": "x", "high": 2.0}}, "it has no ddim-5: kid: low"),
+        ("measures.jsonl", {"fid": {"value": 1.0, "low": None, "high": None}}, "it has no ddim-5: fid: low"),
         ("measures.jsonl", {"floor": []}, "it has no ddim-5: floor: num_images"),
         ("scores.jsonl", {"fid_label": 7}, "it has no 2: fid_label"),
     ],

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_lab.config import load_recipe, recipe_names
+from ddpm_lab.config import load_recipe
 from ddpm_lab.interop import diffusers_network
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, packaged
 from ddpm_lab.unet import UNet, attention, build_unet, timestep_embedding
 
 
@@ -85,7 +85,7 @@ def test_the_cifar10_network_has_the_paper_size():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", packaged("recipe"))
 def test_every_recipe_builds_a_network_for_its_images(recipe):
     config = load_recipe(recipe)
     channels, size = {"mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 8)}[config.data.dataset]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +168,9 @@ def _convolutions(model: nn.Module, x_t: Tensor, t: Tensor) -> list[tuple[nn.Con
 
 
 def _convolution_alone(layer: nn.Conv2d, x: Tensor, parameters: list[Tensor], training: bool) -> Callable[[], object]:
-    weight, bias = parameters if len(parameters) == 2 else (parameters[0], None)
-
     def forward() -> Tensor:
-        return torch.convolution(
-            x, weight, bias, layer.stride, cast(list[int], layer.padding), layer.dilation, False, (0, 0), layer.groups
-        )
+        y: Tensor = layer._conv_forward(x, *parameters)
+        return y
 
     def evaluate() -> None:
         with torch.no_grad():

@@ -5,7 +5,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ddpm_lab.log import append_line, read_lines
 from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.reverse import record_trajectory, reverse_frames
-from ddpm_lab.run import told_classes, train
+from ddpm_lab.run import told_classes, train, versions
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import own_reference, score_model
 from ddpm_lab.settings import InputError
@@ -154,8 +153,7 @@ def compute_cell(
         "device": str(resolve_device(device)),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {name: version(name) for name in ("ddpm-lab", "torch", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
     }
     replace_atomically(folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
 

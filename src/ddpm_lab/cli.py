@@ -18,7 +18,7 @@ from ddpm_lab import (
     processes,
 )
 from ddpm_lab.commands import app
-from ddpm_lab.settings import InputError, is_out_of_memory
+from ddpm_lab.settings import InputError, Interrupted, RunError, is_out_of_memory
 from ddpm_lab.telling import hold_warnings, tell_warnings
 
 SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
@@ -69,8 +69,10 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except (InputError, CycloptsError) as error:
         return _fail(2, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+    except (KeyboardInterrupt, Interrupted) as error:
+        return _fail(130, str(error) or "interrupted")
+    except RunError as error:
+        return _fail(1, str(error))
     except BrokenPipeError:  # the reader has seen enough; nothing may be written when Python exits, either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if arguments and arguments[0] in LONG else 0
@@ -83,13 +85,6 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _run_failure(error: RuntimeError | MemoryError) -> int:
-    from ddpm_lab.session import Interrupted
-    from ddpm_lab.settings import RunError
-
-    if isinstance(error, Interrupted):
-        return _fail(130, str(error))
-    if isinstance(error, RunError):
-        return _fail(1, str(error))
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         first = str(error).strip().partition("\n")[0]
         return _fail(1, f"torch.compile failed: {first}; --training.compile no or --engine torch does without it")

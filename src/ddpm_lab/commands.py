@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
-from ddpm_lab.config import Config, SamplingConfig, ScoringConfig, read_recipe
-from ddpm_lab.settings import InputError
-from ddpm_lab.telling import say, tell_warnings
+from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
+from ddpm_lab.settings import InputError, read_toml
+from ddpm_lab.telling import say
 
 DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]
 Device = Annotated[
@@ -21,6 +21,11 @@ Device = Annotated[
 Source = Annotated[
     str, Parameter(help="run folder, checkpoint folder in one, folder of diffusers, or packaged weights (mnist)")
 ]
+Weights = Annotated[
+    Literal["ema", "raw"],
+    Parameter(help="the moving average of the parameters (ema), or the parameters themselves (raw)"),
+]
+Checkpoint = Annotated[int | None, Parameter(help="step of a checkpoint of a run folder; unset: the newest")]
 
 
 def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -28,7 +33,7 @@ def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     if commands == ("train",):
         recipe = next((token.value for a in arguments if a.name == "RECIPE" for token in a.tokens), None)
         if recipe is not None:
-            values = read_recipe(recipe)
+            _, values = read_toml("recipe", recipe)
             try:
                 Config.from_dict(values)  # a recipe stands on its own, so that its faults are told as its own
             except InputError as error:
@@ -115,8 +120,8 @@ def sample(
     out: Path,
     num_images: int = 64,
     sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:
     """Draw images from a trained network.
@@ -125,14 +130,12 @@ def sample(
         out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C), or a folder of PNGs, which a
             second call goes on filling.
         num_images: how many; image i of a seed is the same in any number.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
     from ddpm_lab.generation import sample_to_file
 
     made = sample_to_file(
         source, out, num_images, sampling,
-        weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
+        weights=weights, checkpoint=checkpoint, device=device,
     )  # fmt: skip
     print(made)
 
@@ -172,8 +175,8 @@ def evaluate(
     num_images: int | None = None,
     scoring: Annotated[ScoringConfig, Parameter(name="*")] = ScoringConfig(),  # noqa: B008 (frozen)
     sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     inception_weights: Path | None = None,
     image_size: int | None = None,
     pairs: Path | None = None,
@@ -194,8 +197,6 @@ def evaluate(
             `ddpm classifier` made.
         num_images: how many; unset: 1000 of a model, all of a collection (fewer are drawn at random). Published FIDs
             take 50000.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
         inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else fetched and verified.
         image_size: pixels to which the images of folders are cropped and scaled; unset: they have one size already.
         pairs: FILE.png for the samples nearest to training images, each above its neighbour (with memorisation).
@@ -207,7 +208,7 @@ def evaluate(
     record = evaluate_source(
         source, reference, features, num_images, scoring, sampling,
         weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
-        pairs=pairs, scores=scores, device=device, data_dir=data_dir, begin=tell_warnings,
+        pairs=pairs, scores=scores, device=device, data_dir=data_dir,
     )  # fmt: skip
     if record is None:  # the leading process speaks
         return
@@ -312,8 +313,8 @@ def export(
     *,
     to: Literal["diffusers", "onnx"],
     out: Path,
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     license: str | None = None,
     sampler: Literal["ddim", "dpmpp"] | None = None,
     num_steps: int | None = None,
@@ -325,8 +326,6 @@ def export(
         to: diffusers, a folder for DDPMPipeline.from_pretrained; onnx, the network and a whole sampler as graphs, with
             an example that needs numpy and onnxruntime only.
         out: new folder.
-        weights: the moving average, or the network as it was trained.
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
         license: of the weights, for the README (mit, cc-by-4.0, ...); unset: mit for packaged weights, else unknown.
         sampler: onnx only: what the sampler's graph does, without noise on the way; unset: dpmpp.
         num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
@@ -334,19 +333,11 @@ def export(
     """
     from ddpm_lab.exchange import export_generator
 
-    print(
-        export_generator(
-            source,
-            to,
-            out,
-            weights=weights,
-            checkpoint=checkpoint,
-            licence=license,
-            sampler=sampler,
-            num_steps=num_steps,
-            guidance=guidance,
-        )
-    )
+    made = export_generator(
+        source, to, out, weights=weights, checkpoint=checkpoint, licence=license,
+        sampler=sampler, num_steps=num_steps, guidance=guidance,
+    )  # fmt: skip
+    print(made)
 
 
 @app.command
@@ -367,12 +358,8 @@ def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "aut
 
 
 @app.command
-def info(source: Source, /, *, checkpoint: int | None = None) -> None:
-    """Say what a model is: settings, parameters, steps trained, losses so far.
-
-    Args:
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
-    """
+def info(source: Source, /, *, checkpoint: Checkpoint = None) -> None:
+    """Say what a model is: settings, parameters, steps trained, losses so far."""
     from ddpm_lab.trained import describe
 
     for line in describe(source, checkpoint):

@@ -6,13 +6,10 @@ Nothing here imports torch, so that the command line answers at once.
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from ddpm_lab.settings import InputError, SettingsGroup, require
+from ddpm_lab.settings import SettingsGroup, read_toml, require
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["eps", "x_0", "v"]
@@ -230,6 +227,7 @@ class EvaluationConfig(SettingsGroup):
 class SamplingConfig(SettingsGroup):
     """How images are drawn from a trained network."""
 
+    _grouped = False  # its flags stand without a group
     sampler: Sampler = "ddim"
     """ddim (Song et al. 2020), ddpm (Algorithm 2 of Ho et al. 2020; best with all T), dpmpp (DPM-Solver++ of second
     order; fewest evaluations) or heun (Karras et al. 2022)"""
@@ -261,10 +259,6 @@ class SamplingConfig(SettingsGroup):
     engine: Engine = "torch"
     """compile: kernels made by torch.compile, which takes a minute or more first and pays on a GPU; onnx: ONNX Runtime,
     on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
-
-    @classmethod
-    def _prefix(cls) -> str:
-        return ""  # its flags stand without a group
 
     def _check(self) -> None:
         self._at_least(1, "num_steps", "batch_size")
@@ -301,6 +295,7 @@ METRICS = ("fid", "is", "kid", "prdc", "memorisation")
 class ScoringConfig(SettingsGroup):
     """Which scores, and how."""
 
+    _grouped = False  # its flags stand without a group
     metrics: tuple[str, ...] = ("fid", "is", "kid", "prdc")
     """fid (Frechet distance), is (Inception Score), kid, prdc (precision, recall, density, coverage), memorisation"""
     is_splits: int = 10
@@ -311,10 +306,6 @@ class ScoringConfig(SettingsGroup):
     """images in each; unset: the smaller of 1000 and the number of images"""
     bootstrap: int = 50
     """resamplings behind the 95 % intervals; 0: no intervals"""
-
-    @classmethod
-    def _prefix(cls) -> str:
-        return ""
 
     def _check(self) -> None:
         listed = tuple(metric for item in self.metrics for metric in item.split(","))  # "fid,is" is "fid", "is"
@@ -366,35 +357,6 @@ class Config:
         return cast(dict[str, dict[str, Any]], json.loads(json.dumps(dataclasses.asdict(self))))
 
 
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
-    folder = resources.files("ddpm_lab") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """Parse a recipe: the name of a packaged one, or the path of a TOML file.
-
-    Returns:
-        The parsed tables, not yet checked: flags may override them before `Config.from_dict` does.
-    Raises:
-        InputError: no such recipe, unreadable, or not TOML.
-    """
-    if recipe in recipe_names():
-        return tomllib.loads((resources.files("ddpm_lab") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8"))
-    path = Path(recipe)
-    if not path.is_file():
-        raise InputError(
-            f"no recipe {recipe!r}: name one of {', '.join(recipe_names())}, or the path of a TOML file that exists"
-        )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"recipe {recipe} is not a TOML file: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise InputError(f"recipe {recipe} cannot be read: {error.strerror}") from error
-
-
 def load_recipe(recipe: str) -> Config:
-    """The configuration a recipe describes; see `read_recipe` and `Config.from_dict` for what raises."""
-    return Config.from_dict(read_recipe(recipe))
+    """The configuration a recipe describes; see `read_toml` and `Config.from_dict` for what raises."""
+    return Config.from_dict(read_toml("recipe", recipe)[1])

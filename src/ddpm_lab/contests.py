@@ -30,7 +30,7 @@ from ddpm_lab.bench import (
     share_of_peak,
     table,
 )
-from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe, recipe_names
+from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe
 from ddpm_lab.data import to_uint8, training_batch
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import inception_network
@@ -43,7 +43,7 @@ from ddpm_lab.progress import progress
 from ddpm_lab.samplers import ddim_sample
 from ddpm_lab.scaling import scaling
 from ddpm_lab.schedule import linear_schedule
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, packaged
 from ddpm_lab.training import batch_indices, new_state, resolve_device, resolve_precision, training_loop
 from ddpm_lab.unet import UNet, build_unet
 
@@ -82,8 +82,10 @@ def subject(name: str, batch_size: int | None = None) -> Subject:
     Raises:
         InputError: another name.
     """
-    if name not in (SMALL, *recipe_names()):
-        raise InputError(f"--network must be {SMALL} or one of the recipes {', '.join(recipe_names())}, not {name!r}")
+    if name not in (SMALL, *packaged("recipe")):
+        raise InputError(
+            f"--network must be {SMALL} or one of the recipes {', '.join(packaged('recipe'))}, not {name!r}"
+        )
     if name == SMALL:
         config = ModelConfig(
             base_channels=32, channel_multipliers=(1, 2, 2), attention_levels=(1, 2), attention_head_channels=8,
@@ -195,15 +197,10 @@ def evaluation_contest(of: Subject, device: torch.device, dtype: torch.dtype) ->
 def training_contest(of: Subject, device: torch.device, dtype: torch.dtype) -> Contest:
     """One step: noising, loss, gradient, its norm clipped, optimiser, moving average."""
     contestants = {OURS: _our_step(of, device, dtype)}
-    if _diffusers_has(of):
-        contestants["diffusers"] = _diffusers_step(of, device, dtype)
+    for name in _peers(of):
+        contestants[name] = STEPS[name](of, device, dtype)
         if dtype != torch.float32:
-            contestants["diffusers in float32, its default"] = _diffusers_step(of, device, torch.float32)
-    if "denoising-diffusion-pytorch" in installed_peers():
-        contestants["denoising-diffusion-pytorch"] = _denoising_step(of, device, dtype)
-        if dtype != torch.float32:
-            name = "denoising-diffusion-pytorch in float32, its default"
-            contestants[name] = _denoising_step(of, device, torch.float32)
+            contestants[f"{name} in float32, its default"] = STEPS[name](of, device, torch.float32)
     return Contest(f"training step, {of.name}, {DTYPES[dtype]}", "images", of.batch_size, contestants)
 
 
@@ -214,7 +211,7 @@ def sampling_contest(of: Subject, device: torch.device, num_images: int = 16, nu
     contestants: dict[str, Callable[[], object]] = {
         OURS: lambda: to_uint8(ddim_sample(model, schedule, noise, num_steps))
     }
-    if _diffusers_has(of):
+    if "diffusers" in _peers(of):
         theirs = diffusers_network(model, of.image_shape[1]).to(device)
         contestants["diffusers"] = lambda: diffusers_images(theirs, num_images, num_steps)
     if "denoising-diffusion-pytorch" in installed_peers():
@@ -245,25 +242,16 @@ def scoring_contest(device: torch.device, num_images: int = 250) -> Iterator[Con
     The weights of Inception are random, for its speed does not depend on them.
     """
     import torch_fidelity
-    from torch.utils.data import Dataset
+    from torch.utils.data import Subset
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]  # which has no types
         def load_state_dict(self, *given: Any, **flags: Any) -> None:  # keeps the weights it was made with
             pass
 
-    class Images(Dataset[Tensor]):
-        def __init__(self, images: Tensor) -> None:
-            self.images = images
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, index: int) -> Tensor:
-            return self.images[index]
-
     torch.manual_seed(0)
-    sets = torch.randint(256, (2, num_images, 3, 32, 32), dtype=torch.uint8)
+    sets: Any = torch.randint(256, (2, num_images, 3, 32, 32), dtype=torch.uint8)
+    every = range(num_images)
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
@@ -285,8 +273,8 @@ def scoring_contest(device: torch.device, num_images: int = 250) -> Iterator[Con
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its workers, more than there are cores
                 metrics: dict[str, float] = torch_fidelity.calculate_metrics(
-                    input1=Images(sets[1]), input2=Images(sets[0]), fid=True, isc=True, cuda=device.type == "cuda",
-                    feature_extractor_weights_path=str(path), verbose=False,
+                    input1=Subset(sets[1], every), input2=Subset(sets[0], every), fid=True, isc=True,
+                    cuda=device.type == "cuda", feature_extractor_weights_path=str(path), verbose=False,
                 )  # fmt: skip
             return metrics
 
@@ -343,9 +331,9 @@ def input_contest(of: Subject, device: torch.device, batches: int = 10) -> Itera
         yield Contest(f"input path, {of.name}'s images", "images", count, contestants)
 
 
-def _diffusers_has(of: Subject) -> bool:
-    """Whether diffusers takes part: it is installed, and can express the network."""
-    return "diffusers" in installed_peers() and of.config.patch_size == 1
+def _peers(of: Subject) -> list[str]:
+    """Those that are installed and can express the network."""
+    return [name for name in installed_peers() if name != "diffusers" or of.config.patch_size == 1]
 
 
 def _batch(of: Subject, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -381,7 +369,7 @@ STEPS = {OURS: _our_step, "diffusers": _diffusers_step, "denoising-diffusion-pyt
 def _peer_networks(of: Subject, model: UNet) -> dict[str, nn.Module]:
     device = next(model.parameters()).device
     found: dict[str, nn.Module] = {}
-    if _diffusers_has(of):
+    if "diffusers" in _peers(of):
         found["diffusers"] = diffusers_network(model, of.image_shape[1]).to(device)
     if "denoising-diffusion-pytorch" in installed_peers():
         diffusion = denoising_diffusion(of.num_parameters, of.levels, of.image_shape)

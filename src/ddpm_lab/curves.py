@@ -19,6 +19,7 @@ from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
 from ddpm_lab.session import BANDS, LOG, SCORES
 from ddpm_lab.settings import InputError, fits, require
+from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel
 
 if TYPE_CHECKING:
@@ -219,20 +220,18 @@ def state_norms(
     config: SamplingConfig,
     num_images: int,
     data_dir: Path | None = None,
-    begin: Callable[[], object] = lambda: None,
 ) -> StateNorms:
     """Measure the norm of x_t on both ways; a sampler whose states leave theory's line sees inputs it never trained on.
 
     Args:
         num_images: real ones, and sampled ones; from 1 to 64.
-        begin: called once the input is found to be in order.
     """
     from ddpm_lab.reverse import describe_generator
 
     data, schedule = trained.config.data, trained.schedule
     x_0 = chosen_images(data.dataset, "train", num_images, config.seed, data_dir, data.image_size)
     sampler = build_sampler(trained, config)
-    begin()
+    tell_warnings()
     T = schedule.num_timesteps
     theory = (schedule.alpha_bar * float(x_0.square().mean()) + 1 - schedule.alpha_bar).sqrt()
     generator = torch.Generator().manual_seed(config.seed)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ddpm_lab.download import download
-from ddpm_lab.files import cache_dir
+from ddpm_lab.files import cache_dir, replace_atomically
 from ddpm_lab.image_folder import open_folder
 from ddpm_lab.settings import InputError
 
@@ -159,7 +159,7 @@ def here(data_dir: Path | None = None) -> list[str]:
     folder = data_dir or default_data_dir()
 
     def complete(dataset: str) -> bool:
-        return all(_find(folder / dataset, file) for split in OFFICIAL_FILES[dataset].values() for file in split)
+        return all(_find(folder / dataset, file) for split in OFFICIAL_FILES[folder.name].values() for file in split)
 
     return [name for name in DATASETS if name not in OFFICIAL_FILES or complete(name)]
 
@@ -206,7 +206,7 @@ def _read_folder(path: Path, split: str, image_size: int | None, option: str) ->
 def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
     """Contents of official files, fetched where absent, each proved by length and hash."""
     if any(_find(folder, file) is None for file in files):
-        fetch(folder.name, folder.parent)
+        fetch(folder)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decompression lets go of the interpreter lock
         return list(pool.map(lambda file: _read_verified(cast(Path, _find(folder, file)), file), files))
 
@@ -216,18 +216,11 @@ def _find(folder: Path, file: _File) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    return path.open("rb")
-
-
 def _read_verified(path: Path, file: _File) -> bytes:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with _open(path) as stream:
-            content = stream.read(file.num_bytes + 1)  # no further: the file may be anything
+        with opener(path, "rb") as stream:
+            content: bytes = stream.read(file.num_bytes + 1)  # no further: the file may be anything
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{path} cannot be read: permission denied") from error
@@ -245,22 +238,21 @@ def _verify(content: bytes, file: _File, where: str) -> None:
         )
 
 
-def fetch(dataset: str, data_dir: Path | None = None) -> None:
-    """Download what a data set lacks from its official places; files that are there stay as they are.
+def fetch(folder: Path) -> None:
+    """Download what `mnist/` or `cifar10/` lacks from its official places; files that are there stay as they are.
 
     A download that broke off goes on where it stopped. Nothing gets its final name before its content is verified.
 
     Raises:
-        InputError: not a data set with files, no network, or content that is not the official one.
+        InputError: no network, or content that is not the official one.
     """
-    if dataset not in OFFICIAL_FILES:
-        raise InputError(f"data set must be mnist or cifar10 to be fetched, not {dataset!r}")
-    folder = (data_dir or default_data_dir()) / dataset
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # a second process waits, and finds the files there
-            missing = [file for split in OFFICIAL_FILES[dataset].values() for file in split if not _find(folder, file)]
-            if dataset == "mnist":
+            missing = [
+                file for split in OFFICIAL_FILES[folder.name].values() for file in split if not _find(folder, file)
+            ]
+            if folder.name == "mnist":
                 for file in missing:
                     urls = [f"{mirror}{file.name}.gz" for mirror in MNIST_MIRRORS]
                     download(urls, folder / f"{file.name}.gz", partial(_read_verified, file=file), ADVICE)
@@ -284,9 +276,7 @@ def _unpack(archive: Path, files: list[_File], folder: Path) -> None:
                 member = tar.extractfile(f"cifar-10-batches-bin/{file.name}")
                 content = member.read(file.num_bytes + 1) if member else b""
                 _verify(content, file, f"{archive}:{file.name}")
-                partial = folder / f".{file.name}.partial"
-                partial.write_bytes(content)
-                partial.replace(folder / file.name)
+                replace_atomically(folder / file.name, content)
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise InputError(
             f"{archive} is not the official archive ({' '.join(str(error).split())}); fetch it again"

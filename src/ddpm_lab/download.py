@@ -1,8 +1,8 @@
 """Fetching a file over HTTP: continued where it broke off, mirrors tried in turn, and never an endless wait."""
 
-import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,7 +58,9 @@ def _download(url: str, part: Path, description: str, answer_seconds: float) -> 
         answer_seconds, lambda: requests.get(url, headers=headers, stream=True, timeout=(10.0, STALL_SECONDS))
     )
     with response:
-        if response.status_code == 416:  # nothing after what is there: not this file, or already whole
+        if response.status_code == 416:  # nothing after what is there
+            if response.headers.get("Content-Range") == f"bytes */{start}":
+                return  # it is whole: killed before it got its name
             part.unlink()
             raise requests.HTTPError("the part kept here does not belong to this file; it is dropped")
         response.raise_for_status()
@@ -80,22 +82,16 @@ def _download(url: str, part: Path, description: str, answer_seconds: float) -> 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """Run a call that may hang (a name look-up has no time-out of its own) and give up on it in time."""
-    outcome: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.put((call(), None))
+            outcome.set_result(call())
         except Exception as error:
-            outcome.put((None, error))
+            outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=max(seconds, 0.001))
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    return outcome.result(timeout=max(seconds, 0.001))
 
 
 def _reason(error: Exception) -> str:

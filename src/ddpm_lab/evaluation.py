@@ -192,10 +192,10 @@ def evaluate(
         known = against.statistics()
     floor_scores = None
     if floor is not None:
-        values = _scores(features_of(floor, network), against, known, config, intervals=False)
+        values = _scores(features_of(floor, network), against, known, config, 0)
         floor_scores = {name: interval and interval["value"] for name, interval in values.items()}
         floor_scores |= {"images": floor.name, "num_images": floor.num_images}
-    record: dict[str, Any] = _scores(found, against, known, config, intervals=config.bootstrap > 0)
+    record: dict[str, Any] = _scores(found, against, known, config, config.bootstrap)
     record["fid_label"] = fid_label(network, stream.num_images)
     record["num_images"] = stream.num_images
     record["images"] = {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from}
@@ -293,9 +293,12 @@ def fid_label(network: FeatureNetwork, num_images: int) -> str:
 
 
 def _scores(
-    found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig, intervals: bool
+    found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig, replicates: int
 ) -> dict[str, Any]:
-    """The scores asked for, each {value, low, high}; None for those not asked for, and for what is not known."""
+    """The scores asked for, each {value, low, high}; None for those not asked for, and for what is not known.
+
+    Without replicates they have no intervals.
+    """
     N = len(found.values)
     scores: dict[str, Any] = dict.fromkeys(SCORES)
 
@@ -306,14 +309,14 @@ def _scores(
     if "fid" in config.metrics:
         assert known is not None
 
-        with progress("Frechet distances", config.bootstrap + 1 if intervals else 1, "distances") as advance:
+        with progress("Frechet distances", replicates + 1, "distances") as advance:
 
             def distance(rows: Tensor) -> float:
                 value = frechet_distance(statistics(found.values, rows), known)
                 advance(1)
                 return value
 
-            put("fid", bootstrap_interval(distance, N, config.bootstrap) if intervals else distance(torch.arange(N)))
+            put("fid", bootstrap_interval(distance, N, replicates))
         if max(10 * found.values.shape[1], 20) <= N:  # with fewer the bias is no line in 1/n
             put("fid_extrapolated", extrapolated_frechet_distance(found.values, known))
     if "is" in config.metrics:
@@ -326,13 +329,13 @@ def _scores(
                 assert logits is not None
                 return inception_score(logits, splits, indices=rows)[0]
 
-            put(name, bootstrap_interval(score, N, config.bootstrap) if intervals else score(torch.arange(N)))
+            put(name, bootstrap_interval(score, N, replicates))
     if "kid" in config.metrics:
         assert against is not None
         size = min(config.kid_subset_size or 1000, N, len(against.values))
         value, spread = kernel_distance(found.values, against.values, config.kid_subsets, size)
-        if intervals:  # of the images drawn, and of the subsets drawn from them
-            deviation = kernel_distance_deviation(found.values, against.values, config.bootstrap)
+        if replicates:  # of the images drawn, and of the subsets drawn from them
+            deviation = kernel_distance_deviation(found.values, against.values, replicates)
             half = 1.96 * float(np.hypot(deviation, spread / config.kid_subsets**0.5))
             put("kid", Interval(value, value - half, value + half))
         else:
@@ -342,7 +345,7 @@ def _scores(
         n = min(N, len(against.values))
         generated, real = (_subset(features.values, n) for features in (found, against))
         for name, interval in asdict(manifold(generated, real)).items():
-            put(name, Interval(**interval) if intervals else interval["value"])
+            put(name, Interval(**interval) if replicates else interval["value"])
     return scores
 
 

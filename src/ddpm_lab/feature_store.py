@@ -159,8 +159,8 @@ def _rows_done(partial: Path, chunk: int) -> int:
         rows = min((partial / name).stat().st_size // (4 * width) for name, width in widths.items() if width)
         rows = rows // chunk * chunk
     except (OSError, ValueError, KeyError, TypeError):
-        meta, rows = {"num_features": 0, "num_classes": 0}, 0
-    for name, columns in ((FEATURES, meta["num_features"]), (LOGITS, meta["num_classes"])):
+        widths, rows = {FEATURES: 0, LOGITS: 0}, 0
+    for name, width in widths.items():
         (partial / name).touch()
-        os.truncate(partial / name, 4 * rows * columns)
+        os.truncate(partial / name, 4 * rows * width)
     return rows

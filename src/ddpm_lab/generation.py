@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab import processes
-from ddpm_lab.config import SamplingConfig, Spacing, Variance
+from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_uint8
 from ddpm_lab.diffusion import Model
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
@@ -31,12 +31,19 @@ from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
+from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, load
 from ddpm_lab.training import autocast, compiled, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
 MOST_IMAGES = 10_000_000
 SAMPLING = "sampling.json"  # in a folder of samples
+STEPS: dict[str, Callable[..., Iterator[Step]]] = {
+    "ddpm": ddpm_steps,
+    "ddim": ddim_steps,
+    "dpmpp": dpmpp_steps,
+    "heun": heun_steps,
+}
 
 
 class ImageNoise:
@@ -90,33 +97,26 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             f"num_steps must be from 1 to {'half ' * config.singlestep}the {T} timesteps {trained.name} was trained "
             f"on, not {num_steps}"
         )
-    spacing: Spacing = config.spacing or ("logsnr" if config.sampler in ("dpmpp", "heun") else "uniform")
     device = next(trained.model.parameters()).device
     dtype = resolve_precision(config.precision, device)
+    settings: dict[str, Any] = {
+        "spacing": config.spacing or ("logsnr" if config.sampler in ("dpmpp", "heun") else "uniform")
+    }
+    if config.sampler == "ddpm":
+        settings["variance"] = config.variance or (trained.variance if num_steps == T else "beta_tilde")
+    elif config.sampler != "heun":
+        settings["eta"] = config.eta or 0.0
     resolved = dataclasses.replace(
         config,
         num_steps=num_steps,
-        spacing=spacing,
         precision="bf16" if dtype == torch.bfloat16 else "float32",
         engine=resolve_engine(config.engine, device),
         guidance=(1.0 if config.guidance is None else config.guidance) if told else None,
+        **settings,
     )
-    common: dict[str, Any] = {"spacing": spacing, "prediction": trained.config.diffusion.prediction}
-    if config.sampler == "ddpm":
-        usual_variance: Variance = trained.variance if num_steps == T else "beta_tilde"
-        resolved = dataclasses.replace(resolved, variance=config.variance or usual_variance)
-        own: dict[str, Any] = {"variance": resolved.variance}
-    elif config.sampler == "heun":
-        own = {}
-    else:
-        resolved = dataclasses.replace(resolved, eta=config.eta or 0.0)
-        own = {"eta": resolved.eta} | ({"singlestep": config.singlestep} if config.sampler == "dpmpp" else {})
-    steppers: dict[str, Callable[..., Iterator[Step]]] = {
-        "ddpm": ddpm_steps,
-        "ddim": ddim_steps,
-        "dpmpp": dpmpp_steps,
-        "heun": heun_steps,
-    }
+    settings["prediction"] = trained.config.diffusion.prediction
+    if config.sampler == "dpmpp":
+        settings["singlestep"] = config.singlestep
 
     @cache  # built when first used
     def network() -> ClassModel:
@@ -141,8 +141,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
                 return asked(x_t, t)
 
         drawn: dict[str, Any] = {"noise": noise} if config.sampler != "heun" else {}
-        settings = common | own | drawn
-        return steppers[config.sampler](model, trained.schedule, x_T, num_steps, **settings)
+        return STEPS[config.sampler](model, trained.schedule, x_T, num_steps, **settings, **drawn)
 
     count = evaluations_of(config, num_steps) * (1 if resolved.guidance in (None, 0, 1) else 2)
     return Sampler(resolved, num_steps, count, steps)
@@ -253,8 +252,11 @@ def sample_to_folder(
         if isinstance(held, dict) and config.sampler in ("ddim", "ddpm"):  # of before there was a choice
             held = {"precision": "float32", "engine": "torch"} | held
         if held != identity:
+            before = held if isinstance(held, dict) else {}
             names = [
-                name.rstrip("_") for name in identity if not isinstance(held, dict) or held.get(name) != identity[name]
+                name.rstrip("_")
+                for name in identity | before
+                if name not in before or before[name] != identity.get(name)
             ]
             raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
@@ -312,7 +314,6 @@ def sample_to_file(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
-    begin: Callable[[], object] = lambda: None,
 ) -> str:
     """Sample into a PNG grid, an .npz, or a folder of PNGs.
 
@@ -320,7 +321,6 @@ def sample_to_file(
         source, weights, checkpoint, device: see `trained.load`.
         out: ends in .png or .npz, and is replaced once the new one is whole; or a folder, to which images are added.
         num_images, config: see `generate`.
-        begin: called once the input is found to be in order, before the work.
     Returns:
         A line that says what was made.
     Raises:
@@ -336,7 +336,7 @@ def sample_to_file(
         raise InputError(f"num_images must be from 1 to {limit}, not {num_images}")
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
-    begin()
+    tell_warnings()
     begun = time.monotonic()
     before = processes.led(
         lambda: (

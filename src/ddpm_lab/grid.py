@@ -9,16 +9,14 @@ A study is a list of independent cells in a folder:
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_lab.config import Config, SamplingConfig, read_recipe
+from ddpm_lab.config import Config, SamplingConfig
 from ddpm_lab.files import read_json
-from ddpm_lab.settings import InputError, SettingsGroup, require
+from ddpm_lab.settings import InputError, SettingsGroup, read_toml, require
 
 HEADLINE = "ddim-50"  # the sampler of headlines: equal evaluations whatever T
 CONTINUOUS = 10_000  # timesteps that stand for continuous time: a network of that chain is sampled as any other
@@ -191,12 +189,6 @@ class Study:
         return dict(json.loads(json.dumps(whole)))
 
 
-def study_names() -> list[str]:
-    """Names of the packaged studies."""
-    folder = resources.files("ddpm_lab") / "studies"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def read_study(name: str) -> Study:
     """A packaged study, or a TOML file.
 
@@ -206,18 +198,7 @@ def read_study(name: str) -> Study:
     Raises:
         InputError: no such study, not TOML, or settings that cannot be.
     """
-    if name in study_names():
-        path = Path(str(resources.files("ddpm_lab") / "studies" / f"{name}.toml"))
-    else:
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(f"no study {name!r}: name one of {', '.join(study_names())}, or the path of a TOML file")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"study {name} is not a TOML file: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise InputError(f"study {name} cannot be read: {error.strerror}") from error
+    path, values = read_toml("study", name)
     try:
         return _parse_study(path, values)
     except InputError as error:
@@ -233,7 +214,7 @@ def _parse_study(path: Path, values: dict[str, Any]) -> Study:
     require(isinstance(recipe, str) and recipe != "", "recipe must name a recipe")
     require(isinstance(question, str), "question must be a text")
     beside = path.parent / str(recipe)
-    base = read_recipe(str(beside) if beside.is_file() else str(recipe))
+    _, base = read_toml("recipe", str(beside) if beside.is_file() else str(recipe))
     Config.from_dict(base)  # a recipe stands on its own
     changes = values.get("settings", {})
     require(isinstance(changes, dict), "settings must be a table of the recipe's groups")

@@ -36,6 +36,7 @@ NETWORK = {
     "norm_eps": 1e-6,
     "time_embedding_type": "positional",
 }
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of T = 1000, whatever the convention
 YOUNGER = {
     "add_attention": True,
     "attn_norm_num_groups": None,
@@ -145,13 +146,9 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
         down_block_types=down,
         up_block_types=up,
         attention_head_dim=config.attention_head_channels,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
         norm_num_groups=config.norm_groups,
-        act_fn="silu",
         dropout=config.dropout,
+        **{name: value for name, value in NETWORK.items() if name != "_class_name"},
     )
     network.load_state_dict(diffusers_parameters(model))
     return network.train(model.training)
@@ -269,7 +266,7 @@ def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
     assert prediction is not None
     if said.get("beta_schedule") == "squaredcos_cap_v2":
         return DiffusionConfig(schedule="cosine", prediction=prediction), variance
-    _covered(path, said, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+    _covered(path, said, LINEAR)
     return DiffusionConfig(prediction=prediction), variance
 
 
@@ -306,9 +303,7 @@ def save_diffusers(model: UNet, config: Config, image_size: int, variance: Varia
         raise InputError("diffusers is not installed: pip install 'ddpm-lab[diffusers]'") from error
 
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of T = 1000, whatever the convention
-    if config.diffusion.schedule == "cosine":
-        betas = {"beta_schedule": "squaredcos_cap_v2"}
+    betas = {"beta_schedule": "squaredcos_cap_v2"} if config.diffusion.schedule == "cosine" else LINEAR
     scheduler = DDPMScheduler(
         num_train_timesteps=config.diffusion.num_timesteps, prediction_type=names[config.diffusion.prediction],
         variance_type={ours: theirs for theirs, ours in VARIANCES.items()}[variance],

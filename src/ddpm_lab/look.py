@@ -9,6 +9,7 @@ from ddpm_lab.settings import SettingsGroup, require
 class PictureConfig(SettingsGroup):
     """How pictures look, and how films (.gif and .mp4) run."""
 
+    _grouped = False  # its flags stand without a group
     scale: int | None = None
     """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
     frames: int | None = None
@@ -17,10 +18,6 @@ class PictureConfig(SettingsGroup):
     """frames per second, from 1 to 50"""
     hold: float = 2.0
     """seconds that the last frame stays"""
-
-    @classmethod
-    def _prefix(cls) -> str:
-        return ""
 
     def _check(self) -> None:
         self._at_least(1, "scale")

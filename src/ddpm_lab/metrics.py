@@ -57,63 +57,29 @@ class Statistics:
         return factor
 
 
-class RunningStatistics:
-    """Mean and covariance gathered batch by batch; memory does not grow with the number of images.
-
-    Merging two gives what one would have given over all (Chan et al. 1979), up to summation order.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        self.num_images = 0
-        self._mean = torch.zeros(num_features, dtype=torch.float64)
-        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)
-
-    def update(self, features: Tensor) -> None:
-        """Add a batch, (B, d) of any float dtype.
-
-        Raises:
-            InputError: another number of features, or values that are not finite.
-        """
-        for batch in blocks(checked(features, len(self._mean))):
-            mean = batch.mean(0)
-            centred = batch - mean
-            self._add(len(batch), mean, centred.T @ centred)
-
-    def merge(self, other: "RunningStatistics") -> None:
-        """Add all that another has gathered."""
-        if other.num_images:
-            self._add(other.num_images, other._mean, other._scatter)
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.num_images + count
-        difference = mean - self._mean
-        self._scatter += scatter + torch.outer(difference, difference) * (self.num_images * count / total)
-        self._mean += difference * (count / total)
-        self.num_images = total
-
-    def finish(self) -> Statistics:
-        """The statistics so far.
-
-        Raises:
-            InputError: fewer than 2 images.
-        """
-        if self.num_images < 2:
-            raise InputError(f"a covariance needs at least 2 images, not {self.num_images}")
-        return Statistics(self.num_images, self._mean.clone(), self._scatter / (self.num_images - 1))
-
-
 def statistics(features: Tensor, indices: Tensor | None = None) -> Statistics:
     """Mean and covariance of features, (N, d) of any float dtype, N at least 2; of chosen rows, where these are given.
+
+    Gathered block by block (Chan et al. 1979), so that only a block is ever held in float64.
 
     Raises:
         InputError: fewer than 2 rows, or values that are not finite.
     """
     features = checked(features)
     chosen = torch.arange(len(features)) if indices is None else indices
-    running = RunningStatistics(features.shape[1])
+    if len(chosen) < 2:
+        raise InputError(f"a covariance needs at least 2 images, not {len(chosen)}")
+    num_features, seen = features.shape[1], 0
+    mean = torch.zeros(num_features, dtype=torch.float64)
+    scatter = torch.zeros(num_features, num_features, dtype=torch.float64)
     for part in torch.split(chosen, BLOCK):
-        running.update(features[part])
-    found = running.finish()
+        batch = features[part].double()
+        count, centre = len(batch), batch.mean(0)
+        centred, difference = batch - centre, centre - mean
+        scatter += centred.T @ centred + torch.outer(difference, difference) * (seen * count / (seen + count))
+        mean += difference * (count / (seen + count))
+        seen += count
+    found = Statistics(seen, mean, scatter / (seen - 1))
     if len(chosen) < features.shape[1]:  # the images themselves are a factor, smaller and more exact than cov's
         vars(found)["factor"] = ((features[chosen].double() - found.mean) / float(np.sqrt(len(chosen) - 1))).T
     return found
@@ -272,9 +238,11 @@ def bootstrap_interval(
     Args:
         score: a number from indices, (N,) int64, of the images to use.
         num_images: N.
-        replicates: draws, at least 2.
+        replicates: draws, at least 2; 0 leaves the interval out.
         z: standard deviations; 1.96 for 95 %.
     """
+    if replicates == 0:
+        return Interval(score(torch.arange(num_images)), None, None)
     if replicates < 2:
         raise InputError(f"a bootstrap needs at least 2 replicates, not {replicates}")
     generator = torch.Generator().manual_seed(seed)

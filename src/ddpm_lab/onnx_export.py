@@ -181,14 +181,11 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
         constant("half_range", np.float32(127.5)),
         constant("white", np.float32(255)),
         constant("black", np.float32(0)),
-        constant("first", np.array([0])),
-        constant("second", np.array([1])),
         constant("go_on", np.array(True)),
     ]
     body = [
         node("Gather", ["timesteps", "step"], ["t_now"]),
-        node("Shape", ["x_t"], ["shape"]),
-        node("Slice", ["shape", "first", "second"], ["batch_size"]),
+        node("Shape", ["x_t"], ["batch_size"], start=0, end=1),
         node("Expand", ["t_now", "batch_size"], ["t"]),
         *graph.node,  # x_t, t -> output
         *(node("Gather", [name, "step"], [f"{name}_now"]) for name in tables),

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from ddpm_lab.commands import DataDir, Device, Source, app
+from ddpm_lab.commands import Checkpoint, DataDir, Device, Source, Weights, app
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.look import COLUMNS, PictureConfig
-from ddpm_lab.telling import tell_warnings
 
 NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
 Betas = Annotated[
@@ -73,8 +72,8 @@ def reverse(
     columns: int = COLUMNS,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:
     """Show images coming out of noise, x_t beside the predicted x_0; several models go in step.
@@ -83,14 +82,12 @@ def reverse(
         out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
         num_images: from 1 to 64; image i of a seed is that of `ddpm sample`.
         columns: states in a picture, the noise and the image among them.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
     from ddpm_lab.reverse import show_reverse
 
     made = show_reverse(
         out, sources, sampling, num_images=num_images, columns=columns, look=look,
-        weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
+        weights=weights, checkpoint=checkpoint, device=device,
     )  # fmt: skip
     print(made)
 
@@ -106,8 +103,8 @@ def interpolate(
     columns: int = COLUMNS,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:
     """Show what lies between the images of two seeds, along the great circle between their noises.
@@ -117,14 +114,12 @@ def interpolate(
         to_seed: where it ends; it begins at --seed.
         num_images: from 1 to 64, each a row.
         columns: images of a row, the two ends among them.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
     from ddpm_lab.reverse import show_interpolation
 
     made = show_interpolation(
         out, source, sampling, to_seed, num_images=num_images, columns=columns, look=look,
-        weights=weights, checkpoint=checkpoint, device=device, begin=tell_warnings,
+        weights=weights, checkpoint=checkpoint, device=device,
     )  # fmt: skip
     print(made)
 
@@ -141,8 +136,8 @@ def reconstruct(
     num_images: int = 4,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
     scale: int | None = None,
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
     data_dir: DataDir = None,
 ) -> None:
@@ -155,15 +150,12 @@ def reconstruct(
         split: which part of it.
         num_images: drawn at random, from 1 to 64.
         scale: whole factor by which images are enlarged, without blur; unset: to 56 pixels or more.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
     from ddpm_lab.reverse import show_reconstruction
 
     made = show_reconstruction(
         out, source, sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
         look=PictureConfig(scale=scale), weights=weights, checkpoint=checkpoint, device=device, data_dir=data_dir,
-        begin=tell_warnings,
     )  # fmt: skip
     print(made)
 
@@ -203,8 +195,8 @@ def norms(
     out: Path,
     num_images: int = 64,
     sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
-    weights: Literal["ema", "raw"] = "ema",
-    checkpoint: int | None = None,
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
     data_dir: DataDir = None,
 ) -> None:
@@ -213,8 +205,6 @@ def norms(
     Args:
         out: FILE.png.
         num_images: of each.
-        weights: the moving average of the parameters (ema), or the parameters themselves (raw).
-        checkpoint: step of a checkpoint of a run folder; unset: the newest.
     """
     from ddpm_lab.curves import norm_figure, save_figure, state_norms
     from ddpm_lab.images import check_writable
@@ -222,5 +212,5 @@ def norms(
 
     check_writable(out, (".png",))
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
-    norms_of = state_norms(trained, sampling, num_images, data_dir, begin=tell_warnings)
+    norms_of = state_norms(trained, sampling, num_images, data_dir)
     save_figure(out, lambda: norm_figure(norms_of))

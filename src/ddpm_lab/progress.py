@@ -43,27 +43,20 @@ def progress(description: str, total: int, unit: str, start: int = 0) -> Iterato
 
 @contextmanager
 def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advance]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn(unit),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, completed=start, note="")
 
         def advance(amount: int, note: str | None = None) -> None:
@@ -97,14 +90,14 @@ def _plain(description: str, total: int, unit: str, start: int) -> Advance:
 
 def duration(seconds: float) -> str:
     """Seconds as a person would say them: 8 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    for big, small, size, length in (("min", "s", 60, 3600), ("h", "min", 3600, 86400), ("d", "h", 86400, None)):
-        if length is None or whole < length:
-            step = {"s": 1, "min": 60, "h": 3600}[small]
-            return f"{whole // size} {big} {whole % size // step} {small}"
-    raise AssertionError
+    minutes, s = divmod(round(seconds), 60)
+    hours, min_ = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if hours:
+        return f"{h} h {min_} min"
+    return f"{min_} min {s} s" if minutes else f"{s} s"
 
 
 def size(num_bytes: float) -> str:

@@ -1,7 +1,9 @@
 """`ddpm report`: a study as one page that needs nothing but itself, with results.json and results.csv beside it."""
 
 import base64
+import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -10,10 +12,11 @@ from typing import Any
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.drawing import COLOURS
 from ddpm_lab.files import locked, replace_atomically
-from ddpm_lab.grid import HEADLINE, Cell, study_names
-from ddpm_lab.results import CellResult, Results, answer, as_csv, as_json, compare, gather
-from ddpm_lab.schedule import NoiseSchedule, build_schedule
-from ddpm_lab.settings import InputError
+from ddpm_lab.grid import HEADLINE, Cell, open_study
+from ddpm_lab.progress import duration
+from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather
+from ddpm_lab.schedule import build_schedule
+from ddpm_lab.settings import InputError, packaged
 
 STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
 MARKERS = {"-": "o", "-.": "v", "--": "D", ":": "s"}  # by the style of the line
@@ -30,14 +33,13 @@ def write_report(out: Path) -> str:
     Raises:
         InputError: not a study, or one of which nothing is done yet.
     """
-    if not (out / "study.json").is_file():
-        raise InputError(f"{out} is not a study: it holds no study.json")
+    open_study(out)
     with locked(out, "--out", wait=True):  # of two workers that end together, the last writes what both have done
         results = gather(out)
         records = results.records
         if not records:
             raise InputError(f"study {out} has no score yet")
-        replace_atomically(out / "results.json", as_json(records).encode())
+        replace_atomically(out / "results.json", (json.dumps(records, indent=1) + "\n").encode())
         replace_atomically(out / "results.csv", as_csv(records).encode())
         replace_atomically(out / "report.html", report_page(results).encode())
     return f"{out / 'report.html'}: {answer(results)}"
@@ -49,12 +51,12 @@ def report_page(results: Results) -> str:
 
     text = (resources.files("ddpm_lab") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": _short, "percent": lambda x: f"{x:.1%}", "duration": _duration}
+    environment.filters |= {"short": _short, "percent": lambda x: f"{x:.1%}", "duration": duration}
     finished = [result for result in results.cells if result.done]
     records = results.records
     return environment.from_string(text).render(
         study=results.study,
-        source=results.study.name + ("" if results.study.name in study_names() else ".toml"),
+        source=results.study.name + ("" if results.study.name in packaged("study") else ".toml"),
         answer=answer(results),
         others=_other_answers(results),
         charts=_charts(results),
@@ -65,7 +67,7 @@ def report_page(results: Results) -> str:
         other_samplers=", ".join(sorted({r["sampler"] for r in records if r.get("fid")} - {"ddim", "dpmpp"})),
         unfinished=[result for result in results.cells if not result.done],
         chains=_chains(results),
-        pictures=[_pictures(result) for result in finished if result.cell.config.training.seed == _first_seed(results)],
+        pictures=[_pictures(result) for result in finished if result is _first(result.cell.label, finished)],
         records=[_flat(record) for record in records],
         summaries=[result.done for result in finished],
         floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
@@ -74,11 +76,13 @@ def report_page(results: Results) -> str:
 
 def _headline_label(results: Results) -> str:
     """What the headline's distance is called, with the number of images."""
-    return next((record["fid_label"] for record in results.records if record["key"].startswith(HEADLINE)), "FD")
+    headline = (r["fid_label"] for r in results.records if r["key"].startswith(HEADLINE) and r.get("fid"))
+    return next(headline, "FD")
 
 
-def _first_seed(results: Results) -> int:
-    return results.study.grid.seeds[0]
+def _first(label: str, cells: Sequence[CellResult]) -> CellResult | None:
+    """Of the cells that differ in nothing but the seed, the first that has been scored."""
+    return next((result for result in cells if result.cell.label == label and result.records), None)
 
 
 def _colour(results: Results, cell: Cell) -> str:
@@ -94,15 +98,15 @@ def _style(cell: Cell) -> str:
 
 def _point(x: float, record: dict[str, Any], score: str, what: str) -> tuple[float, float, Any, Any, str]:
     found = record[score]
-    interval = "" if found["low"] is None else f" ({_short(found['low'])} to {_short(found['high'])})"
-    return x, found["value"], found["low"], found["high"], f"{what}: {_short(found['value'])}{interval}"
+    interval = f"{_short(found['low'])} to {_short(found['high'])}"
+    return x, found["value"], found["low"], found["high"], f"{what}: {_short(found['value'])} ({interval})"
 
 
 def _charts(results: Results) -> dict[str, str]:
     """Each chart by its name."""
     records, measures = results.records, results.study.measures
-    label = next((record["fid_label"] for record in records if record["key"] == "training"), "FD")
-    final = next((record["fid_label"] for record in records if record["key"] == HEADLINE), label)
+    label = next((record["fid_label"] for record in records if record["key"] == "training" and record.get("fid")), "FD")
+    final = _headline_label(results)
     floor = next((r["floor"]["fid"] for r in records if r["key"] == HEADLINE and r.get("floor")), None)
     level = (floor, "floor: real images") if floor else None
     lengths = sorted(results.study.grid.num_timesteps)
@@ -134,7 +138,7 @@ def _charts(results: Results) -> dict[str, str]:
 
 def _legend(results: Results, result: CellResult) -> str:
     """The cell's label, once for all seeds."""
-    return result.cell.label if result.cell.config.training.seed == _first_seed(results) else ""
+    return result.cell.label if result is _first(result.cell.label, results.cells) else ""
 
 
 def _training_series(results: Results) -> list[Series]:
@@ -160,7 +164,7 @@ def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
             points = [
                 _point(r[cost], r, "fid", f"{result.cell.name}, {r['key']}, {r[cost]:.3g} {unit}")
                 for r in records
-                if r["sampler"] == sampler and r.get(cost)
+                if r.get("sampler") == sampler and r.get(cost) and r.get("fid")
             ]
             name = _legend(results, result) if sampler == "ddim" else ""
             style = _style(result.cell)
@@ -238,13 +242,10 @@ def _row(result: CellResult, records: list[dict[str, Any]]) -> dict[str, Any]:
         "kid": number(HEADLINE, "kid"),
         "native": number("ancestral", "kid"),
         "bound": number("bound", "bits_per_dimension"),
-        "samplers": {key: number(key, "fid") for key in result_keys(result)},
+        "samplers": {
+            r["key"]: number(r["key"], "fid") for r in result.records if r.get("fid") and r["key"] != "training"
+        },
     }
-
-
-def result_keys(result: CellResult) -> list[str]:
-    """The samplers a cell was scored with at its end."""
-    return [record["key"] for record in result.records if record.get("fid") and record["key"] != "training"]
 
 
 def _chains(results: Results) -> list[dict[str, Any]]:
@@ -252,7 +253,7 @@ def _chains(results: Results) -> list[dict[str, Any]]:
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results.cells:
         diffusion = result.cell.config.diffusion
-        schedule: NoiseSchedule = build_schedule(diffusion)
+        schedule = build_schedule(diffusion)
         gone = float((schedule.alpha_bar < 1e-3).double().mean())
         last = float(schedule.alpha_bar[-1])
         seen[(diffusion.num_timesteps, diffusion.beta_convention)] = {
@@ -290,9 +291,3 @@ def _short(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
-
-
-def _duration(seconds: float) -> str:
-    from ddpm_lab.progress import duration
-
-    return duration(seconds)

@@ -32,7 +32,7 @@ SUMMARY: dict[str, Any] = {
     "threads": int,
     "versions": dict,
 }
-INTERVAL: dict[str, Any] = {"value": float, "low": float | None, "high": float | None}
+INTERVAL: dict[str, Any] = {"value": float, "low": float, "high": float}
 INTERVALS = ("fid", "inception_score", "kid", "bits_per_dimension")
 FLOOR: dict[str, Any] = {"num_images": int, "fid": float | None, "inception_score": float | None, "kid": float | None}
 SCORED: dict[str, Any] = {"fid_label": str, "sampler": str, "num_timesteps": int, "num_evaluations": int}
@@ -173,11 +173,6 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def as_json(records: list[dict[str, Any]]) -> str:
-    """All records, whole."""
-    return json.dumps(records, indent=1) + "\n"
-
-
 @dataclass(frozen=True)
 class Compared:
     """A score at several lengths of chain.
@@ -249,7 +244,7 @@ def answer(results: Results) -> str:
     compared = compare(results, "fid", HEADLINE)
     if compared is None:
         return "Fewer than two lengths of the chain have been scored yet."
-    label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE)
+    label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE and r.get("fid"))
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
     listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))

@@ -17,13 +17,14 @@ from ddpm_lab.data import DATASETS, to_uint8
 from ddpm_lab.diffusion import q_sample
 from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
 from ddpm_lab.film import PICTURE_ENDINGS, check_kind, save_film
-from ddpm_lab.forward import chosen_images, snr_at
+from ddpm_lab.forward import Process, chosen_images, snr_at
 from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png, visible_scale
 from ddpm_lab.look import COLUMNS, PictureConfig
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, check_seed, require
+from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, load
 
 X_T, X_0 = "x_t", "predicted x_0"
@@ -83,11 +84,10 @@ def record_trajectory(
 
 def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
     """What a figure says of where images come from: 'mnist: T = 1000, cosine; ddim, 50 steps'."""
-    T, convention = trained.schedule.num_timesteps, trained.config.diffusion.beta_convention
-    betas = convention if convention == "cosine" else f"linear, {convention}"
     eta = f", eta {sampler.config.eta:g}" if sampler.config.eta else ""
     name = Path(trained.name).name or trained.name
-    return f"{name}: T = {T}, {betas}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}"
+    process = Process(trained.config.diffusion).label
+    return f"{name}: {process}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}"
 
 
 def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None) -> Picture:
@@ -261,7 +261,6 @@ def show_reverse(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
-    begin: Callable[[], object] = lambda: None,
 ) -> str:
     """Save how images of a seed come out of noise, for one generator or several.
 
@@ -271,7 +270,6 @@ def show_reverse(
         config: sampler, seed and so on; image i of a seed is that of `ddpm sample`.
         num_images: from 1 to 64, of each generator.
         columns: of a picture.
-        begin: called once the input is found to be in order, before the work.
     Returns:
         A line that says what was made.
     Raises:
@@ -283,7 +281,7 @@ def show_reverse(
     generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
     steps = [build_sampler(trained, config).num_steps for trained in generators]
     count = look.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
-    begin()
+    tell_warnings()
     with progress("sampling", num_images * sum(steps), "steps") as advance:
         shown = [record_trajectory(trained, config, num_images, count, advance) for trained in generators]
     if moving:
@@ -311,7 +309,6 @@ def show_interpolation(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     device: str = "auto",
-    begin: Callable[[], object] = lambda: None,
 ) -> str:
     """Save what lies between the images of two seeds, a row for each or a film; see `interpolate`, `show_reverse`."""
     moving = check_kind(out, look, columns)
@@ -320,7 +317,7 @@ def show_interpolation(
     check_interpolation(config, to_seed)
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
-    begin()
+    tell_warnings()
     with progress("sampling", num_images * count * sampler.num_steps, "steps") as advance:
         images = interpolate(trained, config, to_seed, num_images, count, advance)
     scale = look.scale or visible_scale(images.shape[-1])
@@ -352,7 +349,6 @@ def show_reconstruction(
     checkpoint: int | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
-    begin: Callable[[], object] = lambda: None,
 ) -> str:
     """Save real images, noised to some timesteps, and denoised again from each.
 
@@ -374,7 +370,7 @@ def show_reconstruction(
     x_0 = chosen_images(dataset or data.dataset, split, num_images, config.seed, data_dir, size)
     if tuple(x_0.shape[1:]) != shape:
         raise InputError(f"images of {dataset or data.dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
-    begin()
+    tell_warnings()
     steps = sum(max(1, round(sampler.num_steps * t / T)) for t in chosen)
     with progress("denoising", num_images * steps, "steps") as advance:
         pairs = [reconstruct(trained, config, x_0, t, advance) for t in chosen]

@@ -48,6 +48,7 @@ FREE_TO_CHANGE = {
 }
 
 
+@processes.watched("the same command goes on from the newest checkpoint, with any number of processes")
 def train(
     config: Config,
     run_dir: str | Path,
@@ -81,18 +82,7 @@ def train(
             f"training.batch_size {config.training.batch_size} cannot be shared by {processes.count()} processes alike"
         )
     processes.join(on)
-    with processes.watched("the same command goes on from the newest checkpoint, with any number of processes"):
-        return _train(config, Path(run_dir), None if start_from is None else str(start_from), on, data_dir, say)
-
-
-def _train(
-    config: Config,
-    run_dir: Path,
-    start_from: str | None,
-    on: torch.device,
-    data_dir: Path | None,
-    say: Callable[[str], object],
-) -> Path:
+    run_dir, start_from = Path(run_dir), None if start_from is None else str(start_from)
     check_tracker(config.evaluation.tracker)
     if processes.lead():
         _check_folder(run_dir)
@@ -164,8 +154,9 @@ def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState, start
     steps = checkpoint_steps(run_dir)
     if steps:
         _restore(state, checkpoint_path(run_dir, steps[-1]), steps[-1])
-    if _read_text(run_dir / "config.json") != _as_json(record):
-        replace_atomically(run_dir / "config.json", _as_json(record).encode())
+    path, text = run_dir / "config.json", json.dumps(record, indent=2) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        replace_atomically(path, text.encode())
     logged = cut_lines(run_dir / LOG, state.step)
     cut_lines(run_dir / SCORES, state.step)
     return float(logged[-1]["seconds"]) if logged else 0.0
@@ -223,14 +214,6 @@ def _as_typed(name: str, value: Any) -> str:
     return f"give --{group}.{rest} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def _as_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2) + "\n"
-
-
-def _read_text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 def _check_folder(run_dir: Path) -> None:
     """Refuse a folder that is something else than a run, before anything is made in it."""
     if run_dir.exists() and not run_dir.is_dir():
@@ -269,17 +252,16 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
     old_record, old, _ = read_run_record(run_dir / "config.json")
     if "imported" in old_record:
         raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
-    begun_from = old_record.get("from")
+    begun_from, steps = old_record.get("from"), checkpoint_steps(run_dir)
     if start_from is not None and (begun_from is None or not _same_source(str(begun_from.get("source")), start_from)):
         began = "random weights" if begun_from is None else begun_from.get("source")
         raise InputError(f"run {run_dir} began from {began}, not from {start_from}; name another --run")
-    if begun_from is not None and start_from is None and not checkpoint_steps(run_dir):
-        raise InputError(f"run {run_dir} has no checkpoint yet; give --from {begun_from.get('source')} once more")
-    if begun_from is not None and checkpoint_steps(run_dir):
+    if begun_from is not None and steps:
         record["from"] = begun_from
+    elif begun_from is not None and start_from is None:
+        raise InputError(f"run {run_dir} has no checkpoint yet; give --from {begun_from.get('source')} once more")
     new = Config.from_dict(record["config"])
     if new.training.num_steps != old.training.num_steps:
-        steps = checkpoint_steps(run_dir)
         if old.training.decay != "constant":
             raise InputError(
                 f"run {run_dir} was planned for {old.training.num_steps} steps, and its learning rate falls to 0 there "

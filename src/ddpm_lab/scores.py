@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ddpm_lab.interop import UNKNOWN, is_diffusers
 from ddpm_lab.log import append_line
 from ddpm_lab.onnx_engine import resolve_engine
 from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
@@ -58,7 +59,6 @@ def evaluate_source(
     scores: Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
-    begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any] | None:
     """Score a model, or images, against a reference.
 
@@ -70,7 +70,6 @@ def evaluate_source(
         scoring, sampling: settings; those of sampling are for models, but for the engine.
         weights, checkpoint: of a model.
         inception_weights, image_size, pairs, data_dir: see `evaluation`.
-        begin: called once the input is found to be in order, before the work.
         scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
     Returns:
         The record; None in a process that only helps to make it.
@@ -105,7 +104,7 @@ def evaluate_source(
         network = feature_network(features, images.shape, compared, inception_weights, on)
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
         _check_floor(compared, data_dir)
-        begin()
+        tell_warnings()
         network = onnx_features(network, images.shape) if engine == "onnx" else network
         record = processes.led(
             lambda: evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs), features=network
@@ -117,8 +116,8 @@ def evaluate_source(
         if reference is None:
             compared = own_reference(trained.config, data_dir)
         else:
-            size, channels = image_size or trained.config.data.image_size, trained.image_shape[0]
-            compared = open_reference(reference, data_dir, size, channels)
+            size = trained.config.data.image_size if image_size is None else image_size
+            compared = open_reference(reference, data_dir, size, trained.image_shape[0])
         scores = scores or (_scores_file(trained) if processes.lead() else None)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
@@ -126,7 +125,7 @@ def evaluate_source(
             raise InputError(f"num_images must be from 2 to {MOST_IMAGES}, not {wanted}")
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         _check_floor(compared, data_dir)
-        begin()
+        tell_warnings()
         network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
         record = processes.led(
             lambda: score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs),
@@ -269,38 +268,13 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
     }
 
 
-@dataclass(frozen=True)
-class TrainingScorer:
-    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM."""
-
-    num_images: int
-    sampling: SamplingConfig
-    reference: Reference
-    network: FeatureNetwork
-    scoring: ScoringConfig
-    data_dir: Path | None
-
-    def __call__(self, trained: TrainedModel) -> dict[str, Any] | None:
-        """The record, or None in a process that only helps to make it."""
-        return processes.led(
-            lambda: self._score(trained), sample=sampling_task(trained, self.sampling), features=self.network
-        )
-
-    def _score(self, trained: TrainedModel) -> dict[str, Any]:
-        begun = time.monotonic()
-        images = torch.cat(list(generate(trained, self.num_images, self.sampling)))
-        stream = tensor_stream(f"images of step {trained.step}", images)
-        record = evaluate(stream, self.reference, self.network, self.scoring, data_dir=self.data_dir, keep=False)
-        device = str(next(trained.model.parameters()).device)
-        record |= {"source": trained.name, "by": "training", "device": device, **model_record(trained, self.sampling)}
-        return record | {"seconds": time.monotonic() - begun}
-
-
 def training_scorer(
     config: Config, training_set: ImageSet, data_dir: Path | None, device: torch.device
-) -> TrainingScorer | None:
-    """The scorer of a run, or None where it is not scored.
+) -> Callable[[TrainedModel], dict[str, Any] | None] | None:
+    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM.
 
+    Returns:
+        A function that gives the record, or None in a process that only helps to make it; None where nothing is scored.
     Raises:
         InputError: no network for such images, told before training starts.
     """
@@ -315,7 +289,18 @@ def training_scorer(
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
     if processes.lead():
         features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
-    return TrainingScorer(evaluation.score_images, sampling, reference, network, scoring, data_dir)
+
+    def score(trained: TrainedModel) -> dict[str, Any]:
+        begun = time.monotonic()
+        images = torch.cat(list(generate(trained, evaluation.score_images, sampling)))
+        stream = tensor_stream(f"images of step {trained.step}", images)
+        record = evaluate(stream, reference, network, scoring, data_dir=data_dir, keep=False)
+        record |= {"source": trained.name, "by": "training", "device": str(device), **model_record(trained, sampling)}
+        return record | {"seconds": time.monotonic() - begun}
+
+    return lambda trained: processes.led(
+        lambda: score(trained), sample=sampling_task(trained, sampling), features=network
+    )
 
 
 ROWS = (

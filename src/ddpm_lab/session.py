@@ -29,17 +29,13 @@ from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.progress import Advance, progress
 from ddpm_lab.reverse import record_trajectory, reverse_frames
 from ddpm_lab.schedule import NoiseSchedule
-from ddpm_lab.settings import RunError
+from ddpm_lab.settings import Interrupted, RunError
 from ddpm_lab.tracking import Tracking
 from ddpm_lab.trained import TrainedModel
 from ddpm_lab.training import TrainingState, TrainingStep, training_loop, validation_loss
 
 LOG, SCORES = "log.jsonl", "scores.jsonl"
 BANDS = 10  # of timesteps, in loss_by_t
-
-
-class Interrupted(RuntimeError):
-    """The user stopped the run; a checkpoint was written."""
 
 
 @dataclass

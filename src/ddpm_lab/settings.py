@@ -5,10 +5,13 @@ Nothing here imports torch, so that the command line answers at once.
 
 import dataclasses
 import sys
+import tomllib
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 
 class InputError(ValueError):
@@ -17,6 +20,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Work cannot go on, through no fault of what the user typed; what was saved stays."""
+
+
+class Interrupted(RuntimeError):
+    """The user stopped a run; a checkpoint was written."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -78,19 +85,21 @@ def _wording(hint: Any) -> str:
 class SettingsGroup:
     """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
 
+    _grouped: ClassVar[bool] = True  # whether its flags are --group.name
+
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            require(fits(value, hint), f"{self._prefix()}{name.rstrip('_')} must be {_wording(hint)}, not {value!r}")
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            require(fits(value, hint), f"{self._told(field.name)} must be {_wording(hint)}, not {value!r}")
         self._check()
 
     @classmethod
     def _label(cls) -> str:
         return cls.__name__.removesuffix("Config").lower()
 
-    @classmethod
-    def _prefix(cls) -> str:
-        return cls._label() + "."
+    def _told(self, name: str) -> str:
+        return f"{self._label()}." * self._grouped + name.rstrip("_")
 
     def _check(self) -> None:
         raise NotImplementedError
@@ -98,17 +107,12 @@ class SettingsGroup:
     def _at_most(self, high: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            require(
-                value is None or value <= high,
-                f"{self._prefix()}{name.rstrip('_')} must be at most {high}, not {value}",
-            )
+            require(value is None or value <= high, f"{self._told(name)} must be at most {high}, not {value}")
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            require(
-                value is None or value >= low, f"{self._prefix()}{name.rstrip('_')} must be at least {low}, not {value}"
-            )
+            require(value is None or value >= low, f"{self._told(name)} must be at least {low}, not {value}")
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
@@ -119,3 +123,27 @@ class SettingsGroup:
         for key in values:
             require(key in known, f"{cls._label()} has no setting {key!r}; it has {', '.join(known)}")
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def packaged(kind: str) -> dict[str, Path]:
+    """The TOML files that come with the package, by name; `kind` is recipe or study."""
+    folder = Path(str(resources.files("ddpm_lab"))) / {"recipe": "recipes", "study": "studies"}[kind]
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_toml(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
+    """A packaged recipe or study, or a TOML file of the user's: where it lies, and its tables, not yet checked.
+
+    Raises:
+        InputError: there is none of that name, or it is no TOML.
+    """
+    known = packaged(kind)
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise InputError(f"no {kind} {name!r}: name one of {', '.join(known)}, or the path of a TOML file")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{kind} {name} is not a TOML file: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise InputError(f"{kind} {name} cannot be read: {error.strerror}") from error

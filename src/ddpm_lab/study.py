@@ -15,8 +15,7 @@ from ddpm_lab.files import InUse, replace_atomically
 from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.lease import SECONDS, LeaseLost, leased
 from ddpm_lab.report import write_report
-from ddpm_lab.session import Interrupted
-from ddpm_lab.settings import InputError, RunError
+from ddpm_lab.settings import InputError, Interrupted, RunError
 
 
 def run_study(

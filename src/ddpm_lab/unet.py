@@ -5,6 +5,7 @@ state on the way down is kept on a stack and joined on the way up. Shape comment
 width of the time embedding.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -149,19 +150,16 @@ class Level(nn.Module):
     """The blocks of one resolution, attention after each where the level has it, and the step to the next level."""
 
     def __init__(
-        self,
-        channels: Sequence[tuple[int, int]],
-        embedding_channels: int,
-        dropout: float,
-        attention: bool,
-        head_channels: int | None,
-        norm_groups: int,
-        resample: nn.Module | None,
+        self, channels: Sequence[tuple[int, int]], config: ModelConfig, attention: bool, resample: nn.Module | None
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(i, o, embedding_channels, dropout, norm_groups) for i, o in channels)
+        embedding_channels, groups = 4 * config.base_channels, config.norm_groups
+        self.blocks = nn.ModuleList(
+            ResidualBlock(i, o, embedding_channels, config.dropout, groups) for i, o in channels
+        )
         self.attentions = nn.ModuleList(
-            SelfAttention(o, head_channels, norm_groups) if attention else nn.Identity() for _, o in channels
+            SelfAttention(o, config.attention_head_channels, groups) if attention else nn.Identity()
+            for _, o in channels
         )
         self.resample = resample
 
@@ -223,12 +221,6 @@ class UNet(nn.Module):
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         last = len(widths) - 1
 
-        def level(index: int, channels: list[tuple[int, int]], resample: nn.Module | None) -> Level:
-            attention = index in attention_levels
-            return Level(
-                channels, embedding_channels, dropout, attention, attention_head_channels, norm_groups, resample
-            )
-
         self.time_embedding = nn.Sequential(
             _initialise(nn.Linear(base_channels, embedding_channels)),
             nn.SiLU(),
@@ -243,7 +235,8 @@ class UNet(nn.Module):
         down: list[Level] = []
         for index, width in enumerate(widths):
             blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
-            down.append(level(index, blocks, Downsample(width) if index < last else None))
+            resample = Downsample(width) if index < last else None
+            down.append(Level(blocks, self.config, index in attention_levels, resample))
             kept += [width] * (num_blocks + (index < last))
 
         self.down = nn.ModuleList(down)
@@ -260,7 +253,7 @@ class UNet(nn.Module):
             for _ in range(num_blocks + 1):
                 blocks.append((current + kept.pop(), width))
                 current = width
-            up.append(level(index, blocks, Upsample(width) if index > 0 else None))
+            up.append(Level(blocks, self.config, index in attention_levels, Upsample(width) if index > 0 else None))
         self.up = nn.ModuleList(up)
         assert not kept
 
@@ -333,19 +326,7 @@ def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_ti
     Raises:
         InputError: the size is not a multiple of what the levels and patches need.
     """
-    model = UNet(
-        image_channels,
-        base_channels=config.base_channels,
-        channel_multipliers=config.channel_multipliers,
-        num_blocks=config.num_blocks,
-        attention_levels=config.attention_levels,
-        attention_head_channels=config.attention_head_channels,
-        dropout=config.dropout,
-        norm_groups=config.norm_groups,
-        patch_size=config.patch_size,
-        num_classes=config.num_classes,
-        num_timesteps=num_timesteps,
-    )
+    model = UNet(image_channels, **dataclasses.asdict(config), num_timesteps=num_timesteps)
     if image_size % model.size_multiple:
         raise InputError(
             f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "

@@ -134,17 +134,10 @@ def _stamp(runs: Path) -> list[tuple[str, int, int]]:
     """What changes when anything that the tab shows does."""
     found = []
     for folder in (*run_folders(runs), *(runs / name for name in report_names(runs))):
-        for path in (
-            folder / "report.html",
-            folder / LOG,
-            folder / SCORES,
-            folder / "config.json",
-            folder / "samples",
-            folder / "checkpoints",
-        ):
+        for name in ("report.html", LOG, SCORES, "config.json", "samples", "checkpoints"):
             with suppress(OSError):
-                held = path.stat()
-                found.append((str(path), held.st_mtime_ns, held.st_size))
+                held = (folder / name).stat()
+                found.append((str(folder / name), held.st_mtime_ns, held.st_size))
     return found
 
 

@@ -3,7 +3,8 @@
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,32 +114,29 @@ def _loaded(source: str, stamp: tuple[Any, ...], device: str) -> TrainedModel:
     return load(source, device=device)
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose faults are told on the page in a line, as the command line would tell them."""
-    faults = (InputError, RunError, OSError, MemoryError, RuntimeError)
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Within it, faults are told on the page in a line, as the command line would tell them."""
+    try:
+        yield
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        memory = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and not memory:
+            raise  # a fault of ours, with its traceback
+        raise gr.Error("not enough memory for that" if memory else str(error), print_exception=False) from error
 
-    def line(error: Exception) -> Exception:
-        if is_out_of_memory(error):
-            return gr.Error("not enough memory for that", print_exception=False)
-        if isinstance(error, RuntimeError) and not isinstance(error, RunError):
-            return error  # a fault of ours, with its traceback
-        return gr.Error(str(error), print_exception=False)
+
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose faults are told on the page."""
+    if not inspect.isgeneratorfunction(handler):
+        return _telling()(handler)
 
     @functools.wraps(handler)
     def generator(*values: Any) -> Any:
-        try:
+        with _telling():
             yield from handler(*values)
-        except faults as error:
-            raise line(error) from error
 
-    @functools.wraps(handler)
-    def function(*values: Any) -> Any:
-        try:
-            return handler(*values)
-        except faults as error:
-            raise line(error) from error
-
-    return generator if inspect.isgeneratorfunction(handler) else function
+    return generator
 
 
 def whole(value: float | None, name: str) -> int:
