@@ -141,6 +141,7 @@ def test_every_contest_runs():
             assert len(contest.contestants) >= 1 + len(installed_peers()) * (contest.case[:10] != "statistics")
 
 
+@pytest.mark.slow
 def test_those_who_score_find_the_same():
     with scoring_contest(CPU, 12) as contest:
         ours, theirs = (contestant() for contestant in contest.contestants.values())
@@ -241,6 +242,7 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
     assert any(line.startswith("more than 1 processes are not measured") for line in said)
 
 
+@pytest.mark.slow
 def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
     """One part of `scripts/gpu.py` on the CPU; what is there already is not measured again."""
     script = Path(__file__).parent.parent / "scripts" / "gpu.py"

@@ -222,6 +222,7 @@ def test_a_score_says_how_many_are_what_was_asked_for(told, capsys, monkeypatch,
     assert record["classes"]["as_asked"] == pytest.approx(float(agreed))
 
 
+@pytest.mark.slow
 def test_onnx_graphs_are_told_classes_too(told, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "out"

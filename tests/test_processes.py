@@ -78,6 +78,7 @@ def test_two_processes_end_where_one_does(runs):
     assert sorted(p.name for p in (runs / "two").rglob("*")) == sorted(p.name for p in (runs / "one").rglob("*"))
 
 
+@pytest.mark.slow
 def test_two_processes_begin_from_what_the_leader_has_read(runs, tiny_recipe, tmp_path):
     command = ["train", str(tiny_recipe), "--from", str(runs / "one"), *FLAGS, "--run"]
     assert run_command([*command, str(tmp_path / "one")]) == 0
@@ -186,6 +187,7 @@ def test_a_process_killed_ends_sampling(runs, tmp_path, victim):
         assert made[path.name] == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
     """From step 8 of what two processes trained one goes on, and from what one trained two."""
     command = ["train", str(tiny_recipe), *FLAGS, "--run"]

@@ -29,6 +29,7 @@ from ddpm_lab.study import run_study
 
 from .conftest import TINY_RECIPE
 
+DIGITS = read_study("digits")
 TINY_STUDY = """
 recipe = "tiny.toml"
 question = "Is it <quick>?"
@@ -354,8 +355,7 @@ def test_records_that_no_study_writes_are_told(finished, tmp_path, name, change,
 
 def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):
     """Results with given scores: {(T, kind of betas, seed): (value, half of its interval)}."""
-    study = read_study("digits")
-    study = dataclasses.replace(study, grid=dataclasses.replace(study.grid, seeds=seeds, betas=betas))
+    study = dataclasses.replace(DIGITS, grid=dataclasses.replace(DIGITS.grid, seeds=seeds, betas=betas))
     cells = []
     for cell in study.cells:
         diffusion, seed = cell.config.diffusion, cell.config.training.seed

@@ -159,7 +159,7 @@ def here(data_dir: Path | None = None) -> list[str]:
     folder = data_dir or default_data_dir()
 
     def complete(dataset: str) -> bool:
-        return all(_find(folder / dataset, file) for split in OFFICIAL_FILES[folder.name].values() for file in split)
+        return all(_find(folder / dataset, file) for split in OFFICIAL_FILES[dataset].values() for file in split)
 
     return [name for name in DATASETS if name not in OFFICIAL_FILES or complete(name)]
 
