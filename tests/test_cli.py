@@ -261,6 +261,10 @@ BAD_INPUTS = {
     "scores in no lines": (EVALUATE.format("digits:test") + " --scores scores.json", "must end in .jsonl"),
     "checkpoint of images": (EVALUATE.format("digits:test") + " --checkpoint 8", "--checkpoint: for a model"),
     "weights that score nothing": (EVALUATE.format("run") + " --inception-weights x.pth", "for --features inception"),
+    "a model against images of size 0": (
+        "evaluate run --reference good --features classifier --device cpu --image-size 0",
+        "from 1 to 4096",
+    ),
     "a size for no folder": (EVALUATE.format("run") + " --image-size 4", "for folders of images, and there is none"),
     "an engine for no sampling": (EVALUATE.format("digits:test") + " --engine compile", "--engine: for a model"),
     "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "is empty"),

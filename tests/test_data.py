@@ -189,6 +189,9 @@ def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
     (tmp_path / "file.part").write_bytes(b"all of it")
     download.download([server + "file"], tmp_path / "file", lambda p: None, "wait")
     assert (tmp_path / "file").read_bytes() == b"all of it"
+    (tmp_path / "file").rename(tmp_path / "other.unverified")  # or while it was verified
+    download.download([server + "file"], tmp_path / "other", lambda p: None, "wait")
+    assert [wanted for _, wanted in _Server.asked] == ["bytes=9-", "bytes=9-"]
     (tmp_path / "more.part").write_bytes(b"all of it, and more")
     with pytest.raises(InputError, match="does not belong to this file"):
         download.download([server + "file"], tmp_path / "more", lambda p: None, "wait")

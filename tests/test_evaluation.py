@@ -268,6 +268,10 @@ def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, mon
     assert torch.equal(in_memory, on_disk)
     with pytest.raises(InputError, match="images of another seed"):
         generation.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
+    record = tmp_path / "parts" / "sampling.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"mood": None}))
+    with pytest.raises(InputError, match="images of another mood;"):
+        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
 
 
 def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
-from ddpm_lab.report import _other_answers, report_page, write_report
+from ddpm_lab.report import _cost_series, _other_answers, _training_series, report_page, write_report
 from ddpm_lab.results import SUMMARY, CellResult, Results, answer, as_csv, compare, gather
 from ddpm_lab.settings import InputError, RunError, packaged
 from ddpm_lab.study import run_study
@@ -424,6 +424,19 @@ def test_lengths_are_compared_within_one_kind_of_betas(betas):
     assert set(compared.means) == {500, 1000, 2000}
     assert compared.means[500] == pytest.approx(scores[kind] + 0.005)
     assert compared.seeds == 1
+
+
+def test_a_kind_of_chain_is_named_though_its_first_seed_failed():
+    """Of seed 0 there are scores in the course of training only; the legend of the end's charts is seed 1's."""
+    results = made_up(rescaled({(500, 1): (1.0, 0.1), (1000, 1): (2.0, 0.1)}), seeds=(0, 1))
+    (failed,) = (r for r in results.cells if r.cell.name == "T500-rescaled-seed0")
+    found = {"value": 3.0, "low": 2.0, "high": 4.0}
+    failed.records.append({"key": "training", "fid": found, "fid_label": "FD (n=20)", "images_seen": 80})
+    for result in results.cells:
+        for record in result.records:
+            record |= {"sampler": "ddim", "num_evaluations": 50}
+    for series in (_training_series(results), _cost_series(results, "num_evaluations", "evaluations")):
+        assert [one.name for one in series].count(failed.cell.label) == 1
 
 
 def test_charts_say_what_their_dots_are():

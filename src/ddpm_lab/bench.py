@@ -168,8 +168,11 @@ def _convolutions(model: nn.Module, x_t: Tensor, t: Tensor) -> list[tuple[nn.Con
 
 
 def _convolution_alone(layer: nn.Conv2d, x: Tensor, parameters: list[Tensor], training: bool) -> Callable[[], object]:
+    weight = parameters[0]
+    bias: Any = parameters[1] if len(parameters) == 2 else None
+
     def forward() -> Tensor:
-        y: Tensor = layer._conv_forward(x, *parameters)
+        y: Tensor = layer._conv_forward(x, weight, bias)
         return y
 
     def evaluate() -> None:

@@ -34,6 +34,8 @@ def download(urls: list[str], path: Path, verify: Callable[[Path], object], advi
     part = path.with_name(path.name + ".part")
     complete = path.with_name(f"{path.stem}.unverified{path.suffix}")
     reasons = []
+    if complete.exists() and not part.exists():
+        complete.replace(part)  # killed while it was verified: it need not come again
     for url in urls:
         try:
             _download(url, part, path.name, ANSWER_SECONDS / len(urls))

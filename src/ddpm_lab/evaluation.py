@@ -295,10 +295,7 @@ def fid_label(network: FeatureNetwork, num_images: int) -> str:
 def _scores(
     found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig, replicates: int
 ) -> dict[str, Any]:
-    """The scores asked for, each {value, low, high}; None for those not asked for, and for what is not known.
-
-    Without replicates they have no intervals.
-    """
+    """The scores asked for, each {value, low, high}, None where not asked for; without replicates no low and high."""
     N = len(found.values)
     scores: dict[str, Any] = dict.fromkeys(SCORES)
 

@@ -37,6 +37,7 @@ from ddpm_lab.training import autocast, compiled, resolve_device, resolve_precis
 
 MAX_GRID_IMAGES = 16_384
 MOST_IMAGES = 10_000_000
+ABSENT = object()
 SAMPLING = "sampling.json"  # in a folder of samples
 STEPS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm_steps,
@@ -254,9 +255,7 @@ def sample_to_folder(
         if held != identity:
             before = held if isinstance(held, dict) else {}
             names = [
-                name.rstrip("_")
-                for name in identity | before
-                if name not in before or before[name] != identity.get(name)
+                name.rstrip("_") for name in identity | before if before.get(name, ABSENT) != identity.get(name, ABSENT)
             ]
             raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):

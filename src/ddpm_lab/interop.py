@@ -36,7 +36,6 @@ NETWORK = {
     "norm_eps": 1e-6,
     "time_embedding_type": "positional",
 }
-LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of T = 1000, whatever the convention
 YOUNGER = {
     "add_attention": True,
     "attn_norm_num_groups": None,
@@ -55,6 +54,7 @@ PROCESS = {
     "num_train_timesteps": 1000,
     "trained_betas": None,
 }
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of T = 1000, whatever the convention
 VARIANCES: dict[str, Variance] = {"fixed_large": "beta", "fixed_small": "beta_tilde"}
 YOUNGER_PROCESS = {"clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "thresholding": False}
 ATTENTION_OF_OLD = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))

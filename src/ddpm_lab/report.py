@@ -1,9 +1,9 @@
 """`ddpm report`: a study as one page that needs nothing but itself, with results.json and results.csv beside it."""
 
 import base64
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -67,7 +67,7 @@ def report_page(results: Results) -> str:
         other_samplers=", ".join(sorted({r["sampler"] for r in records if r.get("fid")} - {"ddim", "dpmpp"})),
         unfinished=[result for result in results.cells if not result.done],
         chains=_chains(results),
-        pictures=[_pictures(result) for result in finished if result is _first(result.cell.label, finished)],
+        pictures=[_pictures(result) for result in {r.cell.label: r for r in reversed(finished)}.values()][::-1],
         records=[_flat(record) for record in records],
         summaries=[result.done for result in finished],
         floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
@@ -76,13 +76,9 @@ def report_page(results: Results) -> str:
 
 def _headline_label(results: Results) -> str:
     """What the headline's distance is called, with the number of images."""
-    headline = (r["fid_label"] for r in results.records if r["key"].startswith(HEADLINE) and r.get("fid"))
-    return next(headline, "FD")
-
-
-def _first(label: str, cells: Sequence[CellResult]) -> CellResult | None:
-    """Of the cells that differ in nothing but the seed, the first that has been scored."""
-    return next((result for result in cells if result.cell.label == label and result.records), None)
+    scored = [r for r in results.records if r["key"] != "training" and r.get("fid")]
+    headline = [r for r in scored if r["key"].startswith(HEADLINE)]
+    return next((r["fid_label"] for r in headline + scored), "FD")
 
 
 def _colour(results: Results, cell: Cell) -> str:
@@ -136,9 +132,13 @@ def _charts(results: Results) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _legend(results: Results, result: CellResult) -> str:
-    """The cell's label, once for all seeds."""
-    return result.cell.label if result is _first(result.cell.label, results.cells) else ""
+def _named_once(series: list[Series]) -> list[Series]:
+    """The series that have points, with each name in the legend once, for all seeds."""
+    shown: list[Series] = []
+    for one in series:
+        if one.points:
+            shown.append(dataclasses.replace(one, name="" if one.name in {s.name for s in shown} else one.name))
+    return shown
 
 
 def _training_series(results: Results) -> list[Series]:
@@ -151,8 +151,8 @@ def _training_series(results: Results) -> list[Series]:
             if r["key"] == "training" and r.get("fid")
         ]
         colour, style = _colour(results, result.cell), _style(result.cell)
-        series.append(Series(_legend(results, result), colour, points, style, MARKERS[style]))
-    return series
+        series.append(Series(result.cell.label, colour, points, style, MARKERS[style]))
+    return _named_once(series)
 
 
 def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
@@ -166,12 +166,11 @@ def _cost_series(results: Results, cost: str, unit: str) -> list[Series]:
                 for r in records
                 if r.get("sampler") == sampler and r.get(cost) and r.get("fid")
             ]
-            name = _legend(results, result) if sampler == "ddim" else ""
+            name = result.cell.label if sampler == "ddim" else ""
             style = _style(result.cell)
             shape = (style, MARKERS[style]) if sampler == "ddim" else ("", dot)
-            if points:
-                series.append(Series(name, _colour(results, result.cell), points, *shape))
-    return series
+            series.append(Series(name, _colour(results, result.cell), points, *shape))
+    return _named_once(series)
 
 
 def _single_series(results: Results, key: str, score: str, x: str) -> list[Series]:
@@ -184,10 +183,9 @@ def _single_series(results: Results, key: str, score: str, x: str) -> list[Serie
             for r in result.records
             if r["key"].partition(" ")[0] == key and r.get(score)
         ]
-        if points:
-            marker = MARKERS[_style(result.cell)]
-            series.append(Series(_legend(results, result), _colour(results, result.cell), points, "", marker))
-    return series
+        marker = MARKERS[_style(result.cell)]
+        series.append(Series(result.cell.label, _colour(results, result.cell), points, "", marker))
+    return _named_once(series)
 
 
 def _other_answers(results: Results) -> list[str]:

@@ -135,12 +135,12 @@ def read_toml(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
     """A packaged recipe or study, or a TOML file of the user's: where it lies, and its tables, not yet checked.
 
     Raises:
-        InputError: there is none of that name, or it is no TOML.
+        InputError: there is none of that name, it cannot be read, or it is no TOML.
     """
     known = packaged(kind)
     path = known.get(name, Path(name))
     if not path.is_file():
-        raise InputError(f"no {kind} {name!r}: name one of {', '.join(known)}, or the path of a TOML file")
+        raise InputError(f"no {kind} {name!r}: name one of {', '.join(known)}, or the path of a TOML file that exists")
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
