@@ -28,6 +28,7 @@ wheel: $(READY)
 	build/wheel/bin/python -m pip install --quiet dist/*.whl
 	cd build && wheel/bin/ddpm sample mnist --num-images 4 --sampler dpmpp --num-steps 5 --out wheel/digits.png
 	cd build && wheel/bin/ddpm evaluate digits:test --reference digits:train --features classifier --metrics fid --bootstrap 0
+	cd build && wheel/bin/ddpm demo --out wheel/demo
 	ls -l dist
 
 $(READY): pyproject.toml

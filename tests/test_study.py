@@ -448,6 +448,15 @@ def test_charts_say_what_their_dots_are():
     assert svg == line_chart("a", [Series("one & two", "#0072B2", points)], "x", "y")
 
 
+@pytest.mark.parametrize(("level", "told"), [(1.5, "floor"), (0.125, "floor, 0.12")])
+def test_a_level_far_below_is_told_and_not_drawn(level, told):
+    """Else most of a logarithmic chart is the way down to it."""
+    series = [Series("a", "#0072B2", [(1, 2, 1.9, 2.1, "here"), (2, 3, 2.9, 3.1, "there")])]
+    svg = line_chart("a", series, "x", "y", log_y=True, level=(level, "floor"))
+    assert f">{told}</text>" in svg
+    assert (">0.2</text>" in svg) is False
+
+
 def test_a_page_of_a_study_under_way_says_what_is_missing(study_file, tmp_path):
     study = read_study(str(study_file))
     out = tmp_path / "out"

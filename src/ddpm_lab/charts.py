@@ -47,7 +47,7 @@ def line_chart(
     Args:
         name: unique on the page; an identifier.
         x_ticks: where to put them; none: matplotlib's choice.
-        level: a horizontal line and what it is, such as the floor.
+        level: a horizontal line and what it is, such as the floor; where it lies far below, a number in the legend.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -67,7 +67,11 @@ def line_chart(
                     axes.plot([x_i, x_i], [low, high], color=line.colour, linewidth=1, alpha=0.6)
                 axes.plot([x_i], [y_i], line.marker, color=line.colour, markersize=5, gid=key)
         if level is not None:
-            axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=level[1])
+            least = min((point[1] for line in series for point in line.points), default=level[0])
+            if log_y and 3 * level[0] < least:  # most of the chart would be the way down to it
+                axes.plot([], [], " ", label=f"{level[1]}, {level[0]:.2g}")
+            else:
+                axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=level[1])
         if log_x:
             axes.set_xscale("log")
             _plain_numbers(axes.xaxis)

@@ -7,7 +7,7 @@ and the settings; caches change how long it takes, and nothing else.
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,8 @@ def feature_network(
 
 def generated_images(trained: TrainedModel, num_images: int, config: SamplingConfig) -> ImageStream:
     """Sample what is to be scored, into the cache: what an earlier call has made is not made again."""
-    here = {
-        "device": next(trained.model.parameters()).device.type,
-        "torch": version("torch"),
-    }  # no two agree to the bit
+    # no two devices or versions agree to the bit
+    here = {"device": next(trained.model.parameters()).device.type, "torch": version("torch")}
     identity = sampling_identity(trained, config) | here
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
@@ -149,7 +147,8 @@ def generated_images(trained: TrainedModel, num_images: int, config: SamplingCon
         for path in damaged:
             path.unlink()
         sample_to_folder(trained, folder, num_images, config, wait=True)
-    return open_images(str(folder), channels=trained.image_shape[0]).take(num_images)
+    images = open_images(str(folder), channels=trained.image_shape[0]).take(num_images)
+    return replace(images, name=f"images of {trained.name}")  # a path in somebody's cache says nothing to others
 
 
 def evaluate(
