@@ -168,7 +168,7 @@ def to_the_end(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
     sample.__name__ = sample.__qualname__ = steps.__name__.replace("steps", "sample")
     sample.__doc__ = f"Run `{steps.__name__}` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."
     sample.__module__ = steps.__module__
-    signature = inspect.signature(steps, eval_str=False).replace(return_annotation="Tensor")
+    signature = inspect.signature(steps).replace(return_annotation=Tensor)
     sample.__signature__ = signature  # type: ignore[attr-defined]
     return sample
 
