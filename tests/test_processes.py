@@ -187,6 +187,15 @@ def test_a_process_killed_ends_sampling(runs, tmp_path, victim):
         assert made[path.name] == path.read_bytes()
 
 
+def test_a_command_that_fails_among_others_ends_with_its_own_code(tmp_path):
+    """Python's teardown of the threads that wait for the others may abort the process: it is left out."""
+    lines = ["import atexit, os", "from ddpm_lab import cli, processes", "atexit.register(os.abort)"]
+    lines += ["processes._host_group = 'the others'", "cli.main(['sample', 'nowhere'])"]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: ")
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
     """From step 8 of what two processes trained one goes on, and from what one trained two."""

@@ -31,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # each line at once, also into a file; any name can be printed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)  # as a cluster ends jobs: leases are let go of, and it counts as Ctrl-C
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    code = run_command(sys.argv[1:] if arguments is None else arguments)
+    if code and processes.joined():
+        # Gloo's threads still wait for processes that have gone; torn down by Python they abort it now and then.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:
