@@ -212,6 +212,9 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
         computed.append(cell.index)
         folder.mkdir()
         (folder / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
+        if cell.index == 4:
+            in_a_second = time.time() - 119.0  # from when it counts as dead
+            os.utime(lease, (in_a_second, in_a_second))
 
     monkeypatch.setattr(study_module, "compute_cell", compute)
     monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
@@ -219,8 +222,6 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
     study_module._claim_folder(study, out)
     lease = out / "cells" / f"{study.cells[1].name}.lease"
     lease.write_text('{"owner": "another-machine/pid:[1] 1 x"}')
-    in_a_second = time.time() - 119.0  # from when it counts as dead
-    os.utime(lease, (in_a_second, in_a_second))
     run_study(study, out, device="cpu")
     assert computed == [0, 2, 3, 4, 1]
 

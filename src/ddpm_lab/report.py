@@ -288,4 +288,4 @@ def _flat(record: dict[str, Any]) -> dict[str, str]:
 def _short(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+    return f"{value:.3g}" if abs(value) >= 0.05 else f"{value:.2g}"
