@@ -18,15 +18,18 @@ from PIL import Image
 
 from ddpm_lab import evaluation, feature_store, generation, load
 from ddpm_lab.cli import run_command
-from ddpm_lab.config import SamplingConfig, ScoringConfig
+from ddpm_lab.config import SamplingConfig, ScoringConfig, load_recipe
 from ddpm_lab.data import load_images
-from ddpm_lab.evaluation import evaluate, generated_images, memorisation, open_reference
-from ddpm_lab.feature_store import Features, features_of
+from ddpm_lab.evaluation import Reference, evaluate, generated_images, open_reference
+from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import classifier_network, module_network
 from ddpm_lab.image_stream import ImageStream, chunk_size, open_images, tensor_stream
 from ddpm_lab.images import save_npz
 from ddpm_lab.log import append_line, cut_lines, read_lines
 from ddpm_lab.metrics import statistics
+from ddpm_lab.neighbours import memorisation
+from ddpm_lab.run import train
+from ddpm_lab.scores import evaluate_source, score_table
 from ddpm_lab.settings import InputError
 
 from .conftest import tree_hash
@@ -238,7 +241,7 @@ def test_copies_of_training_images_are_found(digits, tmp_path):
 def test_memorisation_is_one_percent_where_nothing_is_learned_by_heart():
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(n, 3, generator=generator) for n in (4000, 2000, 4000)]
-    sampled, training, held_out = (Features(draw, None, Path()) for draw in draws)
+    sampled, training, held_out = draws
     found, _ = memorisation(sampled, training, held_out)
     assert found["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
 
@@ -464,6 +467,51 @@ def test_a_killed_evaluation_goes_on(tiny_run, tmp_path, cache):
     shutil.rmtree(cache)
     whole = subprocess.run(command, capture_output=True, text=True, check=True)
     assert values(json.loads(continued.stdout)) == values(json.loads(whole.stdout))
+
+
+def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_recipe, digits):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(load_images("digits").images[:100]):
+        Image.fromarray(image[0].numpy()).save(pictures / f"{i:03}.png")
+    config = load_recipe(str(tiny_recipe))
+    config = replace(
+        config,
+        data=replace(config.data, dataset=str(pictures)),
+        training=replace(config.training, num_steps=2),
+        evaluation=replace(config.evaluation, score_every=2, score_images=20),
+    )
+    train(config, tmp_path / "run", device="cpu")
+    (in_training,) = read_lines(tmp_path / "run" / "scores.jsonl")
+
+    seen, kept_back = (load_images(str(pictures), split).images for split in ("train", "test"))
+    stream = tensor_stream("seen", seen)
+    scoring = ScoringConfig(metrics=("fid", "kid", "prdc"), bootstrap=0, kid_subsets=3)
+    alone = evaluate(kept_back, Reference("seen", stream, None, stream.sha256), digits, scoring)
+    assert alone["floor"] is None
+    assert in_training["floor"]["fid"] == alone["fid"]["value"]
+
+    source, sampling = str(tmp_path / "run"), SamplingConfig(num_steps=2)
+    record = evaluate_source(source, None, "classifier", 20, scoring, sampling, device="cpu")
+    assert record["floor"]["num_images"] == len(kept_back) == 5
+    for name in ("fid", "kid", "precision", "coverage"):
+        assert record["floor"][name] == alone[name]["value"]
+    assert any(line.startswith("floor: 5 images of ") for line in score_table(record))
+    with pytest.raises(InputError, match=r"needs 100 images that were not trained on; .* holds 5"):
+        evaluate_source(
+            source, None, "classifier", 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
+        )
+
+
+def test_images_kept_from_training_serve_as_a_test_split_does(digits):
+    seen, kept_back = (tensor_stream(split, load_images("digits", split).images) for split in ("train", "test"))
+    images, scoring = load_images("digits").images[:60], ScoringConfig(metrics=("fid", "memorisation"), bootstrap=0)
+    own = evaluate(images, Reference("seen", seen, None, seen.sha256, kept_back), digits, scoring)
+    named = evaluate(images, "digits:train", digits, scoring)
+    assert own["memorisation"] == named["memorisation"]
+    assert own["floor"]["fid"] == named["floor"]["fid"]
+    few = tensor_stream("few", load_images("digits", "test").images[:3])
+    assert Reference("seen", seen, None, seen.sha256, few).floor(60, None) is None
 
 
 @pytest.mark.parametrize("reference", ["digits:train", "digits:test"])

@@ -35,7 +35,7 @@ from ddpm_lab.metrics import (
     kernel_distance_deviation,
     statistics,
 )
-from ddpm_lab.neighbours import manifold, nearest, radii
+from ddpm_lab.neighbours import manifold, memorisation
 from ddpm_lab.progress import progress
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel
@@ -45,6 +45,8 @@ SCORES = (
     "precision", "recall", "density", "coverage",
 )  # fmt: skip
 SURE = 0.9  # of its class: how probable the classifier must find it
+FEWEST = 4  # images that are compared: precision and recall look at the third neighbour of each
+FEWEST_HELD_OUT = 100  # for memorisation, which asks how near the nearest hundredth of them lie
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,28 @@ class Reference:
         images: or None, where only statistics are known.
         given: statistics from a file, or None.
         sha256: of the images' pixels, or of the file.
+        held_out: real images that are not in the reference, where they are not the other split of a known data set:
+            those that were kept from training on a folder.
     """
 
     name: str
     images: ImageStream | None
     given: Statistics | None
     sha256: str
+    held_out: ImageStream | None = None
+
+    def others(self, data_dir: Path | None) -> ImageStream | None:
+        """Real images that are not in the reference, all of them, or None where none are known."""
+        if self.images is None or self.images.dataset is None:
+            return self.held_out
+        return open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
 
     def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
-        """Real images that are not in the reference: the other split of its data set, or None where there is none."""
-        if self.images is None or self.images.dataset is None:
+        """Those of `others` that are scored as the images are, or None where there are too few."""
+        others = self.others(data_dir)
+        if others is None or others.num_images < FEWEST:
             return None
-        other = open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
-        return other.draw(min(num_images, other.num_images))
+        return others.draw(min(num_images, others.num_images))
 
 
 def open_reference(
@@ -215,10 +226,14 @@ def evaluate(
     record["floor"] = floor_scores
     if found.logits is not None and network.distance == "FD-classifier":
         record["classes"] = class_shares(found.logits, asked)
-    if "memorisation" in config.metrics and floor is not None and against is not None:
-        held_out = features_of(open_images(floor.name, data_dir), network)
-        record["memorisation"], closest = memorisation(found, against, held_out)
-        if pairs is not None and compared is not None and compared.images is not None:
+    if "memorisation" in config.metrics and compared is not None and compared.images is not None:
+        others = compared.others(data_dir)
+        assert against is not None
+        assert others is not None
+        record["memorisation"], closest = memorisation(
+            found.values, against.values, features_of(others, network).values
+        )
+        if pairs is not None:
             rows = [_pick(stream, [i for i, *_ in closest]), _pick(compared.images, [j for _, j, _ in closest])]
             save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
     record["scoring"] = asdict(config)
@@ -243,8 +258,10 @@ def check_scoring(
     Raises:
         InputError: they do not fit the reference, the network or the settings.
     """
-    if reference is not None and reference.images is not None and reference.images.num_images < 4:
-        raise InputError(f"reference {reference.name} holds {reference.images.num_images} images; 4 are the fewest")
+    if reference is not None and reference.images is not None and reference.images.num_images < FEWEST:
+        raise InputError(
+            f"reference {reference.name} holds {reference.images.num_images} images; {FEWEST} are the fewest"
+        )
     if num_images < 2:
         raise InputError(f"{name} holds {num_images} image{'s' * (num_images != 1)}; scores need at least 2")
     network.check(name, shape)
@@ -269,13 +286,22 @@ def check_scoring(
                 f"{name} holds images of {describe_shape(shape)}, and {reference.name} of "
                 f"{describe_shape(reference.images.shape)}: they must be alike (--image-size brings a folder to a size)"
             )
-    if "memorisation" in config.metrics and (reference.images is None or reference.images.split != "train"):
+    if "memorisation" in config.metrics:
+        trained_on = reference.images is not None and reference.images.split == "train"
+        if not trained_on and reference.held_out is None:
+            raise InputError(
+                f"memorisation needs the training images and the test images as reference: mnist:train, cifar10:train "
+                f"or digits:train, not {reference.name}"
+            )
+        if reference.held_out is not None and reference.held_out.num_images < FEWEST_HELD_OUT:
+            raise InputError(
+                f"memorisation needs {FEWEST_HELD_OUT} images that were not trained on; {reference.held_out.name} "
+                f"holds {reference.held_out.num_images}"
+            )
+    if "prdc" in config.metrics and num_images < FEWEST:
         raise InputError(
-            f"memorisation needs the training images and the test images as reference: mnist:train, cifar10:train or "
-            f"digits:train, not {reference.name}"
+            f"prdc needs at least {FEWEST} images, not {num_images}; give more, or leave it out of --metrics"
         )
-    if "prdc" in config.metrics and num_images < 4:
-        raise InputError(f"prdc needs at least 4 images, not {num_images}; give more, or leave it out of --metrics")
     if reference.given is not None:
         there, own = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
         words = f"{reference.name} has {there} features, {network.name} {own}: they are of another network"
@@ -361,31 +387,6 @@ def class_shares(logits: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
         "sure_above": SURE,
         **({} if asked is None else {"as_asked": float((label == asked.cpu()).double().mean())}),
     }
-
-
-def memorisation(found: Features, training: Features, held_out: Features) -> tuple[dict[str, Any], list[Any]]:
-    """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
-
-    A generator of little variety, or of typical images only, has more of these without having copied anything; so it is
-    also told how many lie at less than half the distance that their training image has to its own nearest one.
-
-    Returns:
-        What the record says, and the 16 closest as [index, index of its nearest training image, distance].
-    """
-    distances, neighbours = nearest(found.values, training.values)
-    usual = nearest(held_out.values, training.values)[0]
-    threshold = float(torch.quantile(usual, 0.01))
-    lonely = radii(training.values[neighbours], training.values, 1)  # of each neighbour, to its own nearest one
-    closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
-    return {
-        "nearer_than_test": float((distances < threshold).double().mean()),
-        "expected": 0.01,  # for images distributed as the held-out ones
-        "much_nearer": float((distances < lonely / 2).double().mean()),
-        "threshold": threshold,
-        "median_distance": float(distances.median()),
-        "median_distance_of_test": float(usual.median()),
-        "closest": closest,
-    }, closest
 
 
 def _pick(images: ImageStream, indices: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ Distances are Euclidean, in float64, and computed a block at a time.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,33 @@ def nearest(features: Tensor, others: Tensor, held: int = HELD) -> tuple[Tensor,
     for rows, distances in _distances(features, others, held):
         found[rows], indices[rows] = distances.min(1)
     return found, indices
+
+
+def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> tuple[dict[str, Any], list[Any]]:
+    """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
+
+    A generator of little variety, or of typical images only, has more of these without having copied anything; so it is
+    also told how many lie at less than half the distance that their training image has to its own nearest one.
+
+    Args:
+        generated, training, held_out: features, (N, d), (M, d) and (K, d).
+    Returns:
+        What the record says, and the 16 closest as [index, index of its nearest training image, distance].
+    """
+    distances, neighbours = nearest(generated, training)
+    usual = nearest(held_out, training)[0]
+    threshold = float(torch.quantile(usual, 0.01))
+    lonely = radii(training[neighbours], training, 1)  # of each neighbour, to its own nearest one
+    closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
+    return {
+        "nearer_than_test": float((distances < threshold).double().mean()),
+        "expected": 0.01,  # for images distributed as the held-out ones
+        "much_nearer": float((distances < lonely / 2).double().mean()),
+        "threshold": threshold,
+        "median_distance": float(distances.median()),
+        "median_distance_of_test": float(usual.median()),
+        "closest": closest,
+    }, closest
 
 
 def _distances(members: Tensor, features: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:

@@ -103,7 +103,8 @@ def train(
         if start_from is not None and not checkpoint_steps(run_dir):
             record["from"] = begin_from(state, load(start_from, device="cpu"), config)
             _check_unchanged(run_dir, record["from"])
-    scorer = training_scorer(config, training_set, data_dir, on)  # before the folder is written, for it may refuse
+    # before the folder is written, for it may refuse
+    scorer = training_scorer(config, training_set, held_out, data_dir, on)
 
     with locked(run_dir, "--run") if processes.lead() else nullcontext():
         seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +214,19 @@ def own_reference(config: Config, data_dir: Path | None) -> Reference:
     data = config.data
     if data.dataset == UNKNOWN:
         raise InputError("this model was imported and does not say what it was trained on; give --reference")
-    return _training_reference(load_images(data.dataset, "train", data_dir, data.image_size), data.dataset)
+    load_split = partial(load_images, data.dataset, data_dir=data_dir, image_size=data.image_size)
+    held_out = None if data.dataset in DATASETS else load_split("test")
+    return _training_reference(data.dataset, load_split("train"), held_out)
 
 
-def _training_reference(training_set: ImageSet, dataset: str) -> Reference:
-    known = dataset in DATASETS
-    stream = tensor_stream(
-        training_set.name, training_set.images, dataset if known else None, "train" if known else None
-    )
-    return Reference(training_set.name, stream, None, stream.sha256)
+def _training_reference(dataset: str, training_set: ImageSet, held_out: ImageSet | None) -> Reference:
+    """Of a known data set the held-out images are opened by name where they are needed; of a folder, they are given."""
+    if dataset in DATASETS:
+        stream, others = tensor_stream(training_set.name, training_set.images, dataset, "train"), None
+    else:
+        assert held_out is not None
+        stream, others = (tensor_stream(images.name, images.images) for images in (training_set, held_out))
+    return Reference(training_set.name, stream, None, stream.sha256, others)
 
 
 def _scores_file(trained: TrainedModel) -> Path | None:
@@ -269,7 +274,7 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
 
 
 def training_scorer(
-    config: Config, training_set: ImageSet, data_dir: Path | None, device: torch.device
+    config: Config, training_set: ImageSet, held_out: ImageSet, data_dir: Path | None, device: torch.device
 ) -> Callable[[TrainedModel], dict[str, Any] | None] | None:
     """What a run calls now and then to score the network it trains, by a few images sampled by DDIM.
 
@@ -278,10 +283,10 @@ def training_scorer(
     Raises:
         InputError: no network for such images, told before training starts.
     """
-    evaluation, dataset = config.evaluation, config.data.dataset
+    evaluation = config.evaluation
     if evaluation.score_every == 0:
         return None
-    reference = _training_reference(training_set, dataset)
+    reference = _training_reference(config.data.dataset, training_set, held_out)
     assert reference.images is not None
     network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
     replicates = 10 if evaluation.score_features == "inception" else 50  # of 2,048 features each takes seconds

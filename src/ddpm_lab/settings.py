@@ -9,6 +9,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -81,6 +82,11 @@ def _wording(hint: Any) -> str:
     }[hint]
 
 
+@cache  # evaluating the annotations is most of what constructing a group costs
+def _hints(group: type) -> dict[str, Any]:
+    return typing.get_type_hints(group)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SettingsGroup:
     """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
@@ -88,7 +94,7 @@ class SettingsGroup:
     _grouped: ClassVar[bool] = True  # whether its flags are --group.name
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(typing.cast(type, type(self)))  # mypy takes no dataclass for hashable
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             require(fits(value, hint), f"{self._told(field.name)} must be {_wording(hint)}, not {value!r}")
