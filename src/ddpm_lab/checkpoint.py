@@ -235,7 +235,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 
 
 def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, tensors: dict[str, Tensor]) -> None:
-    """Give Adam its moments, named as in `_optimizer_state` and zero where there are none, and its count of steps."""
+    """Give Adam its moments, named as in `snapshot` and zero where there are none, and its count of steps."""
     state = {
         index: {
             "step": torch.tensor(float(step)),

@@ -141,9 +141,8 @@ def _decoder_costs(
     x_1 = q_sample(schedule, x_0, t, eps)
     a_t, a_s = float(schedule.alpha_bar[1]), float(schedule.alpha_bar[0])
     output = model(x_1, t).double()
-    mean, _ = predict_x_0_eps(
-        prediction, output, x_1.double(), a_s, clip_x_0=True
-    )  # of the posterior at s = 0: x_0_hat
+    # the mean of the posterior at s = 0 is x_0_hat
+    mean, _ = predict_x_0_eps(prediction, output, x_1.double(), a_s, clip_x_0=True)
     sigma = ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
     clean = x_0.double()
     above = torch.where(clean > 0.999, torch.inf, (clean + 1 / 255 - mean) / sigma)

@@ -91,9 +91,8 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         elif device.type == "cpu":
-            capabilities: dict[str, object] = getattr(
-                torch.cpu, "get_capabilities", dict
-            )()  # told by newer versions of torch only
+            # told by newer versions of torch only
+            capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
             native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         else:
             native = False
