@@ -332,6 +332,7 @@ BAD_INPUTS = {
     "reverse of a damaged model": ("reverse torn --out a.png", "is damaged"),
     "reverse of another ending": ("reverse run --out a.txt", "must end in"),
     "reverse of too many columns": ("reverse run --num-steps 4 --columns 6 --out a.png", "from 2 to 5"),
+    "samples in a new folder with a dot": ("sample run --out samples.v2/", "a new folder's name has no dot"),
     "reverse of too many frames": ("reverse run --num-steps 4 --frames 6 --out a.gif", "from 2 to 5"),
     "reverse of no images": ("reverse run --num-images 0 --out a.png", "from 1 to 64"),
     "reverse of too many steps": ("reverse run --num-steps 1001 --out a.png", "from 1 to the 1000"),
@@ -342,7 +343,7 @@ BAD_INPUTS = {
     "reconstruction beyond the chain": ("reconstruct run --timesteps 5 1001 --out a.png", "from 2 to the 1000"),
     "reconstruction from nothing": ("reconstruct run --timesteps 0 --out a.png", "from 2 to the 1000"),
     "reconstruction of other images": (
-        "reconstruct run --dataset good --num-images 1 --out a.png",
+        "reconstruct run --dataset colourful --num-images 1 --out a.png",
         "run makes (1, 8, 8)",
     ),
     "reconstruction as a film": ("reconstruct run --out a.gif", "must end in .png"),
@@ -362,8 +363,8 @@ BAD_INPUTS = {
     "study in another folder": ("study digits --out notes", "holds todo.txt"),
     "study of a cell too many": ("study digits --out new --cell 6", "from 0 to 5"),
     "study of a negative cell": ("study digits --out new --cell -1", "from 0 to 5"),
-    "report of another folder": ("report notes", "is not a study"),
-    "report of nothing": ("report nowhere", "is not a study"),
+    "report of another folder": ("report notes", "is neither a study nor a run"),
+    "report of nothing": ("report nowhere", "is neither a study nor a run"),
     "demo in a file": ("demo --out a_file", "a_file"),
 }
 

@@ -1,13 +1,16 @@
 """Whole scores: records, references of every kind, what is kept and continued, memorisation, and the command."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from ddpm_lab.data import load_images
 from ddpm_lab.evaluation import Reference, evaluate, generated_images, open_reference
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import classifier_network, module_network
+from ddpm_lab.files import locked
 from ddpm_lab.image_stream import ImageStream, chunk_size, open_images, tensor_stream
 from ddpm_lab.images import save_npz
 from ddpm_lab.log import append_line, cut_lines, read_lines
@@ -528,3 +532,37 @@ def test_the_floor_is_the_split_that_is_not_the_reference(reference):
     drawn = [image.numpy().tobytes() for batch in floor.batches() for image in batch]
     assert set(drawn) <= set(pool)
     assert drawn != pool[:100]
+
+
+def test_an_array_whose_header_is_cut_is_told_in_one_line(tmp_path):
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (3, ".ljust(118)
+    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    with pytest.raises(InputError, match=r"cut.npz is damaged: "):
+        open_images(str(tmp_path / "cut.npz"))
+
+
+def test_a_cache_that_cannot_be_written_is_told_by_the_name_it_is_set_by(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"^DDPM_CACHE_DIR .* cannot be written: "):
+        generated_images(load(tiny_run, device="cpu"), 4, SamplingConfig(num_steps=2))
+
+
+def test_a_full_disk_is_no_fault_of_the_user_s(tmp_path, monkeypatch):
+    def full(*_args, **_settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", full)
+    with pytest.raises(OSError, match="No space left"), locked(tmp_path, "--out"):
+        pass
+
+
+def test_info_tells_the_scores(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    scored = {"step": 12, "seconds": 1.0, "fid_label": "FD-classifier (n=20)", "sampler": "ddim", "weights": "ema"}
+    append_line(tmp_path / "run" / "scores.jsonl", scored | {"fid": {"value": 41.25}, "num_evaluations": 50})
+    append_line(tmp_path / "run" / "scores.jsonl", scored | {"fid": None})
+    assert run_command(["info", str(tmp_path / "run")]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored")]
+    assert told == ["scored at step 12: FD-classifier (n=20) 41.25, ddim with 50 evaluations, ema weights"]

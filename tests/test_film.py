@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_lab.drawing import GAP, LINE, MARGIN, above, beside, enlarged, image_table, number
 from ddpm_lab.film import check_kind, save_film
-from ddpm_lab.look import COLUMNS, PictureConfig
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 
@@ -113,8 +113,8 @@ def test_a_film_without_an_encoder_is_refused_before_the_work(tmp_path, monkeypa
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", absent)
     with pytest.raises(InputError, match="mp4 needs ffmpeg"):
-        check_kind(tmp_path / "a.mp4", PictureConfig(), COLUMNS)
-    assert check_kind(tmp_path / "a.gif", PictureConfig(), COLUMNS)
+        check_kind(tmp_path / "a.mp4", PictureConfig(), None)
+    assert check_kind(tmp_path / "a.gif", PictureConfig(), None)
     assert not check_kind(tmp_path / "a.png", PictureConfig(), 5)
 
 

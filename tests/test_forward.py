@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_lab.data import load_images, to_float, to_uint8
 from ddpm_lab.drawing import MARGIN, enlarged
@@ -128,3 +129,13 @@ def test_every_kind_of_file_is_made(tmp_path):
         line = show_forward(tmp_path / name, shown, "digits", num_images=2, **kind)
         assert line.startswith(f"{tmp_path / name}: 2 images of digits:test at 4 timesteps, T = 50, cosine")
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_folder_of_few_pictures_and_a_short_chain_are_shown_by_the_defaults(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index in range(5):
+        Image.new("L", (8, 8), 40 * index).save(tmp_path / "pictures" / f"{index}.png")
+    line = show_forward(tmp_path / "a.png", processes([8], ["cosine"]), str(tmp_path / "pictures"))
+    assert line.endswith(f"4 images of {tmp_path / 'pictures'}:train at 9 timesteps, T = 8, cosine, seed 0")
+    with pytest.raises(InputError, match=r"num_images of 5 exceeds the 4 images of .*:train; give fewer"):
+        show_forward(tmp_path / "b.png", processes([8], ["cosine"]), str(tmp_path / "pictures"), num_images=5)

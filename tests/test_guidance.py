@@ -13,7 +13,7 @@ from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig, load_recipe
 from ddpm_lab.data import load_images, to_uint8
 from ddpm_lab.diffusion import predict_x_0_eps
-from ddpm_lab.generation import generate
+from ddpm_lab.generation import build_sampler, generate
 from ddpm_lab.guidance import classes_in_turn, guided, withhold
 from ddpm_lab.run import train
 from ddpm_lab.samplers import ddim_sample
@@ -306,6 +306,17 @@ def test_what_cannot_be_told_is_refused(told, tiny_run, tmp_path, capsys, comman
     assert len(err) == 1, err
     assert words in err[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_was_always_told_its_class_is_not_asked_without(tiny_recipe, tmp_path):
+    """What stands for no class is as random as it was, where no class was ever withheld."""
+    always = [*CLASSES, "--training.class-dropout", "0", "--training.num-steps", "2", "--device", "cpu"]
+    assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *always]) == 0
+    trained = load(tmp_path / "run", device="cpu")
+    for guidance in (0.0, 2.0):
+        with pytest.raises(InputError, match=r"never learnt to do without a class .*; guidance is 1"):
+            build_sampler(trained, SamplingConfig(guidance=guidance))
+    assert build_sampler(trained, SamplingConfig(guidance=1.0)).num_evaluations == 50
 
 
 def test_a_folder_of_pictures_has_no_classes(tmp_path, capsys):

@@ -12,6 +12,7 @@ from ddpm_lab.likelihood import variational_bound
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import load, with_timesteps
+from ddpm_lab.unet import UNet
 
 DEVIATION = 0.3
 
@@ -44,7 +45,7 @@ def true_bits(images):
 def test_the_sum_is_that_of_normal_data_in_closed_form(images, variance, T):
     schedule = linear_schedule(T)
     bound = variational_bound(
-        gaussian_model(schedule), schedule, images, prediction="x_0", variance=variance, num_timesteps=T
+        gaussian_model(schedule), schedule, images, prediction="x_0", variance=variance, num_drawn=T
     )
     a_t, a_s, beta = schedule.alpha_bar[1:], schedule.alpha_bar[:-1], schedule.beta[1:]
     tilde = (1 - a_s) / (1 - a_t) * beta
@@ -62,7 +63,7 @@ def test_the_sum_is_that_of_normal_data_in_closed_form(images, variance, T):
 def test_a_longer_chain_tightens_the_bound(images):
     bounds = [
         variational_bound(
-            gaussian_model(schedule), schedule, images, prediction="x_0", variance="beta_tilde", num_timesteps=200
+            gaussian_model(schedule), schedule, images, prediction="x_0", variance="beta_tilde", num_drawn=200
         )
         for schedule in (linear_schedule(50), linear_schedule(200), linear_schedule(1000))
     ]
@@ -77,7 +78,7 @@ def test_a_network_that_knows_the_image_pays_for_variances_alone(images):
         return x_0
 
     small, large = (
-        variational_bound(knows, schedule, images, prediction="x_0", variance=variance, num_timesteps=99)
+        variational_bound(knows, schedule, images, prediction="x_0", variance=variance, num_drawn=99)
         for variance in ("beta_tilde", "beta")
     )
     assert small.value == pytest.approx(small.prior + small.decoder, abs=1e-9)
@@ -104,7 +105,7 @@ def test_the_decoder_is_a_normal_density_over_levels():
     x = to_float(levels).double()
     upper = torch.where(levels == 255, 1.0, normal.cdf(x + 1 / 255))
     lower = torch.where(levels == 0, 0.0, normal.cdf(x - 1 / 255))
-    bound = variational_bound(off, schedule, levels, prediction="x_0", num_timesteps=1)
+    bound = variational_bound(off, schedule, levels, prediction="x_0", num_drawn=1)
     assert bound.decoder == pytest.approx(float(-(upper - lower).log2().mean()), rel=1e-6)
 
 
@@ -119,7 +120,7 @@ def test_the_decoder_has_no_ceiling(error):
     a_1, a_2 = schedule.alpha_bar[:2].tolist()
     sigma = ((1 - a_1) / (1 - a_2) * (1 - a_2 / a_1)) ** 0.5
     away = (error - 1 / 255) / sigma  # deviations to the near edge of the level
-    found = variational_bound(off, schedule, levels, prediction="x_0", num_timesteps=1).decoder
+    found = variational_bound(off, schedule, levels, prediction="x_0", num_drawn=1).decoder
     tail = (away**2 / 2 + math.log(away * (2 * math.pi) ** 0.5)) / math.log(2)  # -log2 of the normal tail beyond
     assert found == pytest.approx(tail, rel=0.01)
 
@@ -127,20 +128,20 @@ def test_the_decoder_has_no_ceiling(error):
 def test_few_timesteps_estimate_the_whole_sum(images):
     schedule = linear_schedule(200)
     model = gaussian_model(schedule)
-    whole = variational_bound(model, schedule, images, prediction="x_0", num_timesteps=500)
-    assert whole.num_timesteps == 199
+    whole = variational_bound(model, schedule, images, prediction="x_0", num_drawn=500)
+    assert whole.num_drawn == 199
     for seed in (1, 2):
-        part = variational_bound(model, schedule, images, prediction="x_0", num_timesteps=20, seed=seed)
+        part = variational_bound(model, schedule, images, prediction="x_0", num_drawn=20, seed=seed)
         assert abs(part.value - whole.value) < 4 * part.standard_error
         assert part.standard_error < 0.5
-    again = variational_bound(model, schedule, images, prediction="x_0", num_timesteps=20, seed=2, batch_size=64)
+    again = variational_bound(model, schedule, images, prediction="x_0", num_drawn=20, seed=2, batch_size=64)
     assert again == part
 
 
 def test_impossible_bounds_are_refused(images):
     schedule = linear_schedule(50)
     model = gaussian_model(schedule)
-    for settings in ({"num_timesteps": 0}, {"variance": "learned"}):
+    for settings in ({"num_drawn": 0}, {"variance": "learned"}):
         with pytest.raises(InputError, match=next(iter(settings))):
             variational_bound(model, schedule, images, **settings)
     with pytest.raises(InputError, match="at least 2 images"):
@@ -164,3 +165,20 @@ def test_a_network_is_told_the_same_noise_level_on_another_chain(tiny_run):
     object.__setattr__(fixed.config.diffusion, "rescale_betas", False)
     with pytest.raises(InputError, match="another process"):
         with_timesteps(fixed, 500)
+
+
+def test_a_network_that_is_told_classes_is_bounded_with_those_of_the_images(images):
+    model = UNet(1, 32, (1, 1), num_blocks=1, attention_levels=(), norm_groups=8, num_classes=10).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    labels, schedule = torch.full((len(images),), 3), linear_schedule(50)
+    bounds = [
+        variational_bound(asked, schedule, images, prediction="x_0", labels=given, num_drawn=4, batch_size=16).value
+        for asked, given in (
+            (model, labels),
+            (lambda x_t, t: model(x_t, t, torch.full_like(t, 3)), None),
+            (model, None),
+        )
+    ]
+    assert bounds[0] == bounds[1]
+    assert bounds[0] != bounds[2]

@@ -15,6 +15,7 @@ from ddpm_lab.metrics import (
     inception_score,
     kernel_distance,
     kernel_distance_deviation,
+    mean_interval,
     statistics,
 )
 from ddpm_lab.neighbours import manifold
@@ -273,3 +274,14 @@ def test_the_deviation_of_few_images_is_a_number(count):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(count, 4, generator=generator), torch.randn(9, 4, generator=generator)
     assert math.isfinite(kernel_distance_deviation(a, b, 50))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (1, 100), (99, 100), (1000, 1000)])
+def test_the_interval_of_a_share_is_wilson_s(hits, count):
+    from scipy.stats import binomtest
+
+    found = mean_interval(torch.arange(count) < hits)
+    expected = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert found.value == hits / count
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert 0 <= found.low < found.high <= 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -223,3 +224,40 @@ def test_noised_images_have_the_norm_of_theory(trained):
     shown = dict(state_norms(half, SamplingConfig(num_steps=4, batch_size=64), 64).sampled)
     assert shown[0] == pytest.approx(0.5)
     assert shown[500] == pytest.approx((1 - 0.75 * float(trained.schedule.alpha_bar[499])) ** 0.5, rel=0.02)
+
+
+def test_pictures_of_few_steps_need_no_word_of_columns(tiny_run, tmp_path):
+    line = show_reverse(tmp_path / "a.png", [str(tiny_run)], SamplingConfig(num_steps=3, batch_size=4), device="cpu")
+    assert "4 images in 4 states" in line
+
+
+@pytest.mark.parametrize("command", ["reverse", "interpolate", "reconstruct", "curves norms"])
+def test_pictures_are_sampled_in_small_batches_whatever_else_is_said(command):
+    from ddpm_lab import picture_commands  # noqa: F401 (registers them)
+    from ddpm_lab.commands import app
+
+    for flags, size in (("", 8), (" --seed 3", 8), (" --num-steps 9 --batch-size 16", 16)):
+        _, bound, _ = app.parse_args(f"{command} mnist --out a.png{flags}")
+        sampling = bound.arguments.get("sampling", bound.signature.parameters["sampling"].default)
+        assert sampling.batch_size == size
+
+
+def test_pictures_of_a_folder_are_fitted_to_the_network(tiny_run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index in range(5):
+        Image.new("L", (20, 30), 40 * index).save(tmp_path / "pictures" / f"{index}.png")
+    config, pictures = SamplingConfig(num_steps=3, batch_size=4), str(tmp_path / "pictures")
+    line = show_reconstruction(tmp_path / "a.png", str(tiny_run), config, [500], dataset=pictures, device="cpu")
+    assert "from t = 500" in line
+
+
+def test_an_imported_network_is_asked_what_it_was_trained_on(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["config"]["data"]["dataset"] = "unknown"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    config = SamplingConfig(num_steps=3)
+    with pytest.raises(InputError, match="give --dataset"):
+        show_reconstruction(tmp_path / "a.png", str(tmp_path / "run"), config, [500], device="cpu")
+    with pytest.raises(InputError, match="ddpm import --dataset"):
+        state_norms(load(tmp_path / "run", device="cpu"), config, 4)

@@ -256,6 +256,22 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
     assert checkpoint_steps(tmp_path) == [4, 7]
 
 
+def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):
+    """All is written, and a study that trains the run does not go on to its measures."""
+    real = session.Session._sample_grid
+
+    def interrupted(sitting):
+        if sitting.state.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(sitting)
+
+    monkeypatch.setattr(session.Session, "_sample_grid", interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 12, the last; all of the run is written"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path)[-1] == 12
+    assert (tmp_path / "samples" / "step_00000012.png").is_file()
+
+
 def test_a_run_that_cannot_be_scored_is_refused_and_left_as_it_is(tmp_path, tiny_recipe, tiny_run, monkeypatch):
     monkeypatch.setenv("DDPM_INCEPTION_WEIGHTS", str(tmp_path / "nothing.pth"))
     config = load_recipe(str(tiny_recipe))

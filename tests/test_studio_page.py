@@ -124,6 +124,15 @@ def source(page, where):
 
 
 @pytest.mark.slow
+def test_classes_can_be_asked_for_of_the_model_that_comes_first(page):
+    """The packaged digits, which are told classes, unlike the run chosen then."""
+    page.wait_for_selector("#class", state="visible")
+    choose(page, "#class", "7")
+    choose(page, "#model", "tiny")
+    page.wait_for_selector("#class", state="hidden")
+
+
+@pytest.mark.slow
 def test_images_are_made_looked_back_at_and_repeated(page, studio, studio_runs, tmp_path):
     """The picture that is offered is the one that the command line shown makes, byte for byte."""
     choose(page, "#model", "tiny")

@@ -22,7 +22,14 @@ from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
-from ddpm_lab.report import _cost_series, _other_answers, _training_series, report_page, write_report
+from ddpm_lab.report import (
+    _cost_series,
+    _other_answers,
+    _repeating,
+    _training_series,
+    report_page,
+    write_report,
+)
 from ddpm_lab.results import SUMMARY, CellResult, Results, answer, as_csv, compare, gather
 from ddpm_lab.settings import InputError, RunError, packaged
 from ddpm_lab.study import run_study
@@ -588,6 +595,43 @@ def test_a_fixed_range_is_told_with_the_chain_that_both_betas_share():
     values = {(500, "fixed", 0): (5.0, 1.0), (1000, "rescaled", 0): (10.0, 1.0), (2000, "fixed", 0): (20.0, 1.0)}
     said = _other_answers(made_up(values, seeds=(0,)))
     assert any(line.endswith("5 for T = 500, 10 for T = 1000, 20 for T = 2000.") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("betas", "named"), [(("rescaled", "fixed"), "rescaled betas"), (("fixed",), "betas of a fixed range")]
+)
+def test_the_answer_names_the_betas_it_is_about(betas, named):
+    kind = betas[0]
+    values = {(T, kind if T != 1000 else "rescaled", 0): (1.0 + T / 1000, 0.1) for T in (500, 1000, 2000)}
+    results = made_up(values, betas, (0,))
+    assert f"and with {named}, T = 500 scores better than T = 2000" in answer(results)
+    assert not any("fixed range" in sentence for sentence in _other_answers(results))  # it is not said twice
+
+
+def test_bounds_and_speeds_name_their_chain(finished):
+    study = open_study(finished)
+    for cell, result in zip(study.cells, gather(finished).cells, strict=True):
+        diffusion = cell.config.diffusion
+        for key in ("speed", "bound"):
+            record = result.at_end(key)
+            assert record["num_timesteps"] == diffusion.num_timesteps
+            assert record["beta_convention"] == diffusion.beta_convention
+        assert result.at_end("bound")["num_drawn"] == min(50, diffusion.num_timesteps - 1)
+
+
+def test_a_page_says_over_what_its_scores_are_and_has_the_floor_in_each_table(finished):
+    page = report_page(gather(finished))
+    assert page.count("real images (floor)") == 2
+    assert "Inception Score, 10 classes" in page
+    assert "over the features of classifier (digits), and compare with no published ones" in page
+    steps = open_study(finished).cells[0].config.evaluation.sample_steps
+    assert f"DDIM with {steps} steps of the averaged weights" in page
+
+
+def test_a_page_names_the_packaged_study_only_where_it_is_that_one(finished):
+    own = dataclasses.replace(open_study(finished), name="digits")
+    assert "ddpm study digits.toml --out DIR" in report_page(Results(own, gather(finished).cells))
+    assert [_repeating(study) for study in (DIGITS, own)] == ["digits", "digits.toml"]
 
 
 def test_other_folders_are_refused(study_file, tmp_path, finished):

@@ -37,7 +37,7 @@ from ddpm_lab.training import new_state, resolve_device
 from ddpm_lab.unet import build_unet
 
 MEASURES = "measures.jsonl"
-BOUND_TIMESTEPS = 50
+BOUND_DRAWN = 50
 SHOWN = 16  # samples of the same seeds, side by side
 
 
@@ -88,7 +88,7 @@ def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
     for key, (num_images, _, sampling) in _scored(study, cell).items():
         num_steps = sampling.num_steps or cell.config.diffusion.num_timesteps
         planned[key] = num_images * evaluations_of(sampling, num_steps)
-    planned["bound"] = measures.bound_images * (BOUND_TIMESTEPS + 1)
+    planned["bound"] = measures.bound_images * (BOUND_DRAWN + 1)
     return planned
 
 
@@ -174,7 +174,12 @@ def _measures(
     reference = own_reference(cell.config, data_dir)
     on = next(trained.model.parameters()).device
     network = feature_network(plan.features, trained.image_shape, reference, None, str(on))
-    held_out = load_images(data.dataset, "test", data_dir, data.image_size).images[: plan.bound_images]
+    held_out = load_images(data.dataset, "test", data_dir, data.image_size)
+    images, labels = held_out.images[: plan.bound_images], None
+    if trained.num_classes and held_out.labels is not None:
+        labels = held_out.labels[: plan.bound_images].to(on)
+    diffusion = trained.config.diffusion
+    chain = {name: getattr(diffusion, name) for name in ("num_timesteps", "schedule", "beta_convention")}
 
     def scores(model: TrainedModel, num_images: int, sampling: SamplingConfig, metrics: tuple[str, ...]) -> Any:
         scoring = _scoring(metrics, num_images)
@@ -182,21 +187,27 @@ def _measures(
 
     def speed() -> dict[str, Any]:
         each = evaluation_seconds(trained.model, trained.image_shape, "auto", on)
-        return {"seconds_an_evaluation": each, "rows": 64, "device": str(on), "threads": torch.get_num_threads()}
+        return {
+            "seconds_an_evaluation": each,
+            "rows": 64,
+            "device": str(on),
+            "threads": torch.get_num_threads(),
+        } | chain
 
     def bound() -> dict[str, Any]:
-        with progress("bounding", len(held_out) * (BOUND_TIMESTEPS + 1), "evaluations") as advance:
+        with progress("bounding", len(images) * (BOUND_DRAWN + 1), "evaluations") as advance:
             found = variational_bound(
                 trained.model,
                 trained.schedule,
-                held_out.to(on),
-                prediction=trained.config.diffusion.prediction,
-                num_timesteps=BOUND_TIMESTEPS,
+                images.to(on),
+                prediction=diffusion.prediction,
+                num_drawn=BOUND_DRAWN,
+                labels=labels,
                 on_batch=advance,
             )
         half = 1.96 * found.standard_error
         value = {"value": found.value, "low": found.value - half, "high": found.value + half}
-        return {"bits_per_dimension": value, **dataclasses.asdict(found), "variance": "beta", "images": "test"}
+        return {"bits_per_dimension": value, **dataclasses.asdict(found), "variance": "beta", "images": "test"} | chain
 
     planned: dict[str, Callable[[], dict[str, Any]]] = {"speed": speed}
     for key, (num_images, T, sampling) in _scored(study, cell).items():

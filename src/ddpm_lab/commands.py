@@ -240,14 +240,15 @@ def study(
 
 @app.command
 def report(folder: Path, /) -> None:
-    """Write report.html of a study, one page that needs nothing but itself, with results.json and results.csv.
+    """Write report.html, one page that needs nothing but itself; of a study results.json and results.csv as well.
 
     Args:
-        folder: of a study, finished or not.
+        folder: of a study or a run, finished or not; or one that holds runs, which are shown together.
     """
     from ddpm_lab.report import write_report
+    from ddpm_lab.run_report import write_run_report
 
-    print(write_report(folder))
+    print(write_report(folder) if (folder / "study.json").is_file() else write_run_report(folder))
 
 
 @app.command
@@ -359,7 +360,7 @@ def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "aut
 
 @app.command
 def info(source: Source, /, *, checkpoint: Checkpoint = None) -> None:
-    """Say what a model is: settings, parameters, steps trained, losses so far."""
+    """Say what a model is: settings, parameters, steps trained, losses and scores so far."""
     from ddpm_lab.trained import describe
 
     for line in describe(source, checkpoint):

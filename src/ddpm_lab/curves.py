@@ -15,6 +15,7 @@ from ddpm_lab.film import PICTURE_ENDINGS
 from ddpm_lab.forward import Process, chosen_images
 from ddpm_lab.generation import build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png
+from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
 from ddpm_lab.session import BANDS, LOG, SCORES
@@ -115,11 +116,17 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
     for run in runs:
         if not (run / "config.json").is_file():
             raise InputError(f"{run} is not a run folder: it holds no config.json")
-        lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
-        if not lines:
+        log = read_run(run)
+        if log is None:
             raise InputError(f"run {run} has no line in log.jsonl yet")
-        logs.append(RunLog(run.resolve().name, lines, _scores(run, lines[-1])))
+        logs.append(log)
     return logs
+
+
+def read_run(run: Path) -> RunLog | None:
+    """The log of one run folder; None where it has no line yet."""
+    lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
+    return RunLog(run.resolve().name, lines, _scores(run, lines[-1])) if lines else None
 
 
 def _is_drawn(line: dict[str, Any]) -> bool:
@@ -229,6 +236,8 @@ def state_norms(
     from ddpm_lab.reverse import describe_generator
 
     data, schedule = trained.config.data, trained.schedule
+    if data.dataset == UNKNOWN:
+        raise InputError(f"{trained.name} was imported without what it was trained on; name it: ddpm import --dataset")
     x_0 = chosen_images(data.dataset, "train", num_images, config.seed, data_dir, data.image_size)
     sampler = build_sampler(trained, config)
     tell_warnings()

@@ -4,7 +4,6 @@ A set is one tensor in memory, (N, C, H, W) uint8; batches are gathered from it 
 What the official files must contain is pinned by the SHA-256 of their uncompressed bytes, so any compression will do.
 """
 
-import errno
 import gzip
 import hashlib
 import lzma
@@ -23,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ddpm_lab.download import download
-from ddpm_lab.files import cache_dir, replace_atomically
+from ddpm_lab.files import NO_SPACE, cache_dir, replace_atomically
 from ddpm_lab.image_folder import open_folder
 from ddpm_lab.settings import InputError
 
@@ -261,7 +260,7 @@ def fetch(folder: Path) -> None:
                 download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder), ADVICE)
                 archive.unlink()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             raise
         raise InputError(
             f"data folder {folder} cannot be written: {error.strerror or error}; give another --data-dir"

@@ -8,6 +8,7 @@ and the settings; caches change how long it takes, and nothing else.
 import hashlib
 import platform
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,11 +154,12 @@ def generated_images(trained: TrainedModel, num_images: int, config: SamplingCon
     identity = sampling_identity(trained, config) | here
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
-    sample_to_folder(trained, folder, num_images, config, wait=True)
+    sample = partial(sample_to_folder, trained, folder, num_images, config, wait=True, option="DDPM_CACHE_DIR")
+    sample()
     if damaged := unreadable(folder):
         for path in damaged:
             path.unlink()
-        sample_to_folder(trained, folder, num_images, config, wait=True)
+        sample()
     images = open_images(str(folder), channels=trained.image_shape[0]).take(num_images)
     return replace(images, name=f"images of {trained.name}")  # a path in somebody's cache says nothing to others
 
@@ -299,9 +301,7 @@ def check_scoring(
                 f"holds {reference.held_out.num_images}"
             )
     if "prdc" in config.metrics and num_images < FEWEST:
-        raise InputError(
-            f"prdc needs at least {FEWEST} images, not {num_images}; give more, or leave it out of --metrics"
-        )
+        raise InputError(f"prdc needs {FEWEST} images or more, not {num_images}; give more, or leave it out")
     if reference.given is not None:
         there, own = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
         words = f"{reference.name} has {there} features, {network.name} {own}: they are of another network"

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, however the writer ends, and JSON read with its faults told in one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 from ddpm_lab.settings import InputError
 
 TEMPORARY_PREFIX = ".partial-"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # nothing that the user typed is at fault
 
 
 class InUse(InputError):
@@ -89,6 +91,7 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
     Raises:
         InUse: another process holds it.
         InputError: it cannot be written.
+        OSError: the disk is full.
     """
     from filelock import FileLock, Timeout
 
@@ -101,6 +104,8 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
     except Timeout as error:
         raise InUse(f"{folder} is being written by another process; wait for it, or name another {option}") from error
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        if getattr(error, "errno", None) in NO_SPACE:
+            raise
         raise InputError(f"{option} {folder} cannot be written: {getattr(error, 'strerror', error)}") from error
     try:
         yield

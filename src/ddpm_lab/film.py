@@ -11,14 +11,14 @@ import numpy as np
 from ddpm_lab.drawing import PAPER, Picture
 from ddpm_lab.files import replacing
 from ddpm_lab.images import check_writable
-from ddpm_lab.look import COLUMNS, PictureConfig
+from ddpm_lab.look import PictureConfig
 from ddpm_lab.settings import InputError, RunError
 
 FILM_ENDINGS = (".gif", ".mp4")
 PICTURE_ENDINGS = (".png",)
 
 
-def check_kind(path: Path, look: PictureConfig, columns: int) -> bool:
+def check_kind(path: Path, look: PictureConfig, columns: int | None) -> bool:
     """Whether a path is of a film; refuses settings that a picture, or a film, does not have.
 
     Raises:
@@ -27,7 +27,7 @@ def check_kind(path: Path, look: PictureConfig, columns: int) -> bool:
     check_writable(path, PICTURE_ENDINGS + FILM_ENDINGS)
     moving = path.suffix.lower() in FILM_ENDINGS
     usual = PictureConfig()
-    given = ["columns"] if columns != COLUMNS else []
+    given = ["columns"] if columns is not None else []
     if not moving:
         given = [name for name in ("frames", "fps", "hold") if getattr(look, name) != getattr(usual, name)]
     if given:

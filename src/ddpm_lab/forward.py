@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab.config import DiffusionConfig
-from ddpm_lab.data import load_images, to_float, to_uint8
+from ddpm_lab.data import DATASETS, load_images, to_float, to_uint8
 from ddpm_lab.diffusion import q_sample, q_step
 from ddpm_lab.drawing import (
     COLOURS,
@@ -33,7 +33,7 @@ from ddpm_lab.drawing import (
 )
 from ddpm_lab.film import check_kind, save_film
 from ddpm_lab.images import save_png, visible_scale
-from ddpm_lab.look import COLUMNS, PictureConfig
+from ddpm_lab.look import COLUMNS, PictureConfig, num_columns
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError, check_seed, require
@@ -264,9 +264,9 @@ def show_forward(
     shown: Sequence[Process],
     dataset: str,
     *,
-    split: str = "test",
+    split: str | None = None,
     num_images: int = 4,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     spacing: Columns = "uniform",
     closed_form: bool = False,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
@@ -287,8 +287,8 @@ def show_forward(
     """
     moving = check_kind(out, look, columns)
     shortest = min(shown, key=lambda process: process.config.num_timesteps).schedule
-    count = look.num_frames(shortest.num_timesteps + 1) if moving else columns
-    shown_timesteps(shortest, count)
+    states = shortest.num_timesteps + 1
+    count = look.num_frames(states) if moving else num_columns(columns, states)
     x_0 = chosen_images(dataset, split, num_images, seed, data_dir, image_size)
     if moving:
         with progress("drawing", count, "frames") as advance:
@@ -298,15 +298,25 @@ def show_forward(
             save_film(out, counted(frames, advance), look)
     else:
         picture = forward_picture(
-            shown, x_0, columns, spacing=spacing, seed=seed, closed_form=closed_form, scale=look.scale
+            shown, x_0, count, spacing=spacing, seed=seed, closed_form=closed_form, scale=look.scale
         )
         save_png(out, picture)
-    what = ", ".join(process.label for process in shown)
-    return f"{out}: {num_images} images of {dataset}:{split} at {count} timesteps, {what}, seed {seed}"
+    what, images = ", ".join(process.label for process in shown), f"{dataset}:{split or usual_split(dataset)}"
+    return f"{out}: {num_images} images of {images} at {count} timesteps, {what}, seed {seed}"
+
+
+def usual_split(dataset: str) -> str:
+    """Of which images are shown where nobody says: test, but train of a folder, whose test split is a twentieth."""
+    return "test" if dataset in DATASETS else "train"
 
 
 def chosen_images(
-    dataset: str, split: str, num_images: int, seed: int, data_dir: Path | None = None, image_size: int | None = None
+    dataset: str,
+    split: str | None,
+    num_images: int,
+    seed: int,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
 ) -> Tensor:
     """Images drawn at random from a set, (N, C, H, W) float32 in [-1, 1]; the first of a seed stay the same.
 
@@ -315,8 +325,11 @@ def chosen_images(
     """
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
     check_seed(seed)
+    split = split or usual_split(dataset)
     images = load_images(dataset, split, data_dir, image_size, "--image-size").images
     if num_images > len(images):
-        raise InputError(f"num_images of {num_images} exceeds the {len(images)} images of {dataset}:{split}")
+        raise InputError(
+            f"num_images of {num_images} exceeds the {len(images)} images of {dataset}:{split}; give fewer"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return to_float(images[order[:num_images]])

@@ -127,7 +127,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             return compiled(trained.model)
         example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
         example += [torch.zeros(2, dtype=torch.int64)] * told
-        identity = f"{trained.weights_sha256} {trained.config.model} T = {T}"
+        identity = f"{trained.weights_sha256} {trained.config.model} T = {trained.model.num_timesteps}"
         return cast(ClassModel, OnnxNetwork(trained.model, example, identity))
 
     def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
@@ -218,13 +218,21 @@ def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
     count = trained.num_classes
     if count == 0 and (config.class_ or config.guidance is not None):
         raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out")
+    if config.guidance not in (None, 1) and trained.config.training.class_dropout == 0 and "from" not in trained.record:
+        raise InputError(f"{trained.name} never learnt to do without a class (training.class_dropout 0); guidance is 1")
     strange = [label for label in config.class_ if label >= count]
     if strange:
         raise InputError(f"{trained.name} has the classes 0 .. {count - 1}, not {strange[0]}")
 
 
 def sample_to_folder(
-    trained: TrainedModel, folder: Path, num_images: int, config: SamplingConfig, wait: bool = False
+    trained: TrainedModel,
+    folder: Path,
+    num_images: int,
+    config: SamplingConfig,
+    *,
+    wait: bool = False,
+    option: str = "--out",
 ) -> int:
     """Sample into a folder of PNGs, `00000000.png` and on, continuing where an earlier call was stopped.
 
@@ -235,6 +243,7 @@ def sample_to_folder(
         folder: made where it does not exist.
         trained, num_images, config: see `generate`.
         wait: for another process that samples into it, rather than refuse.
+        option: the flag that named the folder, for messages.
     Returns:
         How many images there were before.
     Raises:
@@ -244,8 +253,8 @@ def sample_to_folder(
     if folder.is_dir() and not (folder / SAMPLING).exists():
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others:
-            raise InputError(f"--out {folder} holds {others[0]} but no {SAMPLING}: name an empty or new folder")
-    with locked(folder, "--out", wait):
+            raise InputError(f"{option} {folder} holds {others[0]} but no {SAMPLING}: name an empty or new folder")
+    with locked(folder, option, wait):
         record = folder / SAMPLING
         if not record.exists():
             replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
@@ -257,7 +266,7 @@ def sample_to_folder(
             names = [
                 name.rstrip("_") for name in identity | before if before.get(name, ABSENT) != identity.get(name, ABSENT)
             ]
-            raise InputError(f"--out {folder} holds images of another {' and '.join(names)}; name another folder")
+            raise InputError(f"{option} {folder} holds images of another {' and '.join(names)}; name another folder")
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink(missing_ok=True)
         there = {path.name for path in folder.glob("*.png")}
@@ -328,6 +337,8 @@ def sample_to_file(
     processes.join(resolve_device(device))
     folder = out.is_dir() or out.suffix == ""
     if not folder and processes.lead():
+        if out.suffix.lower() not in (".png", ".npz"):
+            raise InputError(f"--out {out} must end in .png or .npz; a new folder's name has no dot in it")
         check_writable(out, (".png", ".npz"))
     grid = out.suffix.lower() == ".png"
     if not 1 <= num_images <= (MAX_GRID_IMAGES if grid else MOST_IMAGES):

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_lab.config import Config, SamplingConfig
+from ddpm_lab.config import Config, Features, SamplingConfig
 from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError, SettingsGroup, read_toml, require
 
@@ -29,7 +29,6 @@ DECIDED = {  # settings of a cell that a study does not take from its recipe, an
         "score_features": "measures.features",
     },
 }
-Features = Literal["classifier", "inception"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class MeasuresConfig(SettingsGroup):
     checkpoints: int = 6
     """scores in the course of training, evenly spaced, the last at its end"""
     images: int = 500
-    """sampled for each of those, by DDIM with 50 steps"""
+    """sampled for each of those, by DDIM with evaluation.sample_steps steps, 50 where the recipe does not say"""
     final_images: int = 1_000
     """sampled for each score at the end"""
     samplers: tuple[str, ...] = ("ddim-10", "ddim-20", "ddim-50", "ddim-100", "dpmpp-10", "dpmpp-20")

@@ -1,6 +1,7 @@
 """Images to be scored or compared with, read in order and a batch at a time: memory does not grow with their number."""
 
 import hashlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,10 @@ from ddpm_lab.settings import InputError
 
 ARRAYS = ("images", "arr_0")  # names under which an .npz holds images: ours, and the one other projects use
 MOST_IMAGES, MOST_BYTES = 500, 2**27  # that are read at a time
+FAULTS = (  # what a damaged archive makes zipfile and numpy raise; the header of an array is parsed as Python
+    OSError, EOFError, ValueError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,5 +221,5 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    except FAULTS as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error

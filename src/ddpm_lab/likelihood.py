@@ -15,8 +15,10 @@ from torch import Tensor
 from ddpm_lab.config import Prediction, Variance
 from ddpm_lab.data import to_float
 from ddpm_lab.diffusion import Model, per_image, posterior, predict_x_0_eps, q_sample
+from ddpm_lab.guidance import guided
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, require
+from ddpm_lab.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Bound:
         standard_error: of that mean, over the choice of images, timesteps and noise.
         prior, decoder: the parts L_T and L_0 of it.
         num_images: how many.
-        num_timesteps: at how many timesteps of each image the sum was estimated.
+        num_drawn: at how many timesteps of each image the sum was estimated.
     """
 
     value: float
@@ -36,7 +38,7 @@ class Bound:
     prior: float
     decoder: float
     num_images: int
-    num_timesteps: int
+    num_drawn: int
 
 
 def variational_bound(
@@ -46,7 +48,8 @@ def variational_bound(
     *,
     prediction: Prediction = "eps",
     variance: Variance = "beta",
-    num_timesteps: int = 50,
+    num_drawn: int = 50,
+    labels: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 250,
     on_batch: Callable[[int], object] = lambda rows: None,
@@ -59,24 +62,34 @@ def variational_bound(
         prediction: what the model predicts.
         variance: of the steps back, 'beta' or 'beta_tilde'; that of the last is beta_tilde of the one before it, for
             its own is 0 (as Ho et al. evaluate it).
-        num_timesteps: parts of the sum; all there are where the chain is no longer.
+        num_drawn: parts of the sum, and timesteps of each image; all there are where the chain is no longer.
+        labels: (N,) int64, for a network that is to be told its classes, on its device.
         seed: of timesteps and noise.
         on_batch: called after each batch with its number of evaluations.
     Raises:
         InputError: fewer than 2 images, no timestep, or an unknown variance.
     """
     require(len(images) >= 2, f"a bound needs at least 2 images for its error, not {len(images)}")
-    require(num_timesteps >= 1, f"num_timesteps must be at least 1, not {num_timesteps}")
+    require(num_drawn >= 1, f"num_drawn must be at least 1, not {num_drawn}")
     if variance not in ("beta", "beta_tilde"):
         raise InputError(f"variance must be beta or beta_tilde, not {variance!r}")
     device, images = images.device, images.cpu()
 
-    def on_device(x_t: Tensor, t: Tensor) -> Tensor:  # all else is float64 on the CPU: some devices have none
-        with torch.no_grad():
-            return model(x_t.to(device), t.to(device)).cpu()
+    def of_rows(rows: slice) -> Model:
+        """The model asked for some of the images; all else is float64 on the CPU, for some devices have none."""
+        asked = model
+        if labels is not None:
+            assert isinstance(model, UNet)
+            asked = guided(model, labels[rows], model.num_classes)
+
+        def on_device(x_t: Tensor, t: Tensor) -> Tensor:
+            with torch.no_grad():
+                return asked(x_t.to(device), t.to(device)).cpu()
+
+        return on_device
 
     N, later = len(images), schedule.num_timesteps - 1  # timesteps 1 .. T-1 of code have a step back that is Gaussian
-    parts = min(num_timesteps, later)
+    parts = min(num_drawn, later)
     generator = torch.Generator().manual_seed(seed)
     edges = torch.arange(parts + 1) * later // parts
     width = edges[1:] - edges[:-1]
@@ -85,12 +98,12 @@ def variational_bound(
     decoders = torch.zeros(N, dtype=torch.float64)
     for first in range(0, N, batch_size):
         rows = slice(first, min(first + batch_size, N))
-        x_0 = to_float(images[rows])
+        x_0, asked = to_float(images[rows]), of_rows(rows)
         for part in range(parts):
-            costs = _step_costs(on_device, schedule, x_0, drawn[rows, part], generator, prediction, variance)
+            costs = _step_costs(asked, schedule, x_0, drawn[rows, part], generator, prediction, variance)
             bits[rows] += costs * float(width[part])
             on_batch(len(x_0))
-        decoders[rows] = _decoder_costs(on_device, schedule, x_0, generator, prediction)
+        decoders[rows] = _decoder_costs(asked, schedule, x_0, generator, prediction)
         on_batch(len(x_0))
     alpha_bar = float(schedule.alpha_bar[-1])
     mean_square = to_float(images).double().square().flatten(1).mean(1)
@@ -102,7 +115,7 @@ def variational_bound(
         prior=float(priors.mean()),
         decoder=float(decoders.mean()),
         num_images=N,
-        num_timesteps=parts,
+        num_drawn=parts,
     )
 
 

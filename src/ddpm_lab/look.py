@@ -40,3 +40,14 @@ class PictureConfig(SettingsGroup):
 
 COLUMNS = 11  # of a picture, unless told otherwise
 SHORT_FILM = PictureConfig(frames=31, fps=10, hold=2.0)  # small enough to lie beside every generator
+
+
+def num_columns(columns: int | None, states: int) -> int:
+    """How many columns a picture has, of a chain that has so many states; None: 11, or as many as there are.
+
+    Raises:
+        InputError: fewer than 2, or more than states.
+    """
+    count = min(COLUMNS, states) if columns is None else columns
+    require(2 <= count <= states, f"columns must be from 2 to {states}, the states there are, not {count}")
+    return count

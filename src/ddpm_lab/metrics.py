@@ -4,7 +4,7 @@ Images become features elsewhere; here features, (N, d), become statistics, and 
 Nothing here knows which network made them: over the FID network's features the Frechet distance is "FID", over others
 it is not.
 Invariant: statistics are float64 with ddof 1, and no score is ever NaN: what cannot be computed is refused by name.
-Features may lie in a memory-mapped file: no function here makes a float64 copy of all of them.
+Features may lie in a memory-mapped file: none here makes a float64 copy of more rows than there are columns.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +60,8 @@ class Statistics:
 def statistics(features: Tensor, indices: Tensor | None = None) -> Statistics:
     """Mean and covariance of features, (N, d) of any float dtype, N at least 2; of chosen rows, where these are given.
 
-    Gathered block by block (Chan et al. 1979), so that only a block is ever held in float64.
+    Gathered block by block (Chan et al. 1979): a block at a time is held in float64, or all rows where they are fewer
+    than the features.
 
     Raises:
         InputError: fewer than 2 rows, or values that are not finite.
@@ -253,9 +254,16 @@ def bootstrap_interval(
 
 
 def mean_interval(values: Tensor, z: float = 1.96) -> Interval:
-    """Mean of a measure of each image, (N,), -+ z times what the bootstrap's deviation of a mean tends to."""
-    values = values.double()
-    mean, half = float(values.mean()), z * float(values.std(correction=0)) / float(np.sqrt(len(values)))
+    """Mean of a measure of each image, (N,), and its interval.
+
+    Of a share, of bools, Wilson's (1927), which stays in [0, 1] and has a width at its ends too; else -+ z times what
+    the bootstrap's deviation of a mean tends to.
+    """
+    N, mean = len(values), float(values.double().mean())
+    if values.dtype == torch.bool:
+        centre, half = mean + z**2 / (2 * N), z * float(np.sqrt(mean * (1 - mean) / N + (z / (2 * N)) ** 2))
+        return Interval(mean, *(min(max((centre + end) / (1 + z**2 / N), 0.0), 1.0) for end in (-half, half)))
+    half = z * float(values.double().std(correction=0)) / float(np.sqrt(N))
     return Interval(mean, max(mean - half, 0.0), mean + half)
 
 

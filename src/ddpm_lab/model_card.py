@@ -13,6 +13,7 @@ from ddpm_lab.generation import generate
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import read_lines
+from ddpm_lab.progress import progress
 from ddpm_lab.trained import TrainedModel
 
 MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
@@ -32,7 +33,8 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
     from jinja2 import Environment, StrictUndefined
 
     sampling = SamplingConfig(sampler="dpmpp", num_steps=min(20, trained.schedule.num_timesteps), batch_size=NUM_IMAGES)
-    images = torch.cat(list(generate(trained, NUM_IMAGES, sampling)))
+    with progress("sampling", NUM_IMAGES * (sampling.num_steps or 0), "steps") as advance:
+        images = torch.cat(list(generate(trained, NUM_IMAGES, sampling, advance)))
     save_png(folder / "samples.png", image_grid(images, scale=visible_scale(trained.image_shape[1])))
 
     records = scores_of(trained)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddpm_lab.config import Prediction, Spacing
 from ddpm_lab.guidance import guided
 from ddpm_lab.onnx_engine import export, missing_packages
+from ddpm_lab.progress import progress
 from ddpm_lab.samplers import Step, ddim_steps
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
@@ -102,8 +103,12 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
     numbers = linear_steps(sampler, trained.schedule, num_steps, trained.config.diffusion.prediction)
-    network = network_graph(trained)
-    guiding = network if guidance == 1 else network_graph(trained, guidance)
+    with progress("exporting", 1 + (guidance != 1), "graphs") as advance:
+        network = guiding = network_graph(trained)
+        advance(1)
+        if guidance != 1:
+            guiding = network_graph(trained, guidance)
+            advance(1)
     (folder / "network.onnx").write_bytes(network)
     (folder / "sampler.onnx").write_bytes(sampler_graph(guiding, numbers, trained.image_shape))
     np.save(folder / "alpha_bar.npy", trained.schedule.alpha_bar.numpy())

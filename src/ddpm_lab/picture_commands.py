@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ddpm_lab.commands import Checkpoint, DataDir, Device, Source, Weights, app
-from ddpm_lab.config import SamplingConfig
-from ddpm_lab.look import COLUMNS, PictureConfig
+from ddpm_lab.config import FewImagesConfig
+from ddpm_lab.look import PictureConfig
 
 NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
 Betas = Annotated[
@@ -15,7 +15,7 @@ Betas = Annotated[
     Parameter(help="linear times 1000/T (rescaled), linear 1e-4 .. 0.02 at every T (fixed), cosine; one or several"),
 ]
 Look = Annotated[PictureConfig, Parameter(name="*")]
-Sampling = Annotated[SamplingConfig, Parameter(name="*")]
+Sampling = Annotated[FewImagesConfig, Parameter(name="*")]
 curves = App(
     name="curves",
     help="Draw curves: noise schedules, training, the norm of x_t.",
@@ -29,11 +29,11 @@ def forward(
     *,
     out: Path,
     dataset: str = "mnist",
-    split: Literal["train", "test"] = "test",
+    split: Literal["train", "test"] | None = None,
     num_images: int = 4,
     num_timesteps: NumTimesteps = (1000,),
     betas: Betas = ("rescaled",),
-    columns: int = COLUMNS,
+    columns: int | None = None,
     spacing: Literal["uniform", "logsnr"] = "uniform",
     closed_form: bool = False,
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
@@ -46,9 +46,9 @@ def forward(
     Args:
         out: FILE.png for a picture; FILE.gif or FILE.mp4 for a film, with a mark on the curves of alpha_bar and SNR.
         dataset: mnist, cifar10, digits, or the path of a folder of images.
-        split: which part of it.
+        split: which part of it; unset: test, but train of a folder, whose test part is a twentieth.
         num_images: drawn at random, from 1 to 64.
-        columns: timesteps in a picture, the clean image and the last among them.
+        columns: timesteps in a picture, the clean image and the last among them; unset: 11, or as many as there are.
         spacing: columns and frames even in t (uniform), or in the logarithm of the signal-to-noise ratio (logsnr).
         closed_form: jump from the image to each timestep with one noise, rather than walk step by step.
         seed: of the images and of the noise.
@@ -69,8 +69,8 @@ def reverse(
     *sources: Source,
     out: Path,
     num_images: int = 4,
-    columns: int = COLUMNS,
-    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    columns: int | None = None,
+    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
@@ -81,7 +81,7 @@ def reverse(
     Args:
         out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
         num_images: from 1 to 64; image i of a seed is that of `ddpm sample`.
-        columns: states in a picture, the noise and the image among them.
+        columns: states in a picture, the noise and the image among them; unset: 11, or as many as there are.
     """
     from ddpm_lab.reverse import show_reverse
 
@@ -100,8 +100,8 @@ def interpolate(
     out: Path,
     to_seed: int = 1,
     num_images: int = 4,
-    columns: int = COLUMNS,
-    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    columns: int | None = None,
+    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     look: Look = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
@@ -113,7 +113,7 @@ def interpolate(
         out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
         to_seed: where it ends; it begins at --seed.
         num_images: from 1 to 64, each a row.
-        columns: images of a row, the two ends among them.
+        columns: images of a row, the two ends among them; unset: 11.
     """
     from ddpm_lab.reverse import show_interpolation
 
@@ -132,9 +132,9 @@ def reconstruct(
     out: Path,
     timesteps: tuple[int, ...] = (),
     dataset: str | None = None,
-    split: Literal["train", "test"] = "test",
+    split: Literal["train", "test"] | None = None,
     num_images: int = 4,
-    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     scale: int | None = None,
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
@@ -146,8 +146,8 @@ def reconstruct(
     Args:
         out: FILE.png.
         timesteps: from 2 to T; unset: ten even ones.
-        dataset: whose images; unset: those the model was trained on.
-        split: which part of it.
+        dataset: whose images; unset: those the model was trained on. Those of a folder are cropped and scaled.
+        split: which part of it; unset: test, but train of a folder, whose test part is a twentieth.
         num_images: drawn at random, from 1 to 64.
         scale: whole factor by which images are enlarged, without blur; unset: to 56 pixels or more.
     """
@@ -194,7 +194,7 @@ def norms(
     *,
     out: Path,
     num_images: int = 64,
-    sampling: Sampling = SamplingConfig(batch_size=8),  # noqa: B008 (frozen)
+    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
     device: Device = "auto",

@@ -1,10 +1,8 @@
-"""`ddpm report`: a study as one page that needs nothing but itself, with results.json and results.csv beside it."""
+"""`ddpm report` of a study: one page that needs nothing but itself, with results.json and results.csv beside it."""
 
-import base64
 import dataclasses
 import json
 import math
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.drawing import COLOURS
 from ddpm_lab.files import locked, replace_atomically
-from ddpm_lab.grid import HEADLINE, Cell, open_study
-from ddpm_lab.progress import duration
-from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather
+from ddpm_lab.grid import HEADLINE, Cell, Study, open_study, read_study
+from ddpm_lab.page import embedded, record_as_text, render, short
+from ddpm_lab.results import BETAS, CellResult, Results, answer, as_csv, compare, compared_convention, gather
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.settings import InputError, packaged
 
@@ -22,7 +20,6 @@ STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
 MARKERS = {"-": "o", "-.": "v", "--": "D", ":": "s"}  # by the style of the line
 DOTS = {"ddim": "", "dpmpp": "^", "heun": "P", "ddpm": "X"}  # by the sampler
 PICTURES = ("samples.png", "ancestral.png", "forward.gif", "reverse.gif")
-MIME = {".png": "image/png", ".gif": "image/gif"}
 
 
 def write_report(out: Path) -> str:
@@ -47,16 +44,12 @@ def write_report(out: Path) -> str:
 
 def report_page(results: Results) -> str:
     """The page, as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = (resources.files("ddpm_lab") / "templates" / "report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": _short, "percent": lambda x: f"{x:.1%}", "duration": duration}
     finished = [result for result in results.cells if result.done]
     records = results.records
-    return environment.from_string(text).render(
+    return render(
+        "study.html",
         study=results.study,
-        source=results.study.name + ("" if results.study.name in packaged("study") else ".toml"),
+        source=_repeating(results.study),
         answer=answer(results),
         others=_other_answers(results),
         charts=_charts(results),
@@ -64,11 +57,16 @@ def report_page(results: Results) -> str:
         keys=results.study.measures.samplers,
         headline=HEADLINE,
         label=_headline_label(results),
+        features=_features(results),
+        sample_steps=results.cells[0].cell.config.evaluation.sample_steps,
         other_samplers=", ".join(sorted({r["sampler"] for r in records if r.get("fid")} - {"ddim", "dpmpp"})),
         unfinished=[result for result in results.cells if not result.done],
         chains=_chains(results),
         pictures=[_pictures(result) for result in {r.cell.label: r for r in reversed(finished)}.values()][::-1],
-        records=[_flat(record) for record in records],
+        records=[
+            record_as_text(f"{record['cell']}, {record['key']}", record, ("cell", "key", "traceback"))
+            for record in records
+        ],
         summaries=[result.done for result in finished],
         floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
     )
@@ -79,6 +77,18 @@ def _headline_label(results: Results) -> str:
     scored = [r for r in results.records if r["key"] != "training" and r.get("fid")]
     headline = [r for r in scored if r["key"].startswith(HEADLINE)]
     return next((r["fid_label"] for r in headline + scored), "FD")
+
+
+def _features(results: Results) -> dict[str, Any]:
+    """The network that scores are taken over, as records name it."""
+    named = (record["features"] for record in results.records if isinstance(record.get("features"), dict))
+    return {"name": "features", "num_classes": None} | next(named, {})
+
+
+def _repeating(study: Study) -> str:
+    """What `ddpm study` is to be given: the packaged name only where the packaged study is this one."""
+    same = study.name in packaged("study") and read_study(study.name).to_dict() == study.to_dict()
+    return study.name if same else f"{study.name}.toml"
 
 
 def _colour(results: Results, cell: Cell) -> str:
@@ -94,8 +104,8 @@ def _style(cell: Cell) -> str:
 
 def _point(x: float, record: dict[str, Any], score: str, what: str) -> tuple[float, float, Any, Any, str]:
     found = record[score]
-    interval = f"{_short(found['low'])} to {_short(found['high'])}"
-    return x, found["value"], found["low"], found["high"], f"{what}: {_short(found['value'])} ({interval})"
+    interval = f"{short(found['low'])} to {short(found['high'])}"
+    return x, found["value"], found["low"], found["high"], f"{what}: {short(found['value'])} ({interval})"
 
 
 def _charts(results: Results) -> dict[str, str]:
@@ -121,7 +131,8 @@ def _charts(results: Results) -> dict[str, str]:
         ),
         "native": line_chart(
             "native", _single_series(results, "ancestral", "kid", "num_timesteps"),
-            "steps of ancestral sampling, all of the chain", f"KID (n={measures.ancestral_images})",
+            "steps of ancestral sampling, all of the chain",
+            f"KID over {_features(results)['name']} (n={measures.ancestral_images})",
             log_x=True, x_ticks=lengths,
         ),
         "bounds": line_chart(
@@ -190,20 +201,24 @@ def _single_series(results: Results, key: str, score: str, x: str) -> list[Serie
 
 def _other_answers(results: Results) -> list[str]:
     """A sentence each for the native axis, the bound, the fixed range and continuous time, where they were measured."""
-    said = []
+    said, convention = [], compared_convention(results.study)
+    betas = BETAS[convention]
     native = compare(results, "kid", "ancestral")
     if native is not None:
-        listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(native.means.items()))
+        listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(native.means.items()))
         said.append(
-            f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}), KID: {listed}; "
-            f"the 95 % interval of the largest difference is +- {_short(native.half)}, and covers {native.covers}."
+            f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}) and {betas}, KID "
+            f"over {_features(results)['name']}: {listed}; "
+            f"the 95 % interval of the largest difference is +- {short(native.half)}, and covers {native.covers}."
         )
     label = _headline_label(results)
     for ending, wanted in (("", "fixed range"), (" as T=", "rescaled")):
+        if not ending and wanted == convention:
+            continue  # it is the answer
         means = _headline_means(results, ending, wanted)
         if means and not ending:  # at T = 1000 there is one chain for both kinds of betas
             means = {T: mean for T, mean in _headline_means(results, "", "rescaled").items() if T == 1000} | means
-        listed = ", ".join(f"{_short(value)} for T = {T}" for T, value in sorted(means.items()))
+        listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(means.items()))
         what = "One network of continuous time (T = 10,000), sampled" if ending else "With betas of a fixed range,"
         if listed:
             said.append(f"{what} at equal evaluations, {label}: {listed}.")
@@ -265,27 +280,9 @@ def _chains(results: Results) -> list[dict[str, Any]]:
 
 def _pictures(result: CellResult) -> dict[str, Any]:
     """The pictures of a cell, as data in the page."""
-    embedded = {}
-    for name in PICTURES:
-        path = result.folder / name
-        if path.is_file():
-            content = base64.b64encode(path.read_bytes()).decode()
-            embedded[path.stem] = f"data:{MIME[path.suffix]};base64,{content}"
     shown = f"{result.cell.label}, as T = {result.cell.shown_as}" if result.cell.sampled_as else result.cell.label
     return {
         "label": shown,
         "name": result.cell.name,
-        **dict.fromkeys(Path(p).stem for p in PICTURES),
-        **embedded,
+        **{Path(name).stem: embedded(result.folder / name) for name in PICTURES},
     }
-
-
-def _flat(record: dict[str, Any]) -> dict[str, str]:
-    """A record as text, without what is empty."""
-    return {key: str(value) for key, value in record.items() if value is not None and key != "traceback"}
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if abs(value) >= 0.05 else f"{value:.2g}"

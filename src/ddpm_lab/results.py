@@ -33,6 +33,7 @@ SUMMARY: dict[str, Any] = {
     "threads": int,
     "versions": dict,
 }
+BETAS = {"rescaled": "rescaled betas", "cosine": "cosine betas", "fixed range": "betas of a fixed range"}
 INTERVAL: dict[str, Any] = {"value": float, "low": float, "high": float}
 INTERVALS = ("fid", "inception_score", "kid", "bits_per_dimension")
 FLOOR: dict[str, Any] = {"num_images": int, "fid": float | None, "inception_score": float | None, "kid": float | None}
@@ -164,7 +165,7 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     for record in records:
         row = {name: record.get(name) for name in COLUMNS}
         row["seed"] = record["seed_of_training"]
-        for name in ("fid", "inception_score", "kid", "bits_per_dimension"):
+        for name in INTERVALS:
             score = record.get(name)
             if isinstance(score, dict):
                 row |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
@@ -256,7 +257,7 @@ def answer(results: Results) -> str:
     difference = compared.means[greatest] - compared.means[least]
     listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))
     *first, last = sorted(compared.means)
-    lengths = f"{', '.join(map(str, first))} and {last}"
+    lengths, betas = f"{', '.join(map(str, first))} and {last}", BETAS[compared_convention(results.study)]
     if difference > compared.half:
         found = (
             f"T = {least} scores better than T = {greatest} by {difference:.2g} (95 % interval {difference:.2g} +- "
@@ -267,7 +268,5 @@ def answer(results: Results) -> str:
             f"between T = {lengths} there is no difference larger than {difference + compared.half:.2g} (largest "
             f"measured {difference:.2g}, 95 % interval +- {compared.half:.2g})"
         )
-    return (
-        f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps), {found} in {label}: {listed}; the interval "
-        f"covers {compared.covers}."
-    )
+    alike = f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps) and with {betas}"
+    return f"{alike}, {found} in {label}: {listed}; the interval covers {compared.covers}."

@@ -20,7 +20,8 @@ from ddpm_lab.film import PICTURE_ENDINGS, check_kind, save_film
 from ddpm_lab.forward import Process, chosen_images, snr_at
 from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, trajectory
 from ddpm_lab.images import check_writable, save_png, visible_scale
-from ddpm_lab.look import COLUMNS, PictureConfig
+from ddpm_lab.interop import UNKNOWN
+from ddpm_lab.look import PictureConfig, num_columns
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, check_seed, require
@@ -256,7 +257,7 @@ def show_reverse(
     config: SamplingConfig,
     *,
     num_images: int = 4,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
@@ -280,7 +281,7 @@ def show_reverse(
     require(bool(sources), "name at least one model")
     generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
     steps = [build_sampler(trained, config).num_steps for trained in generators]
-    count = look.num_frames(max(steps) + 1) if moving else _columns(columns, max(steps) + 1)
+    count = look.num_frames(max(steps) + 1) if moving else num_columns(columns, max(steps) + 1)
     tell_warnings()
     with progress("sampling", num_images * sum(steps), "steps") as advance:
         shown = [record_trajectory(trained, config, num_images, count, advance) for trained in generators]
@@ -292,11 +293,6 @@ def show_reverse(
     return f"{out}: {num_images} images in {count} states, {'; '.join(t.label for t in shown)}; seed {config.seed}"
 
 
-def _columns(columns: int, states: int) -> int:
-    require(2 <= columns <= states, f"columns must be from 2 to {states}, the states there are, not {columns}")
-    return columns
-
-
 def show_interpolation(
     out: Path,
     source: str,
@@ -304,7 +300,7 @@ def show_interpolation(
     to_seed: int,
     *,
     num_images: int = 4,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: int | None = None,
@@ -313,7 +309,7 @@ def show_interpolation(
     """Save what lies between the images of two seeds, a row for each or a film; see `interpolate`, `show_reverse`."""
     moving = check_kind(out, look, columns)
     require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")
-    count = look.num_frames(10_001) if moving else _columns(columns, 101)
+    count = look.num_frames(10_001) if moving else num_columns(columns, 101)
     check_interpolation(config, to_seed)
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
@@ -342,7 +338,7 @@ def show_reconstruction(
     timesteps: Sequence[int],
     *,
     dataset: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     num_images: int = 4,
     look: PictureConfig = PictureConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
@@ -364,12 +360,14 @@ def show_reconstruction(
     chosen = sorted(set(timesteps)) or sorted({max(2, round(T * i / 10)) for i in range(1, 11)})
     for t in chosen:
         require(2 <= t <= T, f"timesteps must be from 2 to the {T} of {source}, not {t}")
-    sampler, data = build_sampler(trained, config), trained.config.data
+    sampler, dataset = build_sampler(trained, config), dataset or trained.config.data.dataset
     check_told(config)
-    size = None if dataset in DATASETS else data.image_size
-    x_0 = chosen_images(dataset or data.dataset, split, num_images, config.seed, data_dir, size)
+    if dataset == UNKNOWN:
+        raise InputError(f"{source} was imported and does not say what it was trained on; give --dataset")
+    size = None if dataset in DATASETS else shape[-1]
+    x_0 = chosen_images(dataset, split, num_images, config.seed, data_dir, size)
     if tuple(x_0.shape[1:]) != shape:
-        raise InputError(f"images of {dataset or data.dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
+        raise InputError(f"images of {dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
     tell_warnings()
     steps = sum(max(1, round(sampler.num_steps * t / T)) for t in chosen)
     with progress("denoising", num_images * steps, "steps") as advance:

@@ -111,6 +111,8 @@ class Session:
                     raise Interrupted(
                         f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
                     )
+        if processes.any_of(stopped.is_set()):  # while the last step was scored: a study is not to go on
+            raise Interrupted(f"stopped after step {state.step}, the last; all of the run is written")
 
     def _keep(self, interval: Interval, stopping: bool, advance: Advance) -> bool:
         """Log, save and draw what is due after a step; whether it was logged."""

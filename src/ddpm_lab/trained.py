@@ -15,12 +15,14 @@ from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_paramete
 from ddpm_lab.config import Config, Variance
 from ddpm_lab.files import read_json
 from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
+from ddpm_lab.log import read_lines
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
-from ddpm_lab.settings import InputError
+from ddpm_lab.settings import InputError, fits
 from ddpm_lab.training import resolve_device
 from ddpm_lab.unet import UNet, build_unet
 
 Weights = Literal["ema", "raw"]
+SCORES_TOLD = 6  # the newest
 WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
 
@@ -261,4 +263,12 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         ]
         validated = [line for line in entries if "validation_loss" in line]
         lines += [f"last logged: {line}" for line in validated[-1:] or entries[-1:]]
+    scored = [] if trained.run_dir is None else read_lines(trained.run_dir / "scores.jsonl")
+    for score in scored[-SCORES_TOLD:]:
+        fid = score.get("fid")
+        if isinstance(fid, dict) and fits(fid.get("value"), float):
+            lines.append(
+                f"scored at step {score['step']}: {score.get('fid_label')} {fid['value']:.4g}, {score.get('sampler')} "
+                f"with {score.get('num_evaluations')} evaluations, {score.get('weights')} weights"
+            )
     return lines

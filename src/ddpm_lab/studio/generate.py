@@ -201,7 +201,7 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
         at = min(int(index), len(held.seen.timesteps) - 1)
         return grid(held.seen.x_t[at]), grid(held.seen.x_0_hat[at]), f"t = {held.seen.timesteps[at]}"
 
-    source.change(choose, source, [classes, asked])
+    gr.on([page.load, source.change], choose, source, [classes, asked], show_progress="hidden")
     controls = [source, sampler, steps, eta, seed, count, asked, guidance]
     results = [x_t, x_0, told, made, back, command, after, downloads]
     filming = films.click(film, made, downloads)

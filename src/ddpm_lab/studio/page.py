@@ -16,6 +16,7 @@ from ddpm_lab.studio.forward import forward_tab
 from ddpm_lab.studio.generate import generate_tab
 from ddpm_lab.studio.runs import runs_tab
 from ddpm_lab.studio.scores import scores_tab
+from ddpm_lab.training import resolve_device
 
 HOST = "127.0.0.1"  # this machine alone
 LOOKS = 5.0  # seconds between looks at the disk
@@ -55,12 +56,13 @@ def serve(runs: Path, port: int, device: str) -> None:
     """Serve the page until it is interrupted.
 
     Raises:
-        InputError: the port is taken, or no port; `runs` is a file.
+        InputError: the port is taken, or no port; `runs` is a file; the device is not here.
     """
     if runs.exists() and not runs.is_dir():
         raise InputError(f"--runs {runs} is a file; name the folder that holds runs")
     if not 0 < port < 65536:
         raise InputError(f"--port must be from 1 to 65535, not {port}")
+    resolve_device(device)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served on a moment ago is free
         try:

@@ -1,0 +1,184 @@
+"""`ddpm report` of a run, or of a folder of runs: one page with curves, scores, samples and settings."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lab.charts import Series, line_chart
+from ddpm_lab.config import Config
+from ddpm_lab.curves import RunLog, read_run, training_figure
+from ddpm_lab.drawing import COLOURS
+from ddpm_lab.files import replace_atomically
+from ddpm_lab.log import read_lines
+from ddpm_lab.page import as_data, embedded, record_as_text, render, short
+from ddpm_lab.session import SCORES
+from ddpm_lab.settings import InputError, fits
+from ddpm_lab.trained import read_run_record
+from ddpm_lab.unet import build_unet
+
+COLUMNS = ("fid", "inception_score", "kid")  # of the table of scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what is known of it.
+
+    Attributes:
+        name: of its folder.
+        folder: where it lies.
+        config: its own.
+        record: `config.json` whole.
+        log: of its training; None where nothing is logged yet.
+        scores: the lines of scores.jsonl that hold a score.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    record: dict[str, Any]
+    log: RunLog | None
+    scores: list[dict[str, Any]]
+
+
+def write_run_report(folder: Path) -> str:
+    """Write report.html into the folder of a run, or into one that holds runs, whether or not they are being trained.
+
+    Returns:
+        A line that says what was made.
+    Raises:
+        InputError: no run, or one that is damaged; the folder cannot be written.
+    """
+    runs = [_open_run(path) for path in _run_folders(folder)]
+    try:
+        replace_atomically(folder / "report.html", run_page(folder.resolve().name, runs).encode())
+    except OSError as error:
+        raise InputError(f"{folder / 'report.html'} cannot be written: {error.strerror}") from error
+    return f"{folder / 'report.html'}: {', '.join(run.name for run in runs)}"
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    if (folder / "config.json").is_file():
+        return [folder]
+    within = sorted(folder.iterdir()) if folder.is_dir() else []
+    runs = [path for path in within if (path / "config.json").is_file() and not path.name.startswith(".")]
+    if not runs:
+        raise InputError(
+            f"{folder} is neither a study nor a run, and holds none: there is no study.json in it, and no config.json"
+        )
+    return runs
+
+
+def _open_run(folder: Path) -> Run:
+    record, config, _ = read_run_record(folder / "config.json")
+    scores = [line for line in read_lines(folder / SCORES) if any(_score(line, name) for name in COLUMNS)]
+    return Run(folder.resolve().name, folder, config, record, read_run(folder), scores)
+
+
+def _score(record: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """One score of a record, {value, low, high}, the ends None where no interval is known; None where it has none."""
+    score = record.get(name)
+    if not isinstance(score, dict) or not fits(score.get("value"), float):
+        return None
+    known = all(fits(score.get(end), float) for end in ("low", "high"))
+    return {"value": score["value"], **{end: score[end] if known else None for end in ("low", "high")}}
+
+
+def run_page(title: str, runs: Sequence[Run]) -> str:
+    """The page, as HTML."""
+    logs = [dataclasses.replace(run.log, scores=[]) for run in runs if run.log is not None]  # those have their charts
+    curves = io.BytesIO()
+    if logs:
+        training_figure(logs).savefig(curves, format="png", dpi=150)
+    numbered = [(run, record) for run in runs for record in run.scores]
+    return render(
+        "run.html",
+        title=title,
+        runs=[_summary(run) for run in runs],
+        curves=as_data(curves.getvalue(), ".png") if logs else None,
+        charts=_charts(runs),
+        rows=[_row(index, run, record) for index, (run, record) in enumerate(numbered)],
+        records=[record_as_text(f"{run.name}, step {record['step']}", record, ("step",)) for run, record in numbered],
+    )
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """What a run is, how far it came, its newest samples, and its settings as a recipe."""
+    channels, size, _ = run.record["data"]["image_shape"]
+    with torch.device("meta"):
+        model = build_unet(run.config.model, channels, size, run.config.diffusion.num_timesteps)
+    done = run.log.lines[-1]["step"] if run.log is not None else 0
+    grids = sorted((run.folder / "samples").glob("step_*.png"))
+    diffusion = run.config.diffusion
+    return {
+        "name": run.name,
+        "data": run.record["data"].get("name"),
+        "shape": f"{channels} x {size} x {size}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "process": f"T = {diffusion.num_timesteps}, {diffusion.beta_convention} betas, predicts {diffusion.prediction}",
+        "step": done,
+        "of": run.config.training.num_steps,
+        "images": done * run.config.training.batch_size,
+        "grid": embedded(grids[-1]) if grids else None,
+        "grid_step": int(grids[-1].stem.removeprefix("step_")) if grids else None,
+        "grid_steps": run.config.evaluation.sample_steps,
+        "film": embedded(run.folder / "samples" / "reverse.gif"),
+        "recipe": as_toml(run.config),
+        "versions": run.record.get("versions", {}),
+    }
+
+
+def as_toml(config: Config) -> str:
+    """A configuration as a recipe, which `load_recipe` reads back to the same one; JSON's values are TOML's."""
+    groups = []
+    for group, settings in config.to_dict().items():
+        given = {name: value for name, value in settings.items() if value is not None}
+        lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+        groups.append("\n".join([f"[{group}]", *lines]))
+    return "\n\n".join(groups)
+
+
+def _charts(runs: Sequence[Run]) -> list[str]:
+    """Frechet distances in the course of training over images seen; a chart for each label, for they do not compare."""
+    scored = [record for run in runs for record in run.scores if _in_training(record)]
+    labels = list(dict.fromkeys(str(record.get("fid_label")) for record in scored))
+    charts = []
+    for number, label in enumerate(labels):
+        series = []
+        for index, run in enumerate(runs):
+            points = []
+            for record in run.scores:
+                score = _score(record, "fid")
+                if score is not None and _in_training(record) and record.get("fid_label") == label:
+                    seen = record["step"] * run.config.training.batch_size
+                    told = f"{run.name}, {seen:,} images: {short(score['value'])}"
+                    points.append((seen, score["value"], score["low"], score["high"], told))
+            series.append(Series(run.name, COLOURS[index % len(COLOURS)], points))
+        charts.append(line_chart(f"scores{number}", series, "training images seen", label, log_y=True))
+    return charts
+
+
+def _in_training(record: dict[str, Any]) -> bool:
+    return record.get("by") == "training" and _score(record, "fid") is not None
+
+
+def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table of scores: each number with the record behind it, and the floor's beside it."""
+    told = record.get("floor")
+    floor = told if isinstance(told, dict) else {}
+    scores = {name: _score(record, name) for name in COLUMNS}
+    sampler = record.get("sampler")
+    return {
+        "run": run.name,
+        "step": record["step"],
+        "label": record.get("fid_label") or "",
+        "num_images": f"{count:,}" if isinstance(count := record.get("num_images"), int) else "",
+        "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations" if sampler else "",
+        "floor": {name: floor[name] for name in COLUMNS if fits(floor.get(name), float)},
+        **{name: score and score | {"record": index} for name, score in scores.items()},
+    }

@@ -1,0 +1,105 @@
+"""`ddpm report` of runs: the page, what is on it, and folders that hold none."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ddpm_lab.cli import run_command
+from ddpm_lab.config import Config, load_recipe
+from ddpm_lab.files import locked
+from ddpm_lab.log import append_line
+from ddpm_lab.run_report import as_toml, write_run_report
+from ddpm_lab.settings import InputError, packaged
+
+from .conftest import tree_hash
+
+
+def score(step, value, **rest):
+    fid = {"value": value, "low": value - 1, "high": value + 1}
+    return {"step": step, "seconds": 1.0, "fid": fid, "fid_label": "FD-classifier (n=20)", "num_images": 20} | rest
+
+
+@pytest.fixture
+def scored_run(tiny_run, tmp_path) -> Path:
+    run = tmp_path / "one"
+    shutil.copytree(tiny_run, run)
+    for step, value in ((6, 41.5), (12, 30.25)):
+        append_line(run / "scores.jsonl", score(step, value, by="training", floor={"fid": 1.125}))
+    return run
+
+
+def page(folder):
+    return (folder / "report.html").read_text()
+
+
+def test_a_run_is_one_page_that_needs_nothing_but_itself(scored_run, capsys):
+    before = tree_hash(scored_run)
+    assert run_command(["report", str(scored_run)]) == 0
+    assert capsys.readouterr().out == f"{scored_run / 'report.html'}: one\n"
+    after = tree_hash(scored_run)
+    assert after.pop("report.html")
+    assert after == before
+    text = page(scored_run)
+    for address in ('src="http', 'href="http', "@import", "url(h"):
+        assert address not in text
+    assert text.count("data:image/png;base64,") == 2  # the curves, and the newest grid
+    assert "step 12, averaged weights, DDIM with 2 steps" in text
+    assert ">12<small>of 12</small>" in text
+    for shown in ("30.2", "29.2 to 31.2", "1.12"):  # value, interval and floor
+        assert shown in text
+    assert 'href="#record-1"' in text
+    assert 'id="record-1"' in text
+    assert "<svg" in text
+    assert "one, 96 images: 30.2" in text  # what a dot says: 12 steps of 8
+
+
+def test_a_run_that_is_being_trained_is_reported_all_the_same(scored_run):
+    with locked(scored_run, "--run"):
+        write_run_report(scored_run)
+    assert "30.2" in page(scored_run)
+
+
+def test_runs_are_shown_together(scored_run):
+    other = scored_run.with_name("<two> & more")
+    shutil.copytree(scored_run, other)
+    (other / "scores.jsonl").unlink()
+    (other / "log.jsonl").unlink()
+    shutil.rmtree(other / "samples")
+    write_run_report(scored_run.parent)
+    text = page(scored_run.parent)
+    assert "<two>" not in text
+    assert text.count("&lt;two&gt; &amp; more") == 3  # what it is, samples, recipe
+    assert "none yet" in text
+    assert not (scored_run / "report.html").exists()
+
+
+def test_foreign_scores_are_passed_over(scored_run):
+    for strange in ({"fid": "low"}, {"fid": {"value": "a"}}, {"fid": {"value": 7.5}, "floor": 3, "num_images": None}):
+        append_line(scored_run / "scores.jsonl", score(12, 1.0) | strange)
+    write_run_report(scored_run)
+    assert page(scored_run).count('<div class="record"') == 3
+    assert ">7.5</a></td>" in page(scored_run)  # without an interval
+
+
+@pytest.mark.parametrize("recipe", packaged("recipe"))
+def test_the_recipe_on_the_page_is_that_of_the_run(recipe):
+    config = load_recipe(recipe)
+    assert Config.from_dict(tomllib.loads(as_toml(config))) == config
+
+
+def test_what_holds_no_run_is_refused(tmp_path, tiny_run, capsys):
+    for folder in (tmp_path / "absent", tmp_path):
+        assert run_command(["report", str(folder)]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {folder} is neither a study nor a run, and holds none: there is no study.json in it, and no "
+            "config.json\n"
+        )
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "config.json").write_text(json.dumps({"config": {}}))
+    with pytest.raises(InputError, match="is not a run's"):
+        write_run_report(run)
+    assert not (run / "report.html").exists()
