@@ -112,7 +112,7 @@ def default_data_dir() -> Path:
 def load_images(
     dataset: str,
     split: str = "train",
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     image_size: int | None = None,
     option: str = "--data.image-size",
 ) -> ImageSet:
@@ -136,7 +136,7 @@ def load_images(
         raise InputError(f"{option} must be from 1 to 4096, not {image_size}")
     if image_size is not None and dataset in DATASETS:
         raise InputError(f"{option} is for a folder of images; {dataset} has its own size")
-    folder = data_dir or default_data_dir()
+    folder = Path(data_dir or default_data_dir())
     if dataset == "mnist":
         images, labels = _read_mnist(folder / "mnist", split)
     elif dataset == "cifar10":
