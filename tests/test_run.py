@@ -256,6 +256,21 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
     assert checkpoint_steps(tmp_path) == [4, 7]
 
 
+def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe):
+    def written():
+        return json.loads((tmp_path / "config.json").read_text())
+
+    train(tiny(tiny_recipe, num_steps=4), tmp_path, device="cpu")
+    now, then = written()["versions"], written()["versions"] | {"torch": "1.0"}
+    assert "earlier_versions" not in written()
+    (tmp_path / "config.json").write_text(json.dumps(written() | {"versions": then}))
+    train(tiny(tiny_recipe, num_steps=4), tmp_path, device="cpu")  # it is at its end: nothing is computed
+    assert written()["versions"] == then
+    train(tiny(tiny_recipe, num_steps=8), tmp_path, device="cpu")
+    train(tiny(tiny_recipe, num_steps=10), tmp_path, device="cpu")
+    assert (written()["versions"], written()["earlier_versions"]) == (now, [then])
+
+
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):
     """All is written, and a study that trains the run does not go on to its measures."""
     real = session.Session._sample_grid

@@ -282,5 +282,13 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
                     f"{_as_typed(f'{group}.{name}', there)}, or another --run"
                 )
+    if steps:  # trained with the versions of then, to which those of now are added where it is trained further
+        earlier, then = old_record.get("earlier_versions", []), old_record.get("versions", {})
+        if steps[-1] >= new.training.num_steps:
+            record["versions"] = then
+        elif then != record["versions"]:
+            earlier = [*earlier, then]
+        if earlier:
+            record["earlier_versions"] = earlier
     if old_record["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")

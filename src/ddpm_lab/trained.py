@@ -156,6 +156,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
         and isinstance(record.get("versions", {}), dict)
+        and isinstance(record.get("earlier_versions", []), list)
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
     begun_from = record.get("from", {"source": ""})
