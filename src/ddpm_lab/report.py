@@ -12,7 +12,7 @@ from ddpm_lab.drawing import COLOURS
 from ddpm_lab.files import locked, replace_atomically
 from ddpm_lab.grid import HEADLINE, Cell, Study, open_study, read_study
 from ddpm_lab.page import embedded, record_as_text, render, short
-from ddpm_lab.results import BETAS, CellResult, Results, answer, as_csv, compare, compared_convention, gather
+from ddpm_lab.results import BETAS, CellResult, Results, answer, as_csv, compare, compared_convention, gather, told
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.settings import InputError, packaged
 
@@ -212,27 +212,23 @@ def _other_answers(results: Results) -> list[str]:
             f"the 95 % interval of the largest difference is +- {short(native.half)}, and covers {native.covers}."
         )
     label = _headline_label(results)
-    for ending, wanted in (("", "fixed range"), (" as T=", "rescaled")):
-        if not ending and wanted == convention:
-            continue  # it is the answer
-        means = _headline_means(results, ending, wanted)
-        if means and not ending:  # at T = 1000 there is one chain for both kinds of betas
-            means = {T: mean for T, mean in _headline_means(results, "", "rescaled").items() if T == 1000} | means
+    kept = None if convention == "fixed range" else compare(results, "fid", HEADLINE, "fixed range")
+    if kept is not None:  # else it is the answer, or was not measured
+        said.append(f"With {BETAS['fixed range']}, at equal evaluations, {told(kept, label)}.")
+    means = _continuous_means(results)
+    if means:
         listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(means.items()))
-        what = "One network of continuous time (T = 10,000), sampled" if ending else "With betas of a fixed range,"
-        if listed:
-            said.append(f"{what} at equal evaluations, {label}: {listed}.")
+        what = "One network of continuous time (T = 10,000), sampled at equal evaluations as each chain"
+        said.append(f"{what}, {label}: {listed}.")
     return said
 
 
-def _headline_means(results: Results, ending: str, convention: str) -> dict[int, float]:
-    """Scores at equal evaluations by T, the mean over seeds, of a kind of betas and an ending of the measure's key."""
+def _continuous_means(results: Results) -> dict[int, float]:
+    """Scores at equal evaluations of networks of continuous time, by the T they were sampled as, means over seeds."""
     found: dict[int, list[float]] = {}
     for record in results.records:
-        key, fid = record["key"], record.get("fid")
-        alike = key.startswith(HEADLINE + ending) if ending else key == HEADLINE
-        if alike and fid and record["trained_convention"] == convention:
-            found.setdefault(record["num_timesteps"], []).append(fid["value"])
+        if record["key"].startswith(f"{HEADLINE} as T=") and record.get("fid"):
+            found.setdefault(record["num_timesteps"], []).append(record["fid"]["value"])
     return {T: fmean(values) for T, values in found.items()}
 
 

@@ -203,17 +203,19 @@ def compared_convention(study: Study) -> str:
     return names[min(study.grid.betas, key=lambda betas: betas == "fixed")]
 
 
-def compare(results: Results, score: str, key: str) -> Compared | None:
+def compare(results: Results, score: str, key: str, convention: str | None = None) -> Compared | None:
     """Compare a score between the lengths of the chains of one kind of betas, over the seeds that all of them share.
 
     The interval is that of the largest of all differences (Tukey's studentised range), for it is the largest that is
     told. With several seeds it comes from their spread within each T, pooled over all; with one, from the intervals of
     the scores themselves, which cover the choice of images and not the training seed.
 
+    Args:
+        convention: the kind of betas; None: that of `compared_convention`.
     Returns:
         None where fewer than two lengths have the score.
     """
-    convention = compared_convention(results.study)
+    convention = convention or compared_convention(results.study)
     found: dict[int, dict[int, dict[str, float]]] = {}
     for result in results.cells:
         diffusion, record = result.cell.config.diffusion, result.at_end(key)
@@ -253,11 +255,18 @@ def answer(results: Results) -> str:
     if compared is None:
         return "Fewer than two lengths of the chain have been scored yet."
     label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE and r.get("fid"))
+    betas = BETAS[compared_convention(results.study)]
+    alike = f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps) and with {betas}"
+    return f"{alike}, {told(compared, label)}; the interval covers {compared.covers}."
+
+
+def told(compared: Compared, label: str) -> str:
+    """A comparison in words: the largest difference, with its interval or as the limit that it sets, and all means."""
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
     listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))
     *first, last = sorted(compared.means)
-    lengths, betas = f"{', '.join(map(str, first))} and {last}", BETAS[compared_convention(results.study)]
+    lengths = f"{', '.join(map(str, first))} and {last}"
     if difference > compared.half:
         found = (
             f"T = {least} scores better than T = {greatest} by {difference:.2g} (95 % interval {difference:.2g} +- "
@@ -268,5 +277,4 @@ def answer(results: Results) -> str:
             f"between T = {lengths} there is no difference larger than {difference + compared.half:.2g} (largest "
             f"measured {difference:.2g}, 95 % interval +- {compared.half:.2g})"
         )
-    alike = f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps) and with {betas}"
-    return f"{alike}, {found} in {label}: {listed}; the interval covers {compared.covers}."
+    return f"{found} in {label}: {listed}"
