@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab import checkpoint, cost, load, session
+from ddpm_lab import checkpoint, cost, load, scores, session
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
@@ -256,6 +256,29 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
     assert checkpoint_steps(tmp_path) == [4, 7]
 
 
+@pytest.mark.parametrize(("step", "words"), [(6, "stopped at step 6; its checkpoint"), (12, "after step 12, the last")])
+def test_a_signal_ends_a_score_under_way_which_is_made_on_resume(tmp_path, tiny_recipe, monkeypatch, step, words):
+    config = tiny(tiny_recipe)
+    scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
+    config, real = dataclasses.replace(config, evaluation=scored), scores.generate
+
+    def interrupted(trained, *rest):
+        if trained.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return real(trained, *rest)
+
+    monkeypatch.setattr(scores, "generate", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match=words):
+        train(config, tmp_path, device="cpu")
+    assert time.monotonic() - begun < 50
+    assert checkpoint_steps(tmp_path)[-1] == step
+    monkeypatch.undo()
+    train(config, tmp_path, device="cpu")
+    assert [line["step"] for line in read_lines(tmp_path / "scores.jsonl")] == [6, 12]
+
+
 def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe):
     def written():
         return json.loads((tmp_path / "config.json").read_text())
@@ -281,7 +304,7 @@ def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, m
         return real(sitting)
 
     monkeypatch.setattr(session.Session, "_sample_grid", interrupted)
-    with pytest.raises(Interrupted, match="stopped after step 12, the last; all of the run is written"):
+    with pytest.raises(Interrupted, match="stopped after step 12, the last; the same command makes"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 12
     assert (tmp_path / "samples" / "step_00000012.png").is_file()

@@ -116,7 +116,7 @@ def test_gradients_are_clipped_and_their_norm_reported(tiny_recipe):
     ("prediction", "precision"), [("eps", "float32"), ("eps", "bf16"), ("x_0", "float32"), ("v", "float32")]
 )
 def test_training_learns(tiny_recipe, prediction, precision):
-    config = config_of(tiny_recipe, num_steps=40, learning_rate=2e-3, precision=precision, batch_size=32)
+    config = config_of(tiny_recipe, num_steps=40, learning_rate=2e-3, precision=precision, batch_size=16)
     config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, prediction=prediction))
     state, images = state_of(config), load_images("digits").images
     before = validation_loss(state.ema, linear_schedule(), images[:64], prediction)

@@ -301,7 +301,7 @@ def check_scoring(
                 f"holds {reference.held_out.num_images}"
             )
     if "prdc" in config.metrics and num_images < FEWEST:
-        raise InputError(f"prdc needs {FEWEST} images or more, not {num_images}; give more, or leave it out")
+        raise InputError(f"prdc needs at least {FEWEST} images, not {num_images}; give more or leave it out")
     if reference.given is not None:
         there, own = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
         words = f"{reference.name} has {there} features, {network.name} {own}: they are of another network"

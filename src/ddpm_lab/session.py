@@ -88,20 +88,21 @@ class Session:
         training, state = self.config.training, self.state
         interval = Interval([], time.monotonic())
         with (
-            _stop_signals() as stopped,
+            _stop_signals() as stop,
             self.checkpoints,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
             for step in training_loop(state, self.schedule, images, self.config, labels):
                 k, last = step.step, step.step == training.num_steps
                 # asked once, and of all: a signal that comes later, or to one process only, is served alike by all
-                stopping = processes.any_of(stopped.is_set())
+                stopping = processes.any_of(stop.asked)
                 logged = False
                 if processes.lead():
                     interval.steps.append(step)
                     logged = self._keep(interval, stopping, advance)
-                if self._scoring(k):
-                    self._score()
+                if self._scoring(k) and self._score_unless(stop):
+                    self.checkpoints.save(state.step, state.model, state.ema, state.optimizer)
+                    stopping = True
                 if logged:  # what was drawn and scored since is not counted as time of training
                     interval = Interval([], time.monotonic())
                 advance(1)
@@ -111,8 +112,10 @@ class Session:
                     raise Interrupted(
                         f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
                     )
-        if processes.any_of(stopped.is_set()):  # while the last step was scored: a study is not to go on
-            raise Interrupted(f"stopped after step {state.step}, the last; all of the run is written")
+        if processes.any_of(stop.asked):  # in the midst of the last step: a study is not to go on
+            raise Interrupted(
+                f"stopped after step {state.step}, the last; the same command makes what is missing of it"
+            )
 
     def _keep(self, interval: Interval, stopping: bool, advance: Advance) -> bool:
         """Log, save and draw what is due after a step; whether it was logged."""
@@ -199,6 +202,20 @@ class Session:
             for line in read_lines(self.run_dir / SCORES)
         )
 
+    def _score_unless(self, stop: "_Stop") -> bool:
+        """Score, but for a signal, which ends at once what takes minutes; whether one came. It is scored on resume.
+
+        Among several processes all go through it, for they compute it together.
+        """
+        stop.at_once = processes.count() == 1
+        try:
+            self._score()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            stop.at_once = False
+        return False
+
     def _score(self) -> None:
         assert self.scorer is not None
         try:
@@ -227,22 +244,35 @@ class Session:
             self.tracking.film("reverse", film, self.state.step)
 
 
+@dataclass
+class _Stop:
+    """What signals ask for.
+
+    Attributes:
+        asked: to stop.
+        at_once: whether a signal interrupts what is under way.
+    """
+
+    asked: bool = False
+    at_once: bool = False
+
+
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set an event, so that the step under way can end; a second SIGINT interrupts at once."""
-    stopped = threading.Event()
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM ask to stop once the step under way has ended; a second one interrupts at once."""
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield stop
         return
 
     def ask(signum: int, frame: object) -> None:
-        if stopped.is_set():
+        again, stop.asked = stop.asked, True
+        if again or stop.at_once:
             raise KeyboardInterrupt
-        stopped.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
