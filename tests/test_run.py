@@ -279,6 +279,24 @@ def test_a_signal_ends_a_score_under_way_which_is_made_on_resume(tmp_path, tiny_
     assert [line["step"] for line in read_lines(tmp_path / "scores.jsonl")] == [6, 12]
 
 
+def test_a_signal_before_a_score_that_is_due_leaves_it_for_later(tmp_path, tiny_recipe, monkeypatch):
+    """Step 6 is drawn and scored; the signal comes while it is drawn."""
+    config = tiny(tiny_recipe)
+    scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
+    real = session.Session._sample_grid
+
+    def interrupted(sitting):
+        if sitting.state.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(sitting)
+
+    monkeypatch.setattr(session.Session, "_sample_grid", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 6; its checkpoint"):
+        train(dataclasses.replace(config, evaluation=scored), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path)[-1] == 6
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
 def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe):
     def written():
         return json.loads((tmp_path / "config.json").read_text())

@@ -1,6 +1,8 @@
 """`ddpm report` of runs: the page, what is on it, and folders that hold none."""
 
+import errno
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -77,11 +79,55 @@ def test_runs_are_shown_together(scored_run):
 
 
 def test_foreign_scores_are_passed_over(scored_run):
-    for strange in ({"fid": "low"}, {"fid": {"value": "a"}}, {"fid": {"value": 7.5}, "floor": 3, "num_images": None}):
+    unlabelled = {
+        "fid": {"value": 7.5},
+        "floor": 3,
+        "num_images": None,
+        "fid_label": 3,
+        "reference": "x",
+        "by": "training",
+    }
+    for strange in ({"fid": "low"}, {"fid": {"value": "a"}}, unlabelled):
         append_line(scored_run / "scores.jsonl", score(12, 1.0) | strange)
+    for name in ("step_final.png", "step_00000012_big.png"):
+        shutil.copy(scored_run / "samples" / "step_00000012.png", scored_run / "samples" / name)
     write_run_report(scored_run)
     assert page(scored_run).count('<div class="record"') == 3
+    assert page(scored_run).count("<svg") == 1
     assert ">7.5</a></td>" in page(scored_run)  # without an interval
+
+
+def test_a_link_to_a_run_is_no_other_run_and_names_need_not_be_text(scored_run):
+    odd = scored_run.with_name(os.fsdecode(b"caf\xe9"))
+    shutil.copytree(scored_run, odd)
+    (scored_run.parent / "latest").symlink_to(odd.name)
+    said = write_run_report(scored_run.parent)
+    assert said.endswith(": caf\\udce9, one")
+    assert page(scored_run.parent).count("caf\\udce9") >= 3
+
+
+def test_what_a_run_came_from_is_part_of_how_to_repeat_it(scored_run):
+    record = json.loads((scored_run / "config.json").read_text())
+    begun = {"from": {"source": "runs/first", "step": 8}, "earlier_versions": [{"torch": "1.0"}]}
+    (scored_run / "config.json").write_text(json.dumps(record | begun))
+    write_run_report(scored_run)
+    assert "--run DIR --from runs/first" in page(scored_run)
+    assert "It began from runs/first, step 8." in page(scored_run)
+    assert "before, with torch 1.0" in page(scored_run)
+    (scored_run / "config.json").write_text(json.dumps(record | {"imported": "a pipeline"}))
+    write_run_report(scored_run)
+    assert "ddpm train" not in page(scored_run)
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.ENOSPC, OSError), (errno.EACCES, InputError)])
+def test_a_page_that_cannot_be_written_is_told(scored_run, monkeypatch, number, refused):
+    def fails(path, content):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("ddpm_lab.run_report.replace_atomically", fails)
+    with pytest.raises(refused) as told:
+        write_run_report(scored_run)
+    assert type(told.value) is refused
 
 
 @pytest.mark.parametrize("recipe", packaged("recipe"))

@@ -10,7 +10,7 @@ import torch
 
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.diffusion import q_sample
-from ddpm_lab.drawing import COLOURS, rendered
+from ddpm_lab.drawing import COLOURS, rendered, showable
 from ddpm_lab.film import PICTURE_ENDINGS
 from ddpm_lab.forward import Process, chosen_images
 from ddpm_lab.generation import build_sampler, trajectory
@@ -126,7 +126,7 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
 def read_run(run: Path) -> RunLog | None:
     """The log of one run folder; None where it has no line yet."""
     lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
-    return RunLog(run.resolve().name, lines, _scores(run, lines[-1])) if lines else None
+    return RunLog(showable(run.resolve().name), lines, _scores(run, lines[-1])) if lines else None
 
 
 def _is_drawn(line: dict[str, Any]) -> bool:

@@ -128,6 +128,11 @@ def rendered(figure: "Figure") -> Picture:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
+def showable(name: str) -> str:
+    """A name as figures can draw it, though it be no text, as names of files need not be."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def number(value: float) -> str:
     """A positive number in few characters: 12000, 310, 4.2, 0.016, 4e-05, ∞."""
     if value == float("inf"):

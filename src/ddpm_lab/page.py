@@ -10,7 +10,10 @@ MIME = {".png": "image/png", ".gif": "image/gif"}
 
 
 def render(template: str, **values: object) -> str:
-    """A template of this package, as HTML; what is put in is escaped."""
+    """A template of this package, as HTML; what is put in is escaped.
+
+    Names of files may hold what is no text: let `backslashreplace` encode it.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -38,7 +38,7 @@ def write_report(out: Path) -> str:
             raise InputError(f"study {out} has no score yet")
         replace_atomically(out / "results.json", (json.dumps(records, indent=1) + "\n").encode())
         replace_atomically(out / "results.csv", as_csv(records).encode())
-        replace_atomically(out / "report.html", report_page(results).encode())
+        replace_atomically(out / "report.html", report_page(results).encode("utf-8", "backslashreplace"))
     return f"{out / 'report.html'}: {answer(results)}"
 
 

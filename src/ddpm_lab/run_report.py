@@ -13,8 +13,8 @@ import torch
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.config import Config
 from ddpm_lab.curves import RunLog, read_run, training_figure
-from ddpm_lab.drawing import COLOURS
-from ddpm_lab.files import replace_atomically
+from ddpm_lab.drawing import COLOURS, showable
+from ddpm_lab.files import NO_SPACE, replace_atomically
 from ddpm_lab.log import read_lines
 from ddpm_lab.page import as_data, embedded, record_as_text, render, short
 from ddpm_lab.session import SCORES
@@ -53,11 +53,15 @@ def write_run_report(folder: Path) -> str:
         A line that says what was made.
     Raises:
         InputError: no run, or one that is damaged; the folder cannot be written.
+        OSError: the disk is full.
     """
     runs = [_open_run(path) for path in _run_folders(folder)]
+    page = run_page(folder.resolve().name, runs).encode("utf-8", "backslashreplace")
     try:
-        replace_atomically(folder / "report.html", run_page(folder.resolve().name, runs).encode())
+        replace_atomically(folder / "report.html", page)
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
         raise InputError(f"{folder / 'report.html'} cannot be written: {error.strerror}") from error
     return f"{folder / 'report.html'}: {', '.join(run.name for run in runs)}"
 
@@ -67,6 +71,7 @@ def _run_folders(folder: Path) -> list[Path]:
         return [folder]
     within = sorted(folder.iterdir()) if folder.is_dir() else []
     runs = [path for path in within if (path / "config.json").is_file() and not path.name.startswith(".")]
+    runs = list({path.resolve(): path for path in reversed(runs)}.values())[::-1]  # a link to one of them is no other
     if not runs:
         raise InputError(
             f"{folder} is neither a study nor a run, and holds none: there is no study.json in it, and no config.json"
@@ -77,7 +82,14 @@ def _run_folders(folder: Path) -> list[Path]:
 def _open_run(folder: Path) -> Run:
     record, config, _ = read_run_record(folder / "config.json")
     scores = [line for line in read_lines(folder / SCORES) if any(_score(line, name) for name in COLUMNS)]
-    return Run(folder.resolve().name, folder, config, record, read_run(folder), scores)
+    name = folder.name or folder.resolve().name  # of '.', too
+    return Run(showable(name), folder, config, record, read_run(folder), scores)
+
+
+def _label(record: dict[str, Any]) -> str:
+    """What a record calls its distance; '' where it does not say."""
+    label = record.get("fid_label")
+    return showable(label) if isinstance(label, str) else ""
 
 
 def _score(record: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -91,7 +103,8 @@ def _score(record: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 def run_page(title: str, runs: Sequence[Run]) -> str:
     """The page, as HTML."""
-    logs = [dataclasses.replace(run.log, scores=[]) for run in runs if run.log is not None]  # those have their charts
+    # scores have charts of their own
+    logs = [dataclasses.replace(run.log, scores=[], name=run.name) for run in runs if run.log is not None]
     curves = io.BytesIO()
     if logs:
         training_figure(logs).savefig(curves, format="png", dpi=150)
@@ -113,7 +126,10 @@ def _summary(run: Run) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_unet(run.config.model, channels, size, run.config.diffusion.num_timesteps)
     done = run.log.lines[-1]["step"] if run.log is not None else 0
-    grids = sorted((run.folder / "samples").glob("step_*.png"))
+    grids = sorted(
+        path for path in (run.folder / "samples").glob("step_*.png") if path.stem.removeprefix("step_").isdecimal()
+    )
+    begun_from = run.record.get("from", {})
     diffusion = run.config.diffusion
     return {
         "name": run.name,
@@ -129,7 +145,10 @@ def _summary(run: Run) -> dict[str, Any]:
         "grid_steps": run.config.evaluation.sample_steps,
         "film": embedded(run.folder / "samples" / "reverse.gif"),
         "recipe": as_toml(run.config),
-        "versions": run.record.get("versions", {}),
+        "begun_from": begun_from.get("source"),
+        "begun_step": begun_from.get("step"),
+        "imported": "imported" in run.record,
+        "versions": [run.record.get("versions", {}), *run.record.get("earlier_versions", [])],
     }
 
 
@@ -146,7 +165,7 @@ def as_toml(config: Config) -> str:
 def _charts(runs: Sequence[Run]) -> list[str]:
     """Frechet distances in the course of training over images seen; a chart for each label, for they do not compare."""
     scored = [record for run in runs for record in run.scores if _in_training(record)]
-    labels = list(dict.fromkeys(str(record.get("fid_label")) for record in scored))
+    labels = list(dict.fromkeys(label for record in scored if (label := _label(record))))
     charts = []
     for number, label in enumerate(labels):
         series = []
@@ -154,7 +173,7 @@ def _charts(runs: Sequence[Run]) -> list[str]:
             points = []
             for record in run.scores:
                 score = _score(record, "fid")
-                if score is not None and _in_training(record) and record.get("fid_label") == label:
+                if score is not None and _in_training(record) and _label(record) == label:
                     seen = record["step"] * run.config.training.batch_size
                     told = f"{run.name}, {seen:,} images: {short(score['value'])}"
                     points.append((seen, score["value"], score["low"], score["high"], told))
@@ -176,7 +195,8 @@ def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": run.name,
         "step": record["step"],
-        "label": record.get("fid_label") or "",
+        "label": _label(record),
+        "reference": reference.get("name") if isinstance(reference := record.get("reference"), dict) else None,
         "num_images": f"{count:,}" if isinstance(count := record.get("num_images"), int) else "",
         "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations" if sampler else "",
         "floor": {name: floor[name] for name in COLUMNS if fits(floor.get(name), float)},

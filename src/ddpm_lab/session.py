@@ -209,8 +209,12 @@ class Session:
         """
         stop.at_once = processes.count() == 1
         try:
+            if stop.at_once and stop.asked:  # a signal that came while the step was logged or drawn
+                return True
             self._score()
         except KeyboardInterrupt:
+            if not stop.at_once:
+                raise
             return True
         finally:
             stop.at_once = False

@@ -157,6 +157,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and shape[1] == shape[2]
         and isinstance(record.get("versions", {}), dict)
         and isinstance(record.get("earlier_versions", []), list)
+        and all(isinstance(versions, dict) for versions in record.get("earlier_versions", []))
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
     begun_from = record.get("from", {"source": ""})
