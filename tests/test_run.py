@@ -240,17 +240,22 @@ def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tin
     assert checkpoint_steps(tmp_path) == [4]
 
 
-@pytest.mark.parametrize("moment", ["_validation_loss", "_sample_grid"])
-def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_path, tiny_recipe, monkeypatch, moment):
-    """Step 6 validates and samples and is no checkpoint's; the signal comes in the middle of it."""
+def signal_within(monkeypatch, moment, step, number):
+    """Send a signal in the midst of what a session does after a step."""
     real = getattr(session.Session, moment)
 
     def interrupted(sitting):
-        if sitting.state.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+        if sitting.state.step == step:
+            os.kill(os.getpid(), number)
         return real(sitting)
 
     monkeypatch.setattr(session.Session, moment, interrupted)
+
+
+@pytest.mark.parametrize("moment", ["_validation_loss", "_sample_grid"])
+def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_path, tiny_recipe, monkeypatch, moment):
+    """Step 6 validates and samples and is no checkpoint's; the signal comes in the middle of it."""
+    signal_within(monkeypatch, moment, 6, signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped at step 7"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4, 7]
@@ -283,14 +288,7 @@ def test_a_signal_before_a_score_that_is_due_leaves_it_for_later(tmp_path, tiny_
     """Step 6 is drawn and scored; the signal comes while it is drawn."""
     config = tiny(tiny_recipe)
     scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
-    real = session.Session._sample_grid
-
-    def interrupted(sitting):
-        if sitting.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(sitting)
-
-    monkeypatch.setattr(session.Session, "_sample_grid", interrupted)
+    signal_within(monkeypatch, "_sample_grid", 6, signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped at step 6; its checkpoint"):
         train(dataclasses.replace(config, evaluation=scored), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 6
@@ -314,14 +312,7 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
 
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):
     """All is written, and a study that trains the run does not go on to its measures."""
-    real = session.Session._sample_grid
-
-    def interrupted(sitting):
-        if sitting.state.step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(sitting)
-
-    monkeypatch.setattr(session.Session, "_sample_grid", interrupted)
+    signal_within(monkeypatch, "_sample_grid", 12, signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after step 12, the last; the same command makes"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 12

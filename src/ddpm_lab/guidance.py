@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab.diffusion import Model
+from ddpm_lab.unet import UNet
 
 
 class ClassModel(Protocol):
@@ -40,6 +41,14 @@ def guided(network: ClassModel, y: Tensor, num_classes: int, guidance: float = 1
         return free + guidance * (asked - free)
 
     return model
+
+
+def told(model: Model, labels: Tensor | None) -> Model:
+    """A network told the classes of these images, (B,) int64, as a model that knows none of it; None: as it is."""
+    if labels is None:
+        return model
+    assert isinstance(model, UNet)
+    return guided(model, labels, model.num_classes)
 
 
 def withhold(y: Tensor, num_classes: int, probability: float, generator: torch.Generator) -> Tensor:

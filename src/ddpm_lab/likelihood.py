@@ -15,10 +15,9 @@ from torch import Tensor
 from ddpm_lab.config import Prediction, Variance
 from ddpm_lab.data import to_float
 from ddpm_lab.diffusion import Model, per_image, posterior, predict_x_0_eps, q_sample
-from ddpm_lab.guidance import guided
+from ddpm_lab.guidance import told
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError, require
-from ddpm_lab.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,7 @@ def variational_bound(
 
     def of_rows(rows: slice) -> Model:
         """The model asked for some of the images; all else is float64 on the CPU, for some devices have none."""
-        asked = model
-        if labels is not None:
-            assert isinstance(model, UNet)
-            asked = guided(model, labels[rows], model.num_classes)
+        asked = told(model, None if labels is None else labels[rows])
 
         def on_device(x_t: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():

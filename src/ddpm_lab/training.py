@@ -21,7 +21,7 @@ from ddpm_lab import processes
 from ddpm_lab.config import Config, Prediction, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses
-from ddpm_lab.guidance import guided, withhold
+from ddpm_lab.guidance import guided, told, withhold
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet
@@ -257,9 +257,6 @@ def validation_loss(
             x_0 = to_float(images[first : first + batch_size])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
             t_batch = t[first : first + batch_size].to(x_0.device)
-            asked = model
-            if labels is not None:
-                assert isinstance(model, UNet)
-                asked = guided(model, labels[first : first + batch_size], model.num_classes)
+            asked = told(model, None if labels is None else labels[first : first + batch_size])
             total += float(denoising_losses(asked, schedule, x_0, t_batch, eps, prediction).sum())
     return total / N
