@@ -79,9 +79,32 @@ def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
     found = share_of_peak(model, x_t, t, torch.float32, step, training=False)
     layers = sum(count for *_, count in bench._convolutions(model, x_t, t))
     assert found["convolutions_alone_milliseconds"] == 1000 * layers
-    assert found["share"] == pytest.approx(found["step_flops_per_second"] / found["convolutions_flops_per_second"])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x_t, t)
+    convolutions = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    assert found["share"] == pytest.approx(2 * bench.forward_flops(model, (3, 8, 8)) * layers / convolutions)
     assert found["by_kind_milliseconds"]["convolutions"] > 0
     assert "the rest" in found["by_kind_milliseconds"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("silu_backward", "activation"),
+        ("silu_", "activation"),
+        ("native_group_norm_backward", "normalisation"),
+        ("convolution_backward", "convolutions"),
+        ("_softmax_backward_data", "attention"),
+        ("mm", "matrix products"),
+        ("mmap", "the rest"),
+        ("copy_", "copies and conversions"),
+        ("lerp_", "optimiser, average, gradient norm"),
+        ("Optimizer.step#Adam.step", "optimiser, average, gradient norm"),
+        ("add_", "the rest"),
+    ],
+)
+def test_operators_are_of_the_kind_of_their_work_on_the_way_back_and_in_place_too(operator, kind):
+    assert bench._kind(operator) == kind
 
 
 def test_operations_are_counted_as_by_hand(monkeypatch):

@@ -23,7 +23,7 @@ from ddpm_lab import evaluation, feature_store, generation, load
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import SamplingConfig, ScoringConfig, load_recipe
 from ddpm_lab.data import load_images
-from ddpm_lab.evaluation import Reference, evaluate, generated_images, open_reference
+from ddpm_lab.evaluation import evaluate, generated_images
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import classifier_network, module_network
 from ddpm_lab.files import locked
@@ -32,6 +32,7 @@ from ddpm_lab.images import save_npz
 from ddpm_lab.log import append_line, cut_lines, read_lines
 from ddpm_lab.metrics import statistics
 from ddpm_lab.neighbours import memorisation
+from ddpm_lab.reference import Reference, open_reference
 from ddpm_lab.run import train
 from ddpm_lab.scores import evaluate_source, score_table
 from ddpm_lab.settings import InputError
@@ -471,6 +472,23 @@ def test_a_killed_evaluation_goes_on(tiny_run, tmp_path, cache):
     shutil.rmtree(cache)
     whole = subprocess.run(command, capture_output=True, text=True, check=True)
     assert values(json.loads(continued.stdout)) == values(json.loads(whole.stdout))
+
+
+def test_a_floor_is_scored_once_for_all_scores_like_it(digits, monkeypatch):
+    images, scored, scores = load_images("digits", "test").images, [], evaluation._scores
+    monkeypatch.setattr(evaluation, "_floors", {})
+    monkeypatch.setattr(evaluation, "_scores", lambda *args: (scored.append(1), scores(*args))[1])
+
+    def floor(rows, network=digits, **settings):
+        scoring = ScoringConfig(metrics=("fid", "kid"), kid_subsets=2, **settings)
+        return evaluate(images[:rows], "digits:train", network, scoring)["floor"]
+
+    first = floor(40, bootstrap=0)
+    assert (len(scored), floor(40, bootstrap=3), len(scored)) == (2, first, 3)
+    assert (floor(50, bootstrap=0)["num_images"], len(scored)) == (50, 5)  # of as many as there are samples
+    assert (floor(40, bootstrap=0, kid_subset_size=20)["kid"] != first["kid"], len(scored)) == (True, 7)
+    module = module_network(torch.nn.Flatten(), "pixels")  # whose code has no hash
+    assert (floor(40, module), floor(40, module), len(scored))[2] == 11
 
 
 def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_recipe, digits):

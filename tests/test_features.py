@@ -69,7 +69,7 @@ def test_scores_are_those_of_torch_fidelity(inception_weights):
 
 
 def reference_of(images):
-    from ddpm_lab.evaluation import Reference
+    from ddpm_lab.reference import Reference
 
     stream = tensor_stream("real", images)
     return Reference("real", stream, None, stream.sha256)

@@ -1,11 +1,13 @@
 """Leases: one holder at a time, taken over from the dead, never from the living."""
 
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +78,20 @@ def test_the_lease_of_a_worker_elsewhere_is_taken_over_when_it_is_no_longer_touc
     os.utime(path, (time.time() - 2, time.time() - 2))
     with leased(path, 1.0) as lease:
         assert lease is not None
+
+
+def test_a_machine_of_the_same_name_is_not_this_one(tmp_path):
+    """Else its processes would be looked for here, and its lease taken as that of a dead one."""
+    from ddpm_lab import lease as module
+
+    path, gone = tmp_path / "a.lease", 2**22 + 1  # a number above those of processes
+    name, _, start = module._this_machine().rpartition("/")
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    assert not boot.exists() or start == boot.read_text().strip()
+    for other, taken in ((module._this_machine(), True), (f"{name}/another-start", False)):
+        path.write_text(json.dumps({"owner": f"{other} {gone} x"}))
+        with leased(path, 100.0) as lease:
+            assert (lease is not None) is taken
 
 
 def test_a_moment_without_the_file_system_loses_no_lease(tmp_path, monkeypatch):

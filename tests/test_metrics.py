@@ -18,7 +18,7 @@ from ddpm_lab.metrics import (
     mean_interval,
     statistics,
 )
-from ddpm_lab.neighbours import manifold
+from ddpm_lab.neighbours import manifold, memorisation
 from ddpm_lab.settings import InputError
 
 
@@ -213,6 +213,20 @@ def test_density_and_coverage_by_hand():
     assert found.precision.value == pytest.approx(2 / 3)
     assert found.density.value == pytest.approx((2 + 0 + 3) / 3)
     assert found.coverage.value == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("held", [1, 70, 2**22])
+def test_long_work_tells_how_far_it_is(held):
+    a, b, c = normal(30, 4), normal(20, 4, seed=1), normal(9, 4, seed=2)
+    told: list[int] = []
+    manifold(a, b, held=held, on_rows=told.append)
+    assert sum(told) == 2 * (30 + 20)
+    told.clear()
+    memorisation(a, b, c, on_rows=told.append)
+    assert sum(told) == 2 * 30 + 9
+    told.clear()
+    kernel_distance(a, b, subsets=7, on_subset=lambda: told.append(1))
+    assert sum(told) == 7
 
 
 @pytest.mark.parametrize("held", [1, 700, 2**22])

@@ -57,13 +57,16 @@ def exported(tiny_run, tmp_path_factory):
             record = {
                 "step": 12, "seconds": 1.0, "weights_sha256": sha256, "sampler": sampler, "num_evaluations": 19,
                 "num_images": 5000, "fid_label": "FD-classifier (n=5,000)", "fid": score,
-                "inception_score_whole": score, "floor": {"fid": 0.5},
+                "inception_score_whole": score, "floor": {"fid": 0.5, "num_images": 360},
+                "features": {"num_classes": 10},
             }  # fmt: skip
             stream.write(json.dumps(record) + "\n")
         del record["sampler"]  # and lines that no run writes
         stream.write(json.dumps(record | {"weights_sha256": own}) + "\n")
         stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim", "num_images": "many"}) + "\n")
-        stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim", "floor": 3}) + "\n")
+        for half_formed in ({"floor": 3}, {"floor": {"num_images": 3, "fid": "a"}}, {"floor": {"fid": 1.0}},
+                            {"fid": {"value": 1.0, "low": 1.0}}, {"fid": {"low": 1.0, "high": 2.0}}):  # fmt: skip
+            stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim"} | half_formed) + "\n")
     command = ["export", str(folder / "run"), "--to", "onnx", "--out", str(folder / "out")]
     assert run_command([*command, "--sampler", "ddim", "--num-steps", "6", "--license", "cc-by-4.0"]) == 0
     return folder / "out"
@@ -108,6 +111,7 @@ def test_the_card_says_what_it_is_and_what_it_scores(exported, tiny_run):
     card = (exported / "README.md").read_text()
     for words in ("license: cc-by-4.0", load(tiny_run, device="cpu").weights_sha256, "digits:train, 1,437 images",
                   "12 steps of 8 images", "6 steps of ddim", "1 x 8 x 8", "FD-classifier (n=5,000) 7.25 (7 to 7.5)",
+                  "7.25 (7 to 7.5), of 10 classes | 0.5 (n=360) |",
                   '"sampler": "heun"'):  # fmt: skip
         assert words in card, words
     assert '"sampler": "ddpm"' not in card, "a score of other weights"

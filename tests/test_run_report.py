@@ -11,6 +11,7 @@ import pytest
 
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import Config, load_recipe
+from ddpm_lab.curves import read_runs, training_figure
 from ddpm_lab.files import locked
 from ddpm_lab.log import append_line
 from ddpm_lab.run_report import as_toml, write_run_report
@@ -104,6 +105,33 @@ def test_a_link_to_a_run_is_no_other_run_and_names_need_not_be_text(scored_run):
     said = write_run_report(scored_run.parent)
     assert said.endswith(": caf\\udce9, one")
     assert page(scored_run.parent).count("caf\\udce9") >= 3
+
+
+def test_a_floor_of_fewer_images_and_the_classes_of_an_inception_score_are_told(scored_run):
+    for n in (12, 20):
+        floor = {"fid": 0.5, "inception_score": 9.5, "num_images": n}
+        features = {"name": "classifier (digits)", "num_classes": 10}
+        others = {"floor": floor, "features": features, "inception_score": {"value": 8.5, "low": 8.0, "high": 9.0}}
+        append_line(scored_run / "scores.jsonl", score(12, 3.0) | others)
+    write_run_report(scored_run)
+    assert page(scored_run).count(">0.5<small>n=12</small></td>") == 1
+    assert page(scored_run).count(">9.5<small>n=12</small></td>") == 1
+    assert page(scored_run).count(">0.5</td>") == 1  # of as many as were scored
+    assert page(scored_run).count("<small>of 10 classes</small>") == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["_old", "run$_$", "$a$ and $b", "a\\$b"])
+def test_names_are_drawn_as_they_stand(scored_run, name):
+    """Matplotlib takes what stands between dollars for mathematics, and leaves out of legends what begins with _."""
+    odd = scored_run.with_name(name)
+    scored_run.rename(odd)
+    legend = training_figure(read_runs([odd])).axes[0].get_legend()
+    assert [text.get_text().strip().replace(r"\$", "$") for text in legend.get_texts()] == [name]
+    write_run_report(odd)
+    chart = page(odd).partition("<svg")[2]
+    assert f"{name}</text>" in chart
+    assert f"{name}, 96 images: 30.2" in chart
 
 
 def test_what_a_run_came_from_is_part_of_how_to_repeat_it(scored_run):

@@ -111,6 +111,10 @@ def test_scores_are_told_with_the_record_behind_them(studio_runs, tmp_path):
     (other,) = records(here, "study/cells/one")
     assert table([other]) == [["3", "", "", "", "", "", "", "", ""]]
     assert "lacks what" in told(other)
+    fewer = record | {"inception_score": {"value": 7.5}, "floor": record["floor"] | {"num_images": 1360}}
+    ((*_, floor, inception_score, _, _),) = table([fewer])
+    assert floor.endswith(" (n=1,360)")
+    assert inception_score == "7.5 of 10 classes"
     with pytest.raises(InputError, match="there is no run"):
         records(here, "../outside")
 

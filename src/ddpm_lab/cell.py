@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ddpm_lab.checkpoint import checkpoint_steps
 from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.cost import evaluation_seconds, step_seconds
 from ddpm_lab.data import load_images, to_float
@@ -19,7 +20,7 @@ from ddpm_lab.files import replace_atomically
 from ddpm_lab.film import save_film
 from ddpm_lab.forward import Process, forward_frames
 from ddpm_lab.generation import evaluations_of
-from ddpm_lab.grid import HEADLINE, Cell, Study, parse_sampler
+from ddpm_lab.grid import HEADLINE, Cell, Study, cell_folder, parse_sampler
 from ddpm_lab.images import save_png, visible_scale
 from ddpm_lab.lease import Lease
 from ddpm_lab.likelihood import variational_bound
@@ -30,6 +31,7 @@ from ddpm_lab.reverse import record_trajectory, reverse_frames
 from ddpm_lab.run import told_classes, train, versions
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.scores import own_reference, score_model
+from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import TrainedModel, load, with_timesteps
@@ -63,22 +65,39 @@ def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> 
         check_scoring("the samples of a cell", count, shape, reference, network, _scoring(("fid", "is", "kid"), count))
 
 
-def study_cost(study: Study, cells: Sequence[Cell], device: str, data_dir: Path | None) -> list[str]:
-    """Lines on what cells will cost, counted and measured before they start: training, scoring, in all."""
+def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data_dir: Path | None) -> list[str]:
+    """Lines on what is left of cells will cost, counted and measured before they start: training, scoring, in all."""
     on = resolve_device(device)
     config = cells[0].config
     data = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
     shape = tuple(data.images.shape[1:])
     model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
     state = new_state(model, config.training)
-    training = step_seconds(state, build_schedule(config.diffusion), shape, config, on) * config.training.num_steps
+    step = step_seconds(state, build_schedule(config.diffusion), shape, config, on)
     each = evaluation_seconds(model.eval(), shape, "auto", on)
     lines, total = [], 0.0
     for cell in cells:
-        scoring = each * sum(planned_evaluations(study, cell).values())
+        steps, evaluations = _left(study, cell, cell_folder(out, cell))
+        training, scoring = step * steps, each * evaluations
         total += training + scoring
         lines.append(f"  {cell.name}: about {duration(training)} of training, {duration(scoring)} of sampling to score")
     return [*lines, f"in all about {duration(total)} on {on}, by a speed measured just now"]
+
+
+def _left(study: Study, cell: Cell, folder: Path) -> tuple[int, int]:
+    """Steps of training and evaluations for scores that a cell has not done yet."""
+    num_steps, planned = cell.config.training.num_steps, planned_evaluations(study, cell)
+    trained = min(max(checkpoint_steps(folder), default=0), num_steps)
+    scored = {line["step"] for line in read_lines(folder / SCORES) if line.get("by") == "training"}
+    kept = sum(step <= trained for step in scored)  # later ones are taken again
+    planned["while training"] -= planned["while training"] * kept // study.measures.checkpoints
+    measured = _measured(folder, num_steps)
+    return num_steps - trained, sum(count for key, count in planned.items() if key not in measured)
+
+
+def _measured(folder: Path, step: int) -> set[Any]:
+    """What was measured of the network at that step."""
+    return {line.get("key") for line in read_lines(folder / MEASURES) if line["step"] == step}
 
 
 def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
@@ -126,7 +145,7 @@ def compute_cell(
     """
     train(cell.config, folder, device=device, data_dir=data_dir, say=say)
     trained = load(folder, device=device)
-    done = {line.get("key") for line in read_lines(folder / MEASURES) if line["step"] == trained.step}
+    done = _measured(folder, trained.step)
     for key, measure in _measures(study, cell, trained, data_dir).items():
         lease.check()
         if key in done:

@@ -10,7 +10,7 @@ import torch
 
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.diffusion import q_sample
-from ddpm_lab.drawing import COLOURS, rendered, showable
+from ddpm_lab.drawing import COLOURS, plain, rendered, showable
 from ddpm_lab.film import PICTURE_ENDINGS
 from ddpm_lab.forward import Process, chosen_images
 from ddpm_lab.generation import build_sampler, trajectory
@@ -164,7 +164,7 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
     for index, log in enumerate(logs):
         colour = COLOURS[index % len(COLOURS)]
         images = [line["images"] for line in log.lines]
-        loss.plot(images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=log.name)
+        loss.plot(images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=plain(log.name))
         validated = [(line["images"], line["validation_loss"]) for line in log.lines if line.get("validation_loss")]
         if validated:
             loss.plot(*zip(*validated, strict=True), color=colour, linestyle="--", marker="o", markersize=3)
@@ -180,7 +180,7 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
                 distance[0].plot(*zip(*points, strict=True), style, color=colour, linewidth=1, markersize=4)
     for index, label in enumerate(labels):
         style = MARKS[index % len(MARKS)]
-        distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=label)
+        distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=plain(label))
     loss.set(xscale="linear", yscale="log")
     bands.set(yscale="log", xlim=(0, 1))
     speed.set_ylim(bottom=0)
@@ -269,6 +269,6 @@ def norm_figure(norms: StateNorms) -> "Figure":
     axes.plot(*zip(*norms.sampled, strict=True), color=COLOURS[1], linewidth=1.5, label="the sampler's states")
     axes.set_xlabel("t", fontsize=9)
     axes.set_ylabel("root mean square of x_t", fontsize=9)
-    axes.set_title(norms.label, fontsize=9, loc="left")
+    axes.set_title(plain(norms.label), fontsize=9, loc="left")
     axes.legend(fontsize=8, frameon=False)
     return figure

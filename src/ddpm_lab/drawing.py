@@ -133,6 +133,12 @@ def showable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it stands: no mathematics between dollars, and in the legend whatever it begins
+    with (what begins with an underscore it leaves out)."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def number(value: float) -> str:
     """A positive number in few characters: 12000, 310, 4.2, 0.016, 4e-05, ∞."""
     if value == float("inf"):

@@ -7,7 +7,7 @@ and the settings; caches change how long it takes, and nothing else.
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ from ddpm_lab.metrics import (
 )
 from ddpm_lab.neighbours import manifold, memorisation
 from ddpm_lab.progress import progress
+from ddpm_lab.reference import FEWEST, Reference, open_reference
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import TrainedModel
 
@@ -46,80 +47,8 @@ SCORES = (
     "precision", "recall", "density", "coverage",
 )  # fmt: skip
 SURE = 0.9  # of its class: how probable the classifier must find it
-FEWEST = 4  # images that are compared: precision and recall look at the third neighbour of each
+_floors: dict[tuple[Any, ...], dict[str, Any]] = {}  # one for all scores of a run, which differ in their images only
 FEWEST_HELD_OUT = 100  # for memorisation, which asks how near the nearest hundredth of them lie
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What images are compared with.
-
-    Attributes:
-        name: as the user named it.
-        images: or None, where only statistics are known.
-        given: statistics from a file, or None.
-        sha256: of the images' pixels, or of the file.
-        held_out: real images that are not in the reference, where they are not the other split of a known data set:
-            those that were kept from training on a folder.
-    """
-
-    name: str
-    images: ImageStream | None
-    given: Statistics | None
-    sha256: str
-    held_out: ImageStream | None = None
-
-    def others(self, data_dir: Path | None) -> ImageStream | None:
-        """Real images that are not in the reference, all of them, or None where none are known."""
-        if self.images is None or self.images.dataset is None:
-            return self.held_out
-        return open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
-
-    def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
-        """Those of `others` that are scored as the images are, or None where there are too few."""
-        others = self.others(data_dir)
-        if others is None or others.num_images < FEWEST:
-            return None
-        return others.draw(min(num_images, others.num_images))
-
-
-def open_reference(
-    name: str, data_dir: Path | None = None, image_size: int | None = None, channels: int | None = None
-) -> Reference:
-    """Open a reference.
-
-    Args:
-        name: see `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
-        data_dir, image_size, channels: see `open_images`.
-    Raises:
-        InputError: no such images, or unreadable ones; statistics that are none.
-    """
-    given = _read_statistics(Path(name)) if name.endswith(".npz") and Path(name).is_file() else None
-    if given is not None:
-        return Reference(name, None, given, hashlib.sha256(Path(name).read_bytes()).hexdigest())
-    images = open_images(name, data_dir, image_size, channels)
-    return Reference(name, images, None, images.sha256)
-
-
-def _read_statistics(path: Path) -> Statistics | None:
-    """Statistics in an .npz, or None where it holds something else."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
-            if "mu" not in held or "sigma" not in held:
-                return None
-            mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
-    except Exception as error:  # whatever a damaged archive makes numpy raise
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    try:
-        found = Statistics(None, mean, cov)
-    except InputError as error:
-        raise InputError(f"{path}: mu and sigma are no statistics: {error}") from error
-    if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) or bool((cov.diagonal() < 0).any()):
-        raise InputError(f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
-    eigenvalues = torch.linalg.eigvalsh(cov)
-    if float(eigenvalues[0]) < -1e-6 * float(eigenvalues[-1]):
-        raise InputError(f"{path}: sigma is no covariance: it has an eigenvalue of {float(eigenvalues[0]):.3g}")
-    return found
 
 
 def feature_network(
@@ -203,11 +132,14 @@ def evaluate(
     if against is not None and "fid" in config.metrics:
         known = against.statistics()
     floor_scores = None
-    if floor is not None:
-        values = _scores(features_of(floor, network), against, known, config, 0)
-        floor_scores = {name: interval and interval["value"] for name, interval in values.items()}
-        floor_scores |= {"images": floor.name, "num_images": floor.num_images}
-    record: dict[str, Any] = _scores(found, against, known, config, config.bootstrap)
+    if floor is not None and compared is not None:
+        settings = replace(config, bootstrap=0)
+        asked_for = (floor.sha256, compared.sha256, network.key, settings)
+        if not network.persistent or asked_for not in _floors:
+            values = _scores(features_of(floor, network), against, known, settings)
+            _floors[asked_for] = {name: interval and interval["value"] for name, interval in values.items()}
+        floor_scores = _floors[asked_for] | {"images": floor.name, "num_images": floor.num_images}
+    record: dict[str, Any] = _scores(found, against, known, config)
     record["fid_label"] = fid_label(network, stream.num_images)
     record["num_images"] = stream.num_images
     record["images"] = {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from}
@@ -232,9 +164,9 @@ def evaluate(
         others = compared.others(data_dir)
         assert against is not None
         assert others is not None
-        record["memorisation"], closest = memorisation(
-            found.values, against.values, features_of(others, network).values
-        )
+        usual = features_of(others, network).values
+        with progress("nearest training images", 2 * len(found.values) + len(usual), "images") as advance:
+            record["memorisation"], closest = memorisation(found.values, against.values, usual, on_rows=advance)
         if pairs is not None:
             rows = [_pick(stream, [i for i, *_ in closest]), _pick(compared.images, [j for _, j, _ in closest])]
             save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
@@ -318,10 +250,10 @@ def fid_label(network: FeatureNetwork, num_images: int) -> str:
 
 
 def _scores(
-    found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig, replicates: int
+    found: Features, against: Features | None, known: Statistics | None, config: ScoringConfig
 ) -> dict[str, Any]:
-    """The scores asked for, each {value, low, high}, None where not asked for; without replicates no low and high."""
-    N = len(found.values)
+    """The scores asked for, each {value, low, high}, None where not asked for; without a bootstrap no low and high."""
+    N, replicates = len(found.values), config.bootstrap
     scores: dict[str, Any] = dict.fromkeys(SCORES)
 
     def put(name: str, interval: Interval | float) -> None:
@@ -345,17 +277,23 @@ def _scores(
         logits = found.logits
         if logits is None:
             raise InputError("the Inception Score needs a network that gives logits; leave is out of the metrics")
-        for name, splits in (("inception_score", min(config.is_splits, N)), ("inception_score_whole", 1)):
+        with progress("Inception Scores", 2 * (replicates + 1), "scores") as advance:
+            for name, splits in (("inception_score", min(config.is_splits, N)), ("inception_score_whole", 1)):
 
-            def score(rows: Tensor, splits: int = splits) -> float:
-                assert logits is not None
-                return inception_score(logits, splits, indices=rows)[0]
+                def score(rows: Tensor, splits: int = splits) -> float:
+                    assert logits is not None
+                    value = inception_score(logits, splits, indices=rows)[0]
+                    advance(1)
+                    return value
 
-            put(name, bootstrap_interval(score, N, replicates))
+                put(name, bootstrap_interval(score, N, replicates))
     if "kid" in config.metrics:
         assert against is not None
         size = min(config.kid_subset_size or 1000, N, len(against.values))
-        value, spread = kernel_distance(found.values, against.values, config.kid_subsets, size)
+        with progress("kernel distances", config.kid_subsets, "subsets") as advance:
+            value, spread = kernel_distance(
+                found.values, against.values, config.kid_subsets, size, on_subset=partial(advance, 1)
+            )
         if replicates:  # of the images drawn, and of the subsets drawn from them
             deviation = kernel_distance_deviation(found.values, against.values, replicates)
             half = 1.96 * float(np.hypot(deviation, spread / config.kid_subsets**0.5))
@@ -366,7 +304,9 @@ def _scores(
         assert against is not None
         n = min(N, len(against.values))
         generated, real = (_subset(features.values, n) for features in (found, against))
-        for name, interval in asdict(manifold(generated, real)).items():
+        with progress("neighbours", 4 * n, "images") as advance:
+            near = manifold(generated, real, on_rows=advance)
+        for name, interval in asdict(near).items():
             put(name, Interval(**interval) if replicates else interval["value"])
     return scores
 

@@ -42,7 +42,13 @@ class GridConfig(SettingsGroup):
     seeds: tuple[int, ...] = (0,)
     """of training"""
     continuous: bool = True
-    """one more cell a seed: a network of 10,000 timesteps, rescaled, that is sampled as each of the others"""
+    """one more cell a seed: a network of 10,000 timesteps, rescaled (cosine, where that is what is compared), that is
+    sampled as a chain of each other length"""
+
+    @property
+    def compared(self) -> Literal["rescaled", "fixed", "cosine"]:
+        """The betas whose lengths are compared: the first that are one process at every T, else the fixed range."""
+        return min(self.betas, key=lambda betas: betas == "fixed")
 
     def _check(self) -> None:
         for name in ("num_timesteps", "betas", "seeds"):
@@ -118,7 +124,7 @@ class Cell:
         """What figures call it."""
         diffusion = self.config.diffusion
         if self.sampled_as:
-            return "continuous time"
+            return f"continuous time, {diffusion.beta_convention}"
         if diffusion.schedule == "linear" and diffusion.num_timesteps == 1000:
             return "T = 1000"  # by either convention
         return f"T = {diffusion.num_timesteps}, {diffusion.beta_convention}"
@@ -157,7 +163,7 @@ class Study:
                         config = self._config(T, seed, linear, betas != "fixed" or T == 1000)
                         cells.append(Cell(len(cells), f"T{T}{kind}-seed{seed}", config))
             if self.grid.continuous:
-                config = self._config(CONTINUOUS, seed, True, True)
+                config = self._config(CONTINUOUS, seed, self.grid.compared != "cosine", True)
                 cells.append(Cell(len(cells), f"continuous-seed{seed}", config, self.grid.num_timesteps))
         return cells
 

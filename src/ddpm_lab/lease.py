@@ -118,12 +118,14 @@ def _owner(path: Path) -> str | None:
 
 
 def _this_machine() -> str:
-    """A name of this machine and of its table of processes, for containers have their own."""
+    """A name of this machine since it started and of its table of processes: containers have their own, and machines
+    may share a name."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        processes = "-"
-    return f"{socket.gethostname()}/{processes}"
+        processes, start = "-", f"{uuid.getnode():x}"
+    return f"{socket.gethostname()}/{processes}/{start}"
 
 
 def _is_gone(owner: str | None) -> bool:

@@ -143,7 +143,12 @@ def inception_score(
 
 
 def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 2020
+    a: Tensor,
+    b: Tensor,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    seed: int = 2020,
+    on_subset: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
@@ -152,6 +157,7 @@ def kernel_distance(
         subsets: how many pairs of random subsets are averaged.
         subset_size: images in each; None: the smaller of 1000, N and M.
         seed: of the choice of subsets.
+        on_subset: called after each.
     Returns:
         Mean and standard deviation over the subsets; the mean may be slightly below 0 for equal distributions.
     Raises:
@@ -171,6 +177,7 @@ def kernel_distance(
         xx, yy, xy = (_cubic_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
         values.append(float(within - 2 * xy.mean()))
+        on_subset()
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -300,8 +307,8 @@ def checked(features: Tensor, num_features: int | None = None) -> Tensor:
     return features.detach().cpu()
 
 
-def blocks(features: Tensor, block: int = BLOCK) -> Iterator[Tensor]:
+def blocks(features: Tensor) -> Iterator[Tensor]:
     """Rows in float64, some at a time."""
-    for part in torch.split(features, block):
+    for part in torch.split(features, BLOCK):
         if len(part):
             yield part.double()

@@ -14,12 +14,12 @@ from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
+from ddpm_lab.settings import fits
 from ddpm_lab.trained import TrainedModel
 
 MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
 NUM_IMAGES = 16
 FIELDS = {"sampler": str, "num_evaluations": int, "num_images": int, "fid_label": str}
-BOUNDS = ("value", "low", "high")
 
 
 def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder: Path) -> None:
@@ -40,7 +40,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
     records = scores_of(trained)
     data, dataset = trained.record["data"], trained.config.data.dataset
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.filters["score"] = _score
+    environment.filters |= {"score": _score, "classes": _classes, "floor": _floor}
     text = (resources.files("ddpm_lab") / "templates" / "model_card.md").read_text(encoding="utf-8")
     card = environment.from_string(text).render(
         form=form,
@@ -78,14 +78,17 @@ def scores_of(trained: TrainedModel) -> list[dict[str, Any]]:
 
 def _whole(record: dict[str, Any]) -> bool:
     def score(value: object) -> bool:
-        kinds = (int, float, type(None))
-        return value is None or (isinstance(value, dict) and all(isinstance(value.get(n), kinds) for n in BOUNDS))
+        if not isinstance(value, dict):
+            return value is None
+        ends = [value.get("low"), value.get("high")]
+        return fits(value.get("value"), float) and (ends == [None, None] or all(fits(end, float) for end in ends))
 
     floor = record.get("floor")
     return (
         all(isinstance(record.get(name), kind) for name, kind in FIELDS.items())
         and all(score(record.get(name)) for name in ("fid", "inception_score_whole"))
-        and (floor is None or (isinstance(floor, dict) and isinstance(floor.get("fid"), int | float | None)))
+        and (floor is None or (isinstance(floor, dict) and fits(floor.get("num_images"), int)))
+        and (floor is None or fits(floor.get("fid"), float | None))
     )
 
 
@@ -98,12 +101,25 @@ def _data(data: dict[str, Any]) -> str:
     return ", ".join(known)
 
 
-def _score(score: dict[str, Any] | float | None) -> str:
-    if score is None:
+def _floor(record: dict[str, Any]) -> str:
+    """What real images have, with their number where they are fewer."""
+    floor = record.get("floor")
+    if floor is None or floor.get("fid") is None:
         return ""
-    if not isinstance(score, dict):
-        return f"{score:.4g}"
-    if score.get("value") is None:
+    fewer = f" (n={floor['num_images']:,})" if floor["num_images"] != record["num_images"] else ""
+    return f"{floor['fid']:.4g}{fewer}"
+
+
+def _classes(record: dict[str, Any]) -> str:
+    """Over how many classes an Inception Score is, where it is none of the FID network."""
+    features = record.get("features")
+    classes = features.get("num_classes") if isinstance(features, dict) else None
+    told = record.get("inception_score_whole") and classes and not record["fid_label"].startswith("FID")
+    return f", of {classes} classes" if told else ""
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
         return ""
     interval = f" ({score['low']:.4g} to {score['high']:.4g})" if score.get("low") is not None else ""
     return f"{score['value']:.4g}{interval}"

@@ -3,7 +3,7 @@
 Distances are Euclidean, in float64, and computed a block at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ddpm_lab.metrics import Interval, blocks, checked, mean_interval
 from ddpm_lab.settings import InputError
 
 HELD = 2**22  # distances, 32 MiB of them
+OnRows = Callable[[int], object]  # called with how many images more were compared with all others
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Manifold:
     coverage: Interval
 
 
-def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> Manifold:
+def manifold(
+    generated: Tensor, real: Tensor, k: int = 3, held: int = HELD, on_rows: OnRows = lambda rows: None
+) -> Manifold:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
 
     The ball of an image reaches to its k-th nearest neighbour in its own set. Memory does not grow with N.
@@ -44,6 +47,7 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> M
         generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
         k: neighbours.
         held: distances in memory at once.
+        on_rows: called with the number of images after some were compared; 2 N + 2 M in all.
     Raises:
         InputError: dimensions differ, or a set of k images or fewer.
     """
@@ -51,15 +55,15 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> M
     real = checked(real, generated.shape[1])
     if min(len(generated), len(real)) <= k or k < 1:
         raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
-    real_radius, generated_radius = (radii(features, features, k, held) for features in (real, generated))
+    real_radius, generated_radius = (radii(features, features, k, held, on_rows) for features in (real, generated))
     holding = torch.zeros(len(generated), dtype=torch.int64)
     covered = torch.zeros(len(real), dtype=torch.bool)
     recalled = torch.zeros(len(real), dtype=torch.bool)
-    for rows, distances in _distances(generated, real, held):
+    for rows, distances in _distances(generated, real, held, on_rows):
         inside = distances <= real_radius  # (rows, M)
         holding[rows] = inside.sum(1)
         covered |= inside.any(0)
-    for rows, distances in _distances(real, generated, held):
+    for rows, distances in _distances(real, generated, held, on_rows):
         recalled[rows] = (distances <= generated_radius).any(1)
     return Manifold(
         precision=mean_interval(holding > 0),
@@ -69,15 +73,17 @@ def manifold(generated: Tensor, real: Tensor, k: int = 3, held: int = HELD) -> M
     )
 
 
-def radii(members: Tensor, features: Tensor, k: int, held: int = HELD) -> Tensor:
+def radii(members: Tensor, features: Tensor, k: int, held: int = HELD, on_rows: OnRows = lambda rows: None) -> Tensor:
     """Distance of each member of a set of features to its k-th nearest other, (N,) float64."""
     found = torch.zeros(len(members), dtype=torch.float64)
-    for rows, distances in _distances(members, features, held):
+    for rows, distances in _distances(members, features, held, on_rows):
         found[rows] = distances.kthvalue(k + 1).values
     return found
 
 
-def nearest(features: Tensor, others: Tensor, held: int = HELD) -> tuple[Tensor, Tensor]:
+def nearest(
+    features: Tensor, others: Tensor, held: int = HELD, on_rows: OnRows = lambda rows: None
+) -> tuple[Tensor, Tensor]:
     """For each row the nearest of the others.
 
     Returns:
@@ -88,12 +94,14 @@ def nearest(features: Tensor, others: Tensor, held: int = HELD) -> tuple[Tensor,
     features = checked(features)
     others = checked(others, features.shape[1])
     found, indices = torch.zeros(len(features), dtype=torch.float64), torch.zeros(len(features), dtype=torch.int64)
-    for rows, distances in _distances(features, others, held):
+    for rows, distances in _distances(features, others, held, on_rows):
         found[rows], indices[rows] = distances.min(1)
     return found, indices
 
 
-def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> tuple[dict[str, Any], list[Any]]:
+def memorisation(
+    generated: Tensor, training: Tensor, held_out: Tensor, on_rows: OnRows = lambda rows: None
+) -> tuple[dict[str, Any], list[Any]]:
     """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
 
     A generator of little variety, or of typical images only, has more of these without having copied anything; so it is
@@ -101,13 +109,14 @@ def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> tuple
 
     Args:
         generated, training, held_out: features, (N, d), (M, d) and (K, d).
+        on_rows: called with the number of images after some were compared; 2 N + K in all.
     Returns:
         What the record says, and the 16 closest as [index, index of its nearest training image, distance].
     """
-    distances, neighbours = nearest(generated, training)
-    usual = nearest(held_out, training)[0]
+    distances, neighbours = nearest(generated, training, on_rows=on_rows)
+    usual = nearest(held_out, training, on_rows=on_rows)[0]
     threshold = float(torch.quantile(usual, 0.01))
-    lonely = radii(training[neighbours], training, 1)  # of each neighbour, to its own nearest one
+    lonely = radii(training[neighbours], training, 1, on_rows=on_rows)  # of each neighbour, to its own nearest one
     closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
     return {
         "nearer_than_test": float((distances < threshold).double().mean()),
@@ -120,7 +129,7 @@ def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> tuple
     }, closest
 
 
-def _distances(members: Tensor, features: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:
+def _distances(members: Tensor, features: Tensor, held: int, on_rows: OnRows) -> Iterator[tuple[slice, Tensor]]:
     """Euclidean distances of some rows at a time to all features, (rows, N) float64, in one buffer used again.
 
     Fresh memory for each would leave the heap in pieces: 12 GB of it were seen with 50,000 images.
@@ -134,3 +143,4 @@ def _distances(members: Tensor, features: Tensor, held: int) -> Iterator[tuple[s
             buffer[: len(part), column : column + len(other)] = torch.cdist(part, other)
             column += len(other)
         yield slice(first, first + len(part)), buffer[: len(part)]
+        on_rows(len(part))

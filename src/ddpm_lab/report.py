@@ -67,9 +67,28 @@ def report_page(results: Results) -> str:
             record_as_text(f"{record['cell']}, {record['key']}", record, ("cell", "key", "traceback"))
             for record in records
         ],
-        summaries=[result.done for result in finished],
-        floor=next((r["floor"] for r in records if r["key"] == HEADLINE and r.get("floor")), None),
+        places=_places(finished),
+        dtypes=sorted({str(r["dtype"]) for r in records if r["key"] != "training" and r.get("dtype")}),
+        floor=_floor(records, HEADLINE),
+        native_floor=_floor(records, "ancestral"),
     )
+
+
+def _floor(records: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """What real images score, in as many as a measure has."""
+    return next((record["floor"] for record in records if record["key"] == key and record.get("floor")), None)
+
+
+def _places(finished: list[CellResult]) -> dict[str, list[str]]:
+    """Where cells were computed and with what, in words, each with the names of its cells."""
+    places: dict[str, list[str]] = {}
+    for result in finished:
+        done = result.done or {}
+        threads = f"{done['threads']} thread{'s' * (done['threads'] != 1)}"
+        versions = ", ".join(f"{name} {number}" for name, number in done["versions"].items())
+        place = f"on {done['device']} ({done['machine']}) with {threads}; {versions}."
+        places.setdefault(place, []).append(result.cell.name)
+    return places
 
 
 def _headline_label(results: Results) -> str:
@@ -113,8 +132,8 @@ def _charts(results: Results) -> dict[str, str]:
     records, measures = results.records, results.study.measures
     label = next((record["fid_label"] for record in records if record["key"] == "training" and record.get("fid")), "FD")
     final = _headline_label(results)
-    floor = next((r["floor"]["fid"] for r in records if r["key"] == HEADLINE and r.get("floor")), None)
-    level = (floor, "floor: real images") if floor else None
+    floor = _floor(records, HEADLINE)
+    level = (floor["fid"], "floor: real images") if floor and floor["fid"] else None
     lengths = sorted(results.study.grid.num_timesteps)
     costs = sorted({r["num_evaluations"] for r in records if r["key"] in measures.samplers})
     return {
@@ -218,8 +237,9 @@ def _other_answers(results: Results) -> list[str]:
     means = _continuous_means(results)
     if means:
         listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(means.items()))
-        what = "One network of continuous time (T = 10,000), sampled at equal evaluations as each chain"
-        said.append(f"{what}, {label}: {listed}.")
+        of = BETAS["cosine" if convention == "cosine" else "rescaled"]
+        what = "One network of continuous time (T = 10,000), sampled at equal evaluations as a chain of each length"
+        said.append(f"{what} with {of}, {label}: {listed}.")
     return said
 
 

@@ -198,9 +198,8 @@ class Compared:
 
 
 def compared_convention(study: Study) -> str:
-    """The kind of betas whose lengths are compared: the first that is one process at every T, else the fixed range."""
-    names = {"rescaled": "rescaled", "cosine": "cosine", "fixed": "fixed range"}
-    return names[min(study.grid.betas, key=lambda betas: betas == "fixed")]
+    """The kind of betas whose lengths are compared, as records name it."""
+    return {"rescaled": "rescaled", "cosine": "cosine", "fixed": "fixed range"}[study.grid.compared]
 
 
 def compare(results: Results, score: str, key: str, convention: str | None = None) -> Compared | None:

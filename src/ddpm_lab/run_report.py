@@ -191,14 +191,18 @@ def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
     told = record.get("floor")
     floor = told if isinstance(told, dict) else {}
     scores = {name: _score(record, name) for name in COLUMNS}
-    sampler = record.get("sampler")
+    sampler, count, of_floor = record.get("sampler"), record.get("num_images"), floor.get("num_images")
+    features = record.get("features")
+    classes = features.get("num_classes") if isinstance(features, dict) else None
     return {
         "run": run.name,
         "step": record["step"],
         "label": _label(record),
         "reference": reference.get("name") if isinstance(reference := record.get("reference"), dict) else None,
-        "num_images": f"{count:,}" if isinstance(count := record.get("num_images"), int) else "",
+        "num_images": f"{count:,}" if isinstance(count, int) else "",
         "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations" if sampler else "",
         "floor": {name: floor[name] for name in COLUMNS if fits(floor.get(name), float)},
+        "floor_images": f"n={of_floor:,}" if isinstance(of_floor, int) and of_floor != count else "",
+        "classes": f"of {classes} classes" if isinstance(classes, int) and not _label(record).startswith("FID") else "",
         **{name: score and score | {"record": index} for name, score in scores.items()},
     }

@@ -16,12 +16,10 @@ from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, ImageSet, here, load_images
 from ddpm_lab.evaluation import (
     SURE,
-    Reference,
     check_scoring,
     evaluate,
     feature_network,
     generated_images,
-    open_reference,
 )
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
@@ -31,6 +29,7 @@ from ddpm_lab.images import check_writable
 from ddpm_lab.interop import UNKNOWN, is_diffusers
 from ddpm_lab.log import append_line
 from ddpm_lab.onnx_engine import resolve_engine
+from ddpm_lab.reference import Reference, open_reference
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
@@ -65,7 +64,7 @@ def evaluate_source(
 
     Args:
         source: a model, see `trained.load`; or images, see `image_stream.open_images`.
-        reference: see `evaluation.open_reference`; None: the images a model was trained on.
+        reference: see `reference.open_reference`; None: the images a model was trained on.
         features: 'inception', 'classifier', or the folder of a classifier.
         num_images: how many; None: 1,000 of a model, all of a collection.
         scoring, sampling: settings; those of sampling are for models, but for the engine.

@@ -47,7 +47,7 @@ def run_study(
     costs = []
     if missing:  # what cannot be computed is told before anything is written
         check_cell(study, missing[0], device, data_dir)
-        costs = study_cost(study, missing, device, data_dir)
+        costs = study_cost(study, missing, out, device, data_dir)
     _claim_folder(study, out)
     say(f"study {study.name}: {len(cells)} cells, {sum(is_done(out, c) for c in cells)} done")
     for line in costs:

@@ -47,8 +47,10 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    fid, floor = _scores(record.get("fid")), record.get("floor")
-    known = _scores(floor).get("fid")
+    fid, floor, features = (_scores(record.get(name)) for name in ("fid", "floor", "features"))
+    fewer = floor.get("num_images") != record.get("num_images")
+    of = f" of {features.get('num_classes')} classes" if not str(record["fid_label"]).startswith("FID") else ""
+    inception_score = _number(_scores(record.get("inception_score")).get("value"))
     sampler, evaluations = record.get("sampler"), record.get("num_evaluations")
     return [
         _number(record.get("step")),
@@ -56,8 +58,8 @@ def _row(record: dict[str, Any]) -> list[str]:
         str(record["fid_label"]).partition(" (")[0] if fid else "",
         _number(fid.get("value")),
         f"{_number(fid.get('low'))} to {_number(fid.get('high'))}" if _number(fid.get("low")) else "",
-        _number(known),
-        _number(_scores(record.get("inception_score")).get("value")),
+        _number(floor.get("fid")) + (f" (n={_number(floor.get('num_images'))})" if floor and fewer else ""),
+        inception_score + (of if inception_score and features.get("num_classes") else ""),
         _number(_scores(record.get("kid")).get("value")),
         f"{sampler}, {evaluations} evaluations" if sampler else "",
     ]

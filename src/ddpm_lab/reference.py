@@ -1,0 +1,86 @@
+"""What generated images are compared with: real images, or statistics that others published."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpm_lab.image_stream import ImageStream, open_images
+from ddpm_lab.metrics import Statistics
+from ddpm_lab.settings import InputError
+
+FEWEST = 4  # images that are compared: precision and recall look at the third neighbour of each
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with.
+
+    Attributes:
+        name: as the user named it.
+        images: or None, where only statistics are known.
+        given: statistics from a file, or None.
+        sha256: of the images' pixels, or of the file.
+        held_out: real images that are not in the reference, where they are not the other split of a known data set:
+            those that were kept from training on a folder.
+    """
+
+    name: str
+    images: ImageStream | None
+    given: Statistics | None
+    sha256: str
+    held_out: ImageStream | None = None
+
+    def others(self, data_dir: Path | None) -> ImageStream | None:
+        """Real images that are not in the reference, all of them, or None where none are known."""
+        if self.images is None or self.images.dataset is None:
+            return self.held_out
+        return open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
+
+    def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
+        """Those of `others` that are scored as the images are, or None where there are too few."""
+        others = self.others(data_dir)
+        if others is None or others.num_images < FEWEST:
+            return None
+        return others.draw(min(num_images, others.num_images))
+
+
+def open_reference(
+    name: str, data_dir: Path | None = None, image_size: int | None = None, channels: int | None = None
+) -> Reference:
+    """Open a reference.
+
+    Args:
+        name: see `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
+        data_dir, image_size, channels: see `open_images`.
+    Raises:
+        InputError: no such images, or unreadable ones; statistics that are none.
+    """
+    given = _read_statistics(Path(name)) if name.endswith(".npz") and Path(name).is_file() else None
+    if given is not None:
+        return Reference(name, None, given, hashlib.sha256(Path(name).read_bytes()).hexdigest())
+    images = open_images(name, data_dir, image_size, channels)
+    return Reference(name, images, None, images.sha256)
+
+
+def _read_statistics(path: Path) -> Statistics | None:
+    """Statistics in an .npz, or None where it holds something else."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
+            if "mu" not in held or "sigma" not in held:
+                return None
+            mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
+    except Exception as error:  # whatever a damaged archive makes numpy raise
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    try:
+        found = Statistics(None, mean, cov)
+    except InputError as error:
+        raise InputError(f"{path}: mu and sigma are no statistics: {error}") from error
+    if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) or bool((cov.diagonal() < 0).any()):
+        raise InputError(f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
+    eigenvalues = torch.linalg.eigvalsh(cov)
+    if float(eigenvalues[0]) < -1e-6 * float(eigenvalues[-1]):
+        raise InputError(f"{path}: sigma is no covariance: it has an eigenvalue of {float(eigenvalues[0]):.3g}")
+    return found
