@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import http.server
+import io
 import lzma
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -198,6 +200,27 @@ def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
     assert not (tmp_path / "more.part").exists()
 
 
+@pytest.mark.parametrize("flaw", [-6, -3])  # in the checksum, in the length
+def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
+    """Else it would be taken up again at every try."""
+    content = np.random.default_rng(0).bytes(5000)
+    file = data._File("test_batch.bin", len(content), hashlib.sha256(content).hexdigest())
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        member = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    flawed = bytearray(archive.getvalue())
+    flawed[flaw] ^= 1
+    (tmp_path / "a.tar.gz").write_bytes(flawed)
+    absent = data._File("absent", 1, "")  # which is looked for to the end of the archive
+    with pytest.raises(InputError, match="is not the official archive"):
+        data._unpack(tmp_path / "a.tar.gz", [file, absent], tmp_path)
+    (tmp_path / "a.tar.gz").write_bytes(archive.getvalue())
+    data._unpack(tmp_path / "a.tar.gz", [file], tmp_path)
+    assert (tmp_path / "test_batch.bin").read_bytes() == content
+
+
 def test_silence_is_given_up_in_time(tmp_path, monkeypatch):
     """A name look-up or a connection that hangs has no time-out of its own."""
     monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
@@ -253,6 +276,26 @@ def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
     for i in range(2):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
     assert load_images(str(tmp_path), "train", image_size=4).images.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize(("orientation", "side"), [(1, "top"), (3, "bottom"), (6, "right"), (8, "left")])
+def test_pictures_are_read_as_cameras_mean_them_to_be_seen(tmp_path, orientation, side):
+    """The bright strip is at the top of the file's pixels, and elsewhere in the picture that is shown."""
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg", exif=exif, quality=100)
+    (image,) = load_images(str(tmp_path), "train", image_size=16).images[:, 0].float()
+    strips = {"top": image[:4], "bottom": image[-4:], "left": image[:, :4], "right": image[:, -4:]}
+    assert max(strips, key=lambda name: float(strips[name].mean())) == side
+
+
+def test_a_data_set_is_described_by_its_pixels():
+    pixels = load_images("digits").images.double()
+    words = f"mean {pixels.mean():.4f}, standard deviation {pixels.std(correction=0):.4f}"
+    assert words in data.describe("digits")[0]
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,13 @@ def test_a_network_that_was_always_told_its_class_is_not_asked_without(tiny_reci
         with pytest.raises(InputError, match=r"never learnt to do without a class .*; guidance is 1"):
             build_sampler(trained, SamplingConfig(guidance=guidance))
     assert build_sampler(trained, SamplingConfig(guidance=1.0)).num_evaluations == 50
+    # What begins from it has learnt no more; what begins from one that was told no classes has, for its own are 0.
+    for name, source, able in (("told", tmp_path / "run", False), ("untold", tmp_path / "before", True)):
+        if source.name == "before":
+            assert run_command(["train", str(tiny_recipe), "--run", str(source), *always[2:]]) == 0
+        begun = ["--run", str(tmp_path / name), "--from", str(source)]
+        assert run_command(["train", str(tiny_recipe), *begun, *always]) == 0
+        assert load(tmp_path / name, device="cpu").unconditional is able
 
 
 def test_a_folder_of_pictures_has_no_classes(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """ONNX graphs: the sampler's numbers are the sampler's, the graphs compute what PyTorch does, the example runs."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_lab import load
+from ddpm_lab.checkpoint import checkpoint_path, load_tensors, tensor_bytes
 from ddpm_lab.cli import run_command
 from ddpm_lab.data import to_uint8
 from ddpm_lab.onnx_export import linear_steps
@@ -88,20 +90,37 @@ def test_graphs_compute_what_pytorch_does(exported, tiny_run):
     assert np.array_equal(np.load(exported / "alpha_bar.npy"), trained.schedule.alpha_bar.numpy())
 
 
-def test_the_example_runs_where_the_package_is_not_used(exported, tiny_run, tmp_path):
-    """In a copy of the folder; its own DDIM loop makes the images of ours at the timesteps it takes."""
-    folder = tmp_path / "copy"
-    shutil.copytree(exported, folder)
+def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monkeypatch):
+    """In another folder; its own DDIM loop, along its own timesteps, is that of DDIM around a network that matters."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    checkpoint = checkpoint_path(tmp_path / "run", 12)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in sorted(load_tensors(checkpoint, "ema.safetensors").items())
+    }
+    content = tensor_bytes(tensors)
+    (checkpoint / "ema.safetensors").write_bytes(content)
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta["sha256"]["ema.safetensors"] = hashlib.sha256(content).hexdigest()
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    folder = tmp_path / "exported"
+    assert run_command(["export", str(tmp_path / "run"), "--to", "onnx", "--out", str(folder)]) == 0
     command = [sys.executable, str(folder / "example.py")]  # from another folder
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "sampler.onnx: (4, 8, 8, 1) uint8" in said.stdout
     images = np.load(folder / "images.npz")["images"]
-    trained = load(tiny_run, device="cpu")
+    trained = load(tmp_path / "run", device="cpu")
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 1, 8, 8), dtype=np.float32))
-    expected = to_uint8(ddim_sample(trained.model, trained.schedule, x, 25)).permute(0, 2, 3, 1).numpy()
-    assert np.abs(images.astype(int) - expected.astype(int)).mean() < 3, (
-        "its timesteps differ from ours by rounding only"
-    )
+
+    def along(timesteps, model):
+        monkeypatch.setattr("ddpm_lab.samplers.sampling_timesteps", lambda *_: timesteps)
+        return to_uint8(ddim_sample(model, trained.schedule, x, len(timesteps))).permute(0, 2, 3, 1).numpy().astype(int)
+
+    own = np.linspace(999, 0, 25).round().astype(int).tolist()
+    assert np.abs(images.astype(int) - along(own, trained.model)).max() <= 1
+    for different in (along(own, lambda x, t: torch.zeros_like(x)), along(own[::3], trained.model)):
+        assert np.abs(images.astype(int) - different).max() > 5
     text = (folder / "example.py").read_text()
     assert "ddpm_lab" not in text
     assert len(text.splitlines()) < 30

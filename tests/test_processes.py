@@ -276,6 +276,40 @@ def test_processes_meet_only_where_they_can(monkeypatch):
         processes.join(torch.device("mps"))
 
 
+def waiting(seconds: float) -> subprocess.Popen:
+    """A process that is told of another, which never comes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    code = "import datetime, torch, accelerate, sys; from ddpm_lab import cli, processes\n"
+    code += f"processes.MEETING = datetime.timedelta(seconds={seconds}); print('here', flush=True)\n"
+    code += "cli.main(['sample', 'mnist', '--out', 'a.png', '--device', 'cpu'])"
+    others = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    others |= {"OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen([sys.executable, "-c", code], env=os.environ | others, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert started.stdout is not None
+    assert started.stdout.readline() == "here\n"
+    return started
+
+
+def test_others_that_do_not_come_are_told():
+    ((code, _, err),) = outcome([waiting(1.0)])
+    assert code == 1
+    assert "error: process 0 of 2 did not meet the others" in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_waits_for_the_others_can_be_stopped(sent):
+    started = waiting(100.0)
+    time.sleep(3)  # until it waits, by and by; a signal before that ends it as well
+    begun = time.monotonic()
+    started.send_signal(sent)
+    started.communicate(timeout=30)
+    assert time.monotonic() - begun < 10
+    assert started.returncode in (-sent, 130)
+
+
 def test_alone_nothing_is_shared():
     rows = torch.arange(6)
     assert processes.share(rows) is rows

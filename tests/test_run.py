@@ -44,6 +44,7 @@ def test_a_run_has_the_documented_files(tiny_run):
     assert record["data"]["name"] == "digits:train"
     assert len(record["data"]["sha256"]) == 64
     assert {"ddpm-lab", "torch", "numpy", "python"} <= record["versions"].keys()
+    assert record["computed"] == {"device": "cpu", "dtype": "float32"}
     assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
     with Image.open(tiny_run / "samples" / "step_00000012.png") as grid:
@@ -188,7 +189,7 @@ def test_flops_are_counted_as_by_hand():
         (lambda c: dataclasses.replace(c, diffusion=dataclasses.replace(c.diffusion, num_timesteps=500)),
          "diffusion.num_timesteps 1000, not 500"),
         (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, seed=1)), "training.seed"),
-        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "can only grow"),
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "cannot be fewer"),
     ],
 )  # fmt: skip
 def test_another_configuration_is_refused(tiny_recipe, tiny_run, change, words):
@@ -307,7 +308,17 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     assert written()["versions"] == then
     train(tiny(tiny_recipe, num_steps=8), tmp_path, device="cpu")
     train(tiny(tiny_recipe, num_steps=10), tmp_path, device="cpu")
-    assert (written()["versions"], written()["earlier_versions"]) == (now, [then])
+    assert (written()["versions"], written()["earlier_versions"]) == (
+        now,
+        [then | {"device": "cpu", "dtype": "float32"}],
+    )
+    here = written()["computed"]
+    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"dtype": "bfloat16"}}))
+    said: list[str] = []
+    train(tiny(tiny_recipe, num_steps=12), tmp_path, device="cpu", say=said.append)
+    assert written()["computed"] == here
+    assert [told["dtype"] for told in written()["earlier_versions"]] == ["float32", "bfloat16"]
+    assert "from here in float32; until here it was trained in bfloat16" in said
 
 
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):

@@ -158,11 +158,13 @@ def test_validation_visits_the_whole_chain_evenly():
     assert sorted(torch.cat(seen).tolist()) == list(range(5, 1000, 10))
 
 
-def test_devices_and_precisions():
+def test_devices_and_precisions(monkeypatch):
     assert resolve_device("cpu").type == "cpu"
     assert resolve_precision("float32", torch.device("cpu")) == torch.float32
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
-    assert resolve_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    for capable, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True, "bf16": False}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: capable, raising=False)
+        assert resolve_precision("auto", torch.device("cpu")) == expected
     assert resolve_precision("auto", torch.device("mps")) == torch.float32
     with pytest.raises(ValueError, match="auto, cpu, cuda or mps"):
         resolve_device("tpu")

@@ -24,6 +24,7 @@ from torch import Tensor
 from ddpm_lab.download import download
 from ddpm_lab.files import NO_SPACE, cache_dir, replace_atomically
 from ddpm_lab.image_folder import open_folder
+from ddpm_lab.progress import counted, progress
 from ddpm_lab.settings import InputError
 
 DATASETS = ("mnist", "cifar10", "digits")
@@ -199,15 +200,22 @@ def _read_folder(path: Path, split: str, image_size: int | None, option: str) ->
         raise InputError(f"folder {path} holds one image; training needs at least 2")
     order = np.random.RandomState(0).permutation(len(folder))
     num_test = max(len(folder) // 20, 1)
-    return folder.read(order[:num_test] if split == "test" else order[num_test:])
+    chosen = order[:num_test] if split == "test" else order[num_test:]
+    with progress(f"reading {path}:{split}", len(chosen), "images") as advance:
+        return folder.read(chosen, advance)
 
 
 def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
     """Contents of official files, fetched where absent, each proved by length and hash."""
     if any(_find(folder, file) is None for file in files):
         fetch(folder)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decompression lets go of the interpreter lock
-        return list(pool.map(lambda file: _read_verified(cast(Path, _find(folder, file)), file), files))
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # decompression lets go of the interpreter lock
+        progress(f"reading {folder}", len(files), "files") as advance,
+    ):
+        return list(
+            counted(pool.map(lambda file: _read_verified(cast(Path, _find(folder, file)), file), files), advance)
+        )
 
 
 def _find(folder: Path, file: _File) -> Path | None:
@@ -276,7 +284,7 @@ def _unpack(archive: Path, files: list[_File], folder: Path) -> None:
                 content = member.read(file.num_bytes + 1) if member else b""
                 _verify(content, file, f"{archive}:{file.name}")
                 replace_atomically(folder / file.name, content)
-    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, KeyError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
             f"{archive} is not the official archive ({' '.join(str(error).split())}); fetch it again"
         ) from error
@@ -309,9 +317,11 @@ def describe(dataset: str, data_dir: Path | None = None) -> list[str]:
     for split in ("train", "test"):
         chosen = load_images(dataset, split, data_dir)
         N, C, H, W = chosen.images.shape
-        pixels = chosen.images.transpose(0, 1).reshape(C, -1).double()
-        means = " ".join(f"{value:.4f}" for value in pixels.mean(1))
-        deviations = " ".join(f"{value:.4f}" for value in pixels.std(1, correction=0))
+        counts = torch.stack([plane.flatten().bincount(minlength=256) for plane in chosen.images.unbind(1)])  # (C, 256)
+        share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64)
+        mean = share @ value
+        deviation = (share * (value - mean[:, None]).square()).sum(1).sqrt()
+        means, deviations = (" ".join(f"{number:.4f}" for number in of) for of in (mean, deviation))
         lines.append(
             f"{chosen.name}: {N} images of {C} x {H} x {W}, uint8; mean {means}, standard deviation {deviations}"
         )

@@ -25,7 +25,8 @@ def per_image(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         raise InputError(f"t must be ({len(like)},) int64, not {tuple(t.shape)} {t.dtype}")
     if t.device.type == "cpu" and t.numel() and not (int(t.min()) >= 0 and int(t.max()) < len(table)):
         raise InputError(f"t must lie in [0, {len(table)}), not {int(t.min())} .. {int(t.max())}")
-    return table.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+    moved = table.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # so short a copy need not be waited for
+    return moved[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def _same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -23,8 +23,8 @@ def begin_from(state: TrainingState, source: TrainedModel, config: Config) -> di
         source: what to begin from; its chain may be another, its optimiser's moments are not taken.
         config: the new run's.
     Returns:
-        What the run's `config.json` says of it: source, step, weights, sha256, variance; the source's own `from` or
-        `imported`, if any.
+        What the run's `config.json` says of it: source, step, weights, sha256, variance, unconditional; the source's
+        own `from` or `imported`, if any.
     Raises:
         InputError: another network, other images, or another prediction; `state` is as it was.
     """
@@ -56,4 +56,4 @@ def begin_from(state: TrainingState, source: TrainedModel, config: Config) -> di
                     parameter.zero_()  # the classes
     found = {"source": source.name, "step": source.step, "weights": source.weights, "sha256": source.weights_sha256}
     before = {name: source.record[name] for name in ("from", "imported") if name in source.record}
-    return found | {"variance": source.variance} | before
+    return found | {"variance": source.variance, "unconditional": source.unconditional} | before

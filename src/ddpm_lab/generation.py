@@ -218,7 +218,7 @@ def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
     count = trained.num_classes
     if count == 0 and (config.class_ or config.guidance is not None):
         raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out")
-    if config.guidance not in (None, 1) and trained.config.training.class_dropout == 0 and "from" not in trained.record:
+    if config.guidance not in (None, 1) and not trained.unconditional:
         raise InputError(f"{trained.name} never learnt to do without a class (training.class_dropout 0); guidance is 1")
     strange = [label for label in config.class_ if label >= count]
     if strange:
@@ -259,8 +259,6 @@ def sample_to_folder(
         if not record.exists():
             replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
         held = read_json(record)
-        if isinstance(held, dict) and config.sampler in ("ddim", "ddpm"):  # of before there was a choice
-            held = {"precision": "float32", "engine": "torch"} | held
         if held != identity:
             before = held if isinstance(held, dict) else {}
             names = [
@@ -295,10 +293,7 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
     """What decides which images come out: weights, network, process, settings, and the version of the code."""
     process = trained.config.to_dict()
     settings = dataclasses.asdict(build_sampler(trained, config).config)
-    if trained.num_classes == 0:  # as records were before there were classes
-        del process["model"]["num_classes"], settings["class_"], settings["guidance"]
-    else:
-        settings["class_"] = list(config.class_)  # as JSON gives it back
+    settings["class_"] = list(config.class_)  # as JSON gives it back
     return {
         "weights_sha256": trained.weights_sha256,
         "step": trained.step,

@@ -1,12 +1,15 @@
 """Folders of image files, read by name and never trusted: any fault is told with the file it is in."""
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from ddpm_lab.progress import Advance, counted, progress
 from ddpm_lab.settings import InputError
 
 if TYPE_CHECKING:
@@ -36,16 +39,17 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, indices: Iterable[int]) -> np.ndarray:
+    def read(self, indices: Iterable[int], advance: Advance = lambda amount: None) -> np.ndarray:
         """Decode some of the images, (N, C, H, W) uint8.
 
+        Args:
+            advance: told of each.
         Raises:
             InputError: one cannot be read.
         """
         size = self.image_size if self.resized else None
-        stacked = np.stack(
-            [_read_picture(self.paths[i], lambda opened: np.asarray(_fitted(opened, self.mode, size))) for i in indices]
-        )
+        chosen = [self.paths[i] for i in indices]
+        stacked = np.stack(_read_pictures(chosen, lambda opened: np.asarray(_fitted(opened, self.mode, size)), advance))
         return stacked[:, None] if self.mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
 
@@ -66,7 +70,8 @@ def open_folder(folder: Path, image_size: int | None, option: str, channels: int
     )
     if not paths:
         raise InputError(f"folder {folder} holds no images ({' '.join(IMAGE_ENDINGS)})")
-    headers = [_read_picture(path, lambda opened: (_mode(opened), opened.size)) for path in paths]
+    with progress(f"looking through {folder}", len(paths), "files") as advance:
+        headers = _read_pictures(paths, lambda opened: (_mode(opened), opened.size), advance)
     first = headers[0][1]
     for path, (_, size) in zip(paths, headers, strict=True):
         if image_size is None and (size[0] != size[1] or size != first):
@@ -93,6 +98,12 @@ def unreadable(folder: Path) -> list[Path]:
     return bad
 
 
+def _read_pictures(paths: Iterable[Path], read: Callable[["Image.Image"], T], advance: Advance) -> list[T]:
+    """What is wanted of each, several at a time: decoding lets go of the interpreter lock."""
+    with ThreadPoolExecutor(os.cpu_count(), "decoding") as pool:
+        return list(counted(pool.map(lambda path: _read_picture(path, read), paths), advance))
+
+
 def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
     """Open an image and read from it what is wanted; whatever is wrong with the file is told by its name."""
     from PIL import Image
@@ -115,9 +126,10 @@ def _mode(picture: "Image.Image") -> str:
 
 def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
     """Pixels of the mode wanted, grey only where planes are equal; the centre square, scaled, where a size is asked."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    converted = picture.convert(_mode(picture))
+    upright = ImageOps.exif_transpose(picture)  # as cameras mean it to be seen
+    converted = upright.convert(_mode(upright))
     if mode == "L" and converted.mode == "RGB":
         red, green, blue = converted.split()
         if not red.tobytes() == green.tobytes() == blue.tobytes():

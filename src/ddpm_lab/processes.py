@@ -6,6 +6,8 @@ alone, nothing here does anything.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,9 +21,11 @@ if TYPE_CHECKING:  # the command line asks for the rank before anything heavy is
     from torch import Tensor
 
 Result = TypeVar("Result")
+MEETING = timedelta(minutes=10)  # until all are there
 PATIENCE = timedelta(days=7)  # with one at work alone; of one that has died the closed connection tells
 
-_host_group: Any = None  # passes what lies in the memory of the hosts; made by `join`
+_group: Any = None  # passes what lies where the network computes; made by `join`
+_host_group: Any = None  # passes what lies in the memory of the hosts; likewise
 _leading = False  # whether the others wait for work that `share_out` gives
 
 
@@ -61,7 +65,7 @@ def join(device: "torch.device") -> None:
         InputError: there is no way to meet on such a device.
         RunError: they do not come.
     """
-    global _host_group
+    global _group, _host_group
     if count() == 1 or _host_group is not None:
         return
     if device.type not in ("cpu", "cuda"):
@@ -70,19 +74,34 @@ def join(device: "torch.device") -> None:
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-        _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        with _ended_by_signals():
+            PartialState(cpu=device.type == "cpu", timeout=MEETING)
+            _group = dist.new_group(timeout=PATIENCE)
+            _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"process {rank()} of {count()} did not meet the others: {error}") from error
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM end the process at once: handlers in Python would wait for what waits in C++."""
+    kept = {}
+    if threading.current_thread() is threading.main_thread():  # else they cannot be set, and are another's concern
+        kept = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in kept.items():
+            signal.signal(one, handler)
+
+
 def leave() -> None:
     """Part from the others at the end of a command that went well."""
-    global _host_group
+    global _group, _host_group
     if _host_group is not None:
         import torch.distributed as dist
 
-        _host_group = None
+        _group = _host_group = None
         dist.destroy_process_group()
 
 
@@ -128,7 +147,7 @@ def as_leader(tensors: Iterable["Tensor"]) -> None:
         import torch.distributed as dist
 
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            dist.broadcast(tensor.detach(), src=0, group=_group)
 
 
 def number_of_leader(number: int) -> int:
@@ -141,6 +160,15 @@ def number_of_leader(number: int) -> int:
     held = torch.tensor(number)
     dist.broadcast(held, src=0, group=_host_group)
     return int(held)
+
+
+def averaging(network: "torch.nn.Module") -> "torch.nn.Module":
+    """The network, with its gradients averaged over the processes on the way back."""
+    import torch
+
+    if _group is None:
+        return network
+    return torch.nn.parallel.DistributedDataParallel(network, process_group=_group, gradient_as_bucket_view=True)
 
 
 def joined() -> bool:
@@ -164,7 +192,7 @@ def gather(rows: "Tensor") -> "Tensor":
     import torch.distributed as dist
 
     pieces = [torch.empty_like(rows) for _ in range(count())]
-    dist.all_gather(pieces, rows.contiguous())
+    dist.all_gather(pieces, rows.contiguous(), group=_group)
     return torch.cat(pieces)
 
 

@@ -39,7 +39,7 @@ from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import load, packaged_names, read_run_record
-from ddpm_lab.training import TrainingState, new_state, resolve_device
+from ddpm_lab.training import TrainingState, new_state, resolve_device, resolve_precision
 from ddpm_lab.unet import build_unet
 
 FREE_TO_CHANGE = {
@@ -97,7 +97,7 @@ def train(
     if on.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     state = new_state(model, config.training)
-    record = _run_record(config, training_set)
+    record = _run_record(config, training_set, on)
     if processes.lead():
         _check_agreement(run_dir, record, start_from)
         if start_from is not None and not checkpoint_steps(run_dir):
@@ -118,6 +118,9 @@ def train(
             beginning = f"continues from step {state.step}" if state.step else "starts"
             beginning += f" from {start_from}" if start_from is not None and not state.step else ""
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
+            before = record.get("earlier_versions", [{}])[-1].get("dtype")
+            if before not in (None, record["computed"]["dtype"]):
+                say(f"from here in {record['computed']['dtype']}; until here it was trained in {before}")
         session = Session(config, run_dir, state, schedule, held_out, training_set, record, seconds, scorer)
         try:
             session.catch_up()
@@ -184,8 +187,9 @@ def _restore(state: TrainingState, folder: Path, step: int) -> None:
     state.step = step
 
 
-def _run_record(config: Config, training_set: ImageSet) -> dict[str, Any]:
+def _run_record(config: Config, training_set: ImageSet, device: torch.device) -> dict[str, Any]:
     """What `config.json` holds."""
+    dtype = resolve_precision(config.training.precision, device)
     return {
         "config": config.to_dict(),
         "seed": config.training.seed,
@@ -196,6 +200,7 @@ def _run_record(config: Config, training_set: ImageSet) -> dict[str, Any]:
             "sha256": training_set.sha256,
         },
         "versions": versions(),
+        "computed": {"device": device.type, "dtype": str(dtype).removeprefix("torch.")},
     }
 
 
@@ -270,8 +275,8 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
             )
         if steps and new.training.num_steps < steps[-1]:
             raise InputError(
-                f"run {run_dir} has {steps[-1]} steps already; training.num_steps can only grow, "
-                f"not be {new.training.num_steps}"
+                f"run {run_dir} has {steps[-1]} steps already; training.num_steps cannot be fewer, "
+                f"as {new.training.num_steps} are"
             )
     for group, values in new.to_dict().items():
         free = FREE_TO_CHANGE.get(group, ())
@@ -282,11 +287,12 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
                     f"{_as_typed(f'{group}.{name}', there)}, or another --run"
                 )
-    if steps:  # trained with the versions of then, to which those of now are added where it is trained further
-        earlier, then = old_record.get("earlier_versions", []), old_record.get("versions", {})
+    if steps:  # trained with the versions and in the dtype of then; those of now are added where it is trained further
+        earlier = old_record.get("earlier_versions", [])
+        then, now = ({**of.get("versions", {}), **of.get("computed", {})} for of in (old_record, record))
         if steps[-1] >= new.training.num_steps:
-            record["versions"] = then
-        elif then != record["versions"]:
+            record |= {name: old_record[name] for name in ("versions", "computed") if name in old_record}
+        elif then != now:
             earlier = [*earlier, then]
         if earlier:
             record["earlier_versions"] = earlier

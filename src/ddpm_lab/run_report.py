@@ -148,7 +148,10 @@ def _summary(run: Run) -> dict[str, Any]:
         "begun_from": begun_from.get("source"),
         "begun_step": begun_from.get("step"),
         "imported": "imported" in run.record,
-        "versions": [run.record.get("versions", {}), *run.record.get("earlier_versions", [])],
+        "versions": [
+            {**run.record.get("versions", {}), **run.record.get("computed", {})},
+            *run.record.get("earlier_versions", []),
+        ],
     }
 
 

@@ -64,6 +64,13 @@ class TrainedModel:
         return cast(Variance, self.record.get("variance", self.record.get("from", {}).get("variance", "beta")))
 
     @property
+    def unconditional(self) -> bool:
+        """Whether it can do without a class: it is told none, classes were withheld in training, or it began from a
+        network that could."""
+        learnt = self.num_classes == 0 or self.config.training.class_dropout > 0
+        return learnt or bool(self.record.get("from", {}).get("unconditional"))
+
+    @property
     def run_dir(self) -> Path | None:
         """The run that the checkpoint belongs to; None for packaged weights and folders of diffusers."""
         run = self.folder.parent.parent
@@ -155,7 +162,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and len(shape) == 3
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
-        and isinstance(record.get("versions", {}), dict)
+        and all(isinstance(record.get(name, {}), dict) for name in ("versions", "computed"))
         and isinstance(record.get("earlier_versions", []), list)
         and all(isinstance(versions, dict) for versions in record.get("earlier_versions", []))
     ):
@@ -192,6 +199,8 @@ def load(
     if str(source) not in packaged_names() and is_diffusers(Path(source)):
         return _load_diffusers(Path(source), weights, checkpoint, on)
     folder, config_path = find_checkpoint(str(source), checkpoint)
+    if weights == "raw" and str(source) in packaged_names():
+        raise InputError(f"{source} comes with averaged weights only; leave --weights out")
     record, config, image_shape = read_run_record(config_path)
     step = int(read_meta(folder)["step"])
     with torch.device("meta"):
@@ -257,7 +266,8 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         lines.append(f"checkpoints: {', '.join(map(str, steps))}")
     for group, values in config.to_dict().items():
         lines.append(f"{group}: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items()))
-    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items()))
+    made_with = {**record.get("versions", {}), **record.get("computed", {})}
+    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in made_with.items()))
     log = None if trained.run_dir is None else trained.run_dir / "log.jsonl"
     if log is not None and log.is_file():
         entries = [

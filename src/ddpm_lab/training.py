@@ -167,9 +167,7 @@ def engine(model: UNet, config: TrainingConfig, device: torch.device) -> nn.Modu
     network: nn.Module = model
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         network = compiled(model)
-    if processes.joined():
-        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    return network
+    return processes.averaging(network)
 
 
 def training_loop(
@@ -197,7 +195,8 @@ def training_loop(
         torch.manual_seed(random_seed(seed, STEP, k, 1 + processes.rank()))  # dropout has no generator of its own
 
         # x_0 ~ q(x_0)
-        indices = batch_indices(len(images), training.batch_size, seed, k).to(device)
+        chosen = batch_indices(len(images), training.batch_size, seed, k)
+        indices = chosen.to(device, non_blocking=images.is_cuda)
         x_0 = training_batch(images, indices, config.data.horizontal_flip, generator)
 
         # t ~ Uniform, eps ~ N(0, I)
