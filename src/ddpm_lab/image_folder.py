@@ -124,11 +124,21 @@ def _mode(picture: "Image.Image") -> str:
     return "L" if picture.mode in ("1", "L", "LA") else "RGB"
 
 
+def _upright(picture: "Image.Image") -> "Image.Image":
+    """Turned as its camera meant it; as it lies where what it says of itself is damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # whatever damaged metadata makes Pillow raise; of pixels that cannot be read it is told next
+        return picture
+
+
 def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
     """Pixels of the mode wanted, grey only where planes are equal; the centre square, scaled, where a size is asked."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright = ImageOps.exif_transpose(picture)  # as cameras mean it to be seen
+    upright = _upright(picture)
     converted = upright.convert(_mode(upright))
     if mode == "L" and converted.mode == "RGB":
         red, green, blue = converted.split()
