@@ -39,6 +39,7 @@ def test_a_run_begins_as_the_network_it_is_from(tmp_path, config, tiny_run):
             assert torch.equal(parameter, dict(begun.model.named_parameters())[name]), name
     assert begun.record["from"] == {
         "source": str(tiny_run), "step": 12, "weights": "ema", "sha256": source.weights_sha256, "variance": "beta",
+            "unconditional": True,
     }  # fmt: skip
     assert f"began from {tiny_run}, step 12" in "\n".join(describe(str(tmp_path / "run")))
     assert run_command(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(tmp_path / "card")]) == 0
