@@ -8,6 +8,7 @@ import lzma
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,16 @@ def save(folder: Path, name: str, size=(6, 6), mode="L", value=100) -> Path:
     return path
 
 
+def flip_a_bit_of_the_pixels(path: Path) -> None:
+    """In the midst of the compressed pixels, with a checksum of the chunk that fits."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"IDAT")
+    length = int.from_bytes(content[at - 4 : at], "big")
+    content[at + 8] ^= 255
+    content[at + 4 + length : at + 8 + length] = zlib.crc32(content[at : at + 4 + length]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
 def test_a_folder_is_a_data_set(tmp_path):
     for i in range(40):
         save(tmp_path, f"{i:02}.png", value=i)
@@ -309,6 +320,7 @@ def test_a_data_set_is_described_by_its_pixels():
         (lambda d: [p.unlink() for p in d.iterdir()], "holds no images"),
         (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), r"b\.png cannot be read"),
         (lambda d: (d / "b.png").write_bytes((d / "a.png").read_bytes()[:45]), r"b\.png cannot be read"),
+        (lambda d: flip_a_bit_of_the_pixels(save(d, "b.png")), r"b\.png cannot be read"),
         (lambda d: save(d, "b.png", (5, 5)), "--data.image-size"),
         (lambda d: [save(d, n, (5, 6)) for n in ("a.png", "b.png", "c.png")], "one square size"),
         (lambda d: Image.new("I;16", (6, 6)).save(d / "b.png"), "8 bits"),

@@ -319,6 +319,12 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     assert written()["computed"] == here
     assert [told["dtype"] for told in written()["earlier_versions"]] == ["float32", "bfloat16"]
     assert "from here in float32; until here it was trained in bfloat16" in said
+    said.clear()
+    train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=said.append)
+    assert not any("from here in" in line for line in said)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written().items() if k != "computed"}))
+    train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu")
+    assert written()["computed"] == {}, "of what was computed elsewhere nothing is known"
 
 
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):

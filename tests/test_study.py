@@ -463,6 +463,7 @@ def test_a_level_far_below_is_told_and_not_drawn(level, told):
     series = [Series("a", "#0072B2", [(1, 2, 1.9, 2.1, "here"), (2, 3, 2.9, 3.1, "there")])]
     svg = line_chart("a", series, "x", "y", log_y=True, level=(level, "floor"))
     assert f">{told}</text>" in svg
+    assert svg.count("stroke-dasharray: 1,2") == (2 if told == "floor" else 0)  # the line, and its piece in the legend
 
 
 def test_a_page_of_a_study_under_way_says_what_is_missing(study_file, tmp_path):

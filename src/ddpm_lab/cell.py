@@ -87,11 +87,13 @@ def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data
 def _left(study: Study, cell: Cell, folder: Path) -> tuple[int, int]:
     """Steps of training and evaluations for scores that a cell has not done yet."""
     num_steps, planned = cell.config.training.num_steps, planned_evaluations(study, cell)
-    trained = min(max(checkpoint_steps(folder), default=0), num_steps)
-    scored = {line["step"] for line in read_lines(folder / SCORES) if line.get("by") == "training"}
+    try:
+        trained, measured = min(max(checkpoint_steps(folder), default=0), num_steps), _measured(folder, num_steps)
+        scored = {line["step"] for line in read_lines(folder / SCORES) if line.get("by") == "training"}
+    except (InputError, OSError):  # what cannot be read is told when its turn comes, and stops no other
+        return num_steps, sum(planned.values())
     kept = sum(step <= trained for step in scored)  # later ones are taken again
-    planned["while training"] -= planned["while training"] * kept // study.measures.checkpoints
-    measured = _measured(folder, num_steps)
+    planned["while training"] -= planned["while training"] * kept // _scores_in_training(cell)
     return num_steps - trained, sum(count for key, count in planned.items() if key not in measured)
 
 
@@ -100,10 +102,15 @@ def _measured(folder: Path, step: int) -> set[Any]:
     return {line.get("key") for line in read_lines(folder / MEASURES) if line["step"] == step}
 
 
+def _scores_in_training(cell: Cell) -> int:
+    return -(-cell.config.training.num_steps // cell.config.evaluation.score_every)
+
+
 def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
     """Evaluations of the network for each measure of a cell, in images times steps."""
     measures = study.measures
-    planned = {"while training": measures.checkpoints * measures.images * cell.config.evaluation.sample_steps}
+    evaluation = cell.config.evaluation
+    planned = {"while training": _scores_in_training(cell) * measures.images * evaluation.sample_steps}
     for key, (num_images, _, sampling) in _scored(study, cell).items():
         num_steps = sampling.num_steps or cell.config.diffusion.num_timesteps
         planned[key] = num_images * evaluations_of(sampling, num_steps)

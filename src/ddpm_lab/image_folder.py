@@ -100,6 +100,9 @@ def unreadable(folder: Path) -> list[Path]:
 
 def _read_pictures(paths: Iterable[Path], read: Callable[["Image.Image"], T], advance: Advance) -> list[T]:
     """What is wanted of each, several at a time: decoding lets go of the interpreter lock."""
+    from PIL import Image
+
+    Image.init()  # before there are threads, for it fills tables
     with ThreadPoolExecutor(os.cpu_count(), "decoding") as pool:
         return list(counted(pool.map(lambda path: _read_picture(path, read), paths), advance))
 
@@ -115,7 +118,7 @@ def _read_picture(path: Path, read: Callable[["Image.Image"], T]) -> T:
             return read(opened)
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -128,9 +131,10 @@ def _upright(picture: "Image.Image") -> "Image.Image":
     """Turned as its camera meant it; as it lies where what it says of itself is damaged."""
     from PIL import ImageOps
 
+    picture.load()  # outside: a second try to read damaged pixels would give black ones and no error
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # whatever damaged metadata makes Pillow raise; of pixels that cannot be read it is told next
+    except Exception:  # whatever damaged metadata makes Pillow raise
         return picture
 
 

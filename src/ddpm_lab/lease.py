@@ -1,8 +1,8 @@
 """Leases: which of several workers, on one machine or many, does a piece of work in a shared folder.
 
 A lease is a file that its holder touches again and again. One that was not touched for a while belongs to a worker that
-is dead, and is taken over; of a worker of this machine whose process is gone, at once. Ages are read from the file
-system's own clock, for those of machines may differ.
+is dead, and is taken over; at once, where it was a process of this machine, since that was started, and is gone. Ages
+are read from the file system's own clock, for those of machines may differ.
 """
 
 import contextlib
@@ -120,11 +120,11 @@ def _owner(path: Path) -> str | None:
 def _this_machine() -> str:
     """A name of this machine since it started and of its table of processes: containers have their own, and machines
     may share a name."""
-    try:
+    processes, start = "-", f"{uuid.getnode():x}"
+    with contextlib.suppress(OSError):
         processes = os.readlink("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
         start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        processes, start = "-", f"{uuid.getnode():x}"
     return f"{socket.gethostname()}/{processes}/{start}"
 
 

@@ -76,6 +76,7 @@ def join(device: "torch.device") -> None:
     try:
         with _ended_by_signals():
             PartialState(cpu=device.type == "cpu", timeout=MEETING)
+            dist.new_group(backend="gloo", timeout=MEETING)  # NCCL waits only when there is something to pass on
             _group = dist.new_group(timeout=PATIENCE)
             _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
@@ -87,7 +88,10 @@ def _ended_by_signals() -> Iterator[None]:
     """Within it SIGINT and SIGTERM end the process at once: handlers in Python would wait for what waits in C++."""
     kept = {}
     if threading.current_thread() is threading.main_thread():  # else they cannot be set, and are another's concern
-        kept = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)}
+        kept = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+        kept = {one: handler for one, handler in kept.items() if handler not in (None, signal.SIG_IGN)}
+    for one in kept:
+        signal.signal(one, signal.SIG_DFL)
     try:
         yield
     finally:

@@ -98,8 +98,9 @@ def train(
         model = model.to(memory_format=torch.channels_last)
     state = new_state(model, config.training)
     record = _run_record(config, training_set, on)
+    before = None
     if processes.lead():
-        _check_agreement(run_dir, record, start_from)
+        before = _check_agreement(run_dir, record, start_from)
         if start_from is not None and not checkpoint_steps(run_dir):
             record["from"] = begin_from(state, load(start_from, device="cpu"), config)
             _check_unchanged(run_dir, record["from"])
@@ -118,8 +119,7 @@ def train(
             beginning = f"continues from step {state.step}" if state.step else "starts"
             beginning += f" from {start_from}" if start_from is not None and not state.step else ""
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
-            before = record.get("earlier_versions", [{}])[-1].get("dtype")
-            if before not in (None, record["computed"]["dtype"]):
+            if before is not None:
                 say(f"from here in {record['computed']['dtype']}; until here it was trained in {before}")
         session = Session(config, run_dir, state, schedule, held_out, training_set, record, seconds, scorer)
         try:
@@ -251,10 +251,16 @@ def _check_unchanged(run_dir: Path, begun_from: dict[str, Any]) -> None:
         )
 
 
-def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> None:
-    """Refuse settings, data or a beginning other than the run's, except where changing them is harmless."""
+def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> str | None:
+    """Refuse settings, data or a beginning other than the run's, except where changing them is harmless.
+
+    Args:
+        record: the run's to be, to which what it was trained with before is added.
+    Returns:
+        The dtype that it was trained in so far, where it goes on in another.
+    """
     if not (run_dir / "config.json").exists():
-        return
+        return None
     old_record, old, _ = read_run_record(run_dir / "config.json")
     if "imported" in old_record:
         raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
@@ -287,14 +293,17 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
                     f"{_as_typed(f'{group}.{name}', there)}, or another --run"
                 )
+    before = None
     if steps:  # trained with the versions and in the dtype of then; those of now are added where it is trained further
         earlier = old_record.get("earlier_versions", [])
         then, now = ({**of.get("versions", {}), **of.get("computed", {})} for of in (old_record, record))
         if steps[-1] >= new.training.num_steps:
-            record |= {name: old_record[name] for name in ("versions", "computed") if name in old_record}
+            record |= {name: old_record.get(name, {}) for name in ("versions", "computed")}
         elif then != now:
             earlier = [*earlier, then]
+            before = then.get("dtype") if then.get("dtype") != now["dtype"] else None
         if earlier:
             record["earlier_versions"] = earlier
     if old_record["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was begun on other images than those of {record['data']['name']} now")
+    return before

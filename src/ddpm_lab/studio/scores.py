@@ -48,7 +48,8 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def _row(record: dict[str, Any]) -> list[str]:
     fid, floor, features = (_scores(record.get(name)) for name in ("fid", "floor", "features"))
-    fewer = floor.get("num_images") != record.get("num_images")
+    known, of_floor = _number(floor.get("fid")), _number(floor.get("num_images"))
+    fewer = known and of_floor and floor["num_images"] != record.get("num_images")
     of = f" of {features.get('num_classes')} classes" if not str(record["fid_label"]).startswith("FID") else ""
     inception_score = _number(_scores(record.get("inception_score")).get("value"))
     sampler, evaluations = record.get("sampler"), record.get("num_evaluations")
@@ -58,7 +59,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         str(record["fid_label"]).partition(" (")[0] if fid else "",
         _number(fid.get("value")),
         f"{_number(fid.get('low'))} to {_number(fid.get('high'))}" if _number(fid.get("low")) else "",
-        _number(floor.get("fid")) + (f" (n={_number(floor.get('num_images'))})" if floor and fewer else ""),
+        known + (f" (n={of_floor})" if fewer else ""),
         inception_score + (of if inception_score and features.get("num_classes") else ""),
         _number(_scores(record.get("kid")).get("value")),
         f"{sampler}, {evaluations} evaluations" if sampler else "",
