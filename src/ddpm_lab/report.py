@@ -264,7 +264,8 @@ def _row(result: CellResult, records: list[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "name": result.cell.name,
-        "label": result.cell.label + own,
+        "label": result.cell.label,
+        "shown_as": f"as T = {result.cell.shown_as}, " if own else "",
         "done": result.done,
         "fid": number(HEADLINE, "fid"),
         "inception_score": number(HEADLINE, "inception_score"),
