@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab import data, download
+from ddpm_lab import data, download, progress
 from ddpm_lab.data import load_images, to_float, to_uint8, training_batch
 from ddpm_lab.image_folder import open_folder
 from ddpm_lab.settings import InputError
@@ -220,6 +220,13 @@ def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
     (tmp_path / "a.tar.gz").write_bytes(archive.getvalue())
     data._unpack(tmp_path / "a.tar.gz", [file], tmp_path)
     assert (tmp_path / "test_batch.bin").read_bytes() == content
+
+
+def test_a_bar_names_a_folder_as_it_is_called(capsys):
+    """What stands in brackets is no style of the text."""
+    with progress._bar("reading [/red]", 2, "images", 0) as advance:
+        advance(2)
+    assert "reading [/red]" in capsys.readouterr().err
 
 
 def test_silence_is_given_up_in_time(tmp_path, monkeypatch):

@@ -213,9 +213,8 @@ def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # decompression lets go of the interpreter lock
         progress(f"reading {folder}", len(files), "files") as advance,
     ):
-        return list(
-            counted(pool.map(lambda file: _read_verified(cast(Path, _find(folder, file)), file), files), advance)
-        )
+        contents = pool.map(lambda file: _read_verified(cast(Path, _find(folder, file)), file), files)
+        return list(counted(contents, advance))
 
 
 def _find(folder: Path, file: _File) -> Path | None:

@@ -47,7 +47,7 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advanc
     from rich.console import Console
 
     columns = (
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),  # it may name a folder, [/and/so/on]
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TextColumn(unit),
