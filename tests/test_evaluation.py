@@ -34,7 +34,8 @@ from ddpm_lab.metrics import statistics
 from ddpm_lab.neighbours import memorisation
 from ddpm_lab.reference import Reference, open_reference
 from ddpm_lab.run import train
-from ddpm_lab.scores import evaluate_source, score_table
+from ddpm_lab.score_table import score_table
+from ddpm_lab.scores import evaluate_source
 from ddpm_lab.settings import InputError
 
 from .conftest import tree_hash

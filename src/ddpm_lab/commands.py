@@ -203,7 +203,8 @@ def evaluate(
         scores: FILE.jsonl that the record is added to; unset: scores.jsonl of the run, where the source is one.
         json: print the record, one line, in place of the table.
     """
-    from ddpm_lab.scores import evaluate_source, score_table
+    from ddpm_lab.score_table import score_table
+    from ddpm_lab.scores import evaluate_source
 
     record = evaluate_source(
         source, reference, features, num_images, scoring, sampling,

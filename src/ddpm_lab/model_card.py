@@ -14,6 +14,7 @@ from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import read_lines
 from ddpm_lab.progress import progress
+from ddpm_lab.score_table import class_count, floor_count
 from ddpm_lab.settings import fits
 from ddpm_lab.trained import TrainedModel
 
@@ -106,16 +107,14 @@ def _floor(record: dict[str, Any]) -> str:
     floor = record.get("floor")
     if floor is None or floor.get("fid") is None:
         return ""
-    fewer = f" (n={floor['num_images']:,})" if floor["num_images"] != record["num_images"] else ""
-    return f"{floor['fid']:.4g}{fewer}"
+    fewer = floor_count(record)
+    return f"{floor['fid']:.4g}" + (f" ({fewer})" if fewer else "")
 
 
 def _classes(record: dict[str, Any]) -> str:
     """Over how many classes an Inception Score is, where it is none of the FID network."""
-    features = record.get("features")
-    classes = features.get("num_classes") if isinstance(features, dict) else None
-    told = record.get("inception_score_whole") and classes and not record["fid_label"].startswith("FID")
-    return f", of {classes} classes" if told else ""
+    classes = class_count(record)
+    return f", {classes}" if classes and record.get("inception_score_whole") else ""
 
 
 def _score(score: dict[str, Any] | None) -> str:

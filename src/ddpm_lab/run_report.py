@@ -17,6 +17,7 @@ from ddpm_lab.drawing import COLOURS, showable
 from ddpm_lab.files import NO_SPACE, replace_atomically
 from ddpm_lab.log import read_lines
 from ddpm_lab.page import as_data, embedded, record_as_text, render, short
+from ddpm_lab.score_table import class_count, floor_count
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError, fits
 from ddpm_lab.trained import read_run_record
@@ -194,9 +195,7 @@ def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
     told = record.get("floor")
     floor = told if isinstance(told, dict) else {}
     scores = {name: _score(record, name) for name in COLUMNS}
-    sampler, count, of_floor = record.get("sampler"), record.get("num_images"), floor.get("num_images")
-    features = record.get("features")
-    classes = features.get("num_classes") if isinstance(features, dict) else None
+    sampler, count = record.get("sampler"), record.get("num_images")
     return {
         "run": run.name,
         "step": record["step"],
@@ -205,7 +204,7 @@ def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "num_images": f"{count:,}" if isinstance(count, int) else "",
         "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations" if sampler else "",
         "floor": {name: floor[name] for name in COLUMNS if fits(floor.get(name), float)},
-        "floor_images": f"n={of_floor:,}" if isinstance(of_floor, int) and of_floor != count else "",
-        "classes": f"of {classes} classes" if isinstance(classes, int) and not _label(record).startswith("FID") else "",
+        "floor_images": floor_count(record),
+        "classes": class_count(record),
         **{name: score and score | {"record": index} for name, score in scores.items()},
     }

@@ -1,4 +1,4 @@
-"""Scores of a model or of images: sampling where needed, the record, where it is kept, and the table people read."""
+"""Scores of a model or of images: sampling where needed, the record, and where it is kept."""
 
 import json
 import tempfile
@@ -14,13 +14,7 @@ import torch
 from ddpm_lab import processes
 from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, ImageSet, here, load_images
-from ddpm_lab.evaluation import (
-    SURE,
-    check_scoring,
-    evaluate,
-    feature_network,
-    generated_images,
-)
+from ddpm_lab.evaluation import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
 from ddpm_lab.generation import MOST_IMAGES, asked_classes, build_sampler, generate, sampling_task
@@ -306,80 +300,3 @@ def training_scorer(
     return lambda trained: processes.led(
         lambda: score(trained), sample=sampling_task(trained, sampling), features=network
     )
-
-
-ROWS = (
-    ("inception_score", "Inception Score"),
-    ("inception_score_whole", "Inception Score, whole"),
-    ("kid", "KID"),
-    ("precision", "precision"),
-    ("recall", "recall"),
-    ("density", "density"),
-    ("coverage", "coverage"),
-)
-
-
-def score_table(record: dict[str, Any]) -> list[str]:
-    """A record as lines for a person, with the floor beside each score."""
-    features, reference, floor = record["features"], record["reference"], record["floor"]
-    lines = [_images_line(record)]
-    if reference is not None:
-        count = f" ({reference['num_images']:,} images)" if reference["num_images"] else " (statistics)"
-        lines.append(f"against {reference['name']}{count}")
-    classes = f", {features['num_classes']} classes" if features["num_classes"] else ""
-    accuracy = f", right for {features['test_accuracy']:.2%} of test images" if "test_accuracy" in features else ""
-    lines += [f"features: {features['name']}, {features['num_features']} of them{classes}{accuracy}", ""]
-    names = {
-        "fid": record["fid_label"],
-        "fid_extrapolated": f"{record['fid_label'].partition(' (')[0]}, extrapolated to infinite n",
-        **dict(ROWS),
-    }
-    names["inception_score"] += f", {record['scoring']['is_splits']} splits"
-    width = max(len(name) for name in names.values())
-    fewer = floor is not None and floor["num_images"] < record["num_images"]
-    title = f"floor (n={floor['num_images']:,})" if fewer else "floor"
-    if any(record[key] is not None for key in names):
-        lines.append(f"{'':{width}}  {'score':>10}  {'95 % interval':>24}  {title:>10}".rstrip())
-    for key, name in names.items():
-        score = record[key]
-        if score is None:
-            continue
-        known = score["low"] is not None
-        interval = f"{_number(score['low'])} .. {_number(score['high'])}" if known else ""
-        beside = _number(floor[key]) if floor is not None and floor[key] is not None else ""
-        lines.append(f"{name:{width}}  {_number(score['value']):>10}  {interval:>24}  {beside:>10}".rstrip())
-    if lines[-1]:
-        lines.append("")
-    if floor is not None:
-        lines.append(
-            f"floor: {floor['num_images']:,} images of {floor['images']}, real ones outside the reference, scored alike"
-        )
-    if record["scoring"]["bootstrap"]:
-        lines.append("intervals cover the choice of images, not the training seed")
-    if "classes" in record:
-        shares = " ".join(f"{share:.1%}" for share in record["classes"]["shares"])
-        agreed = record["classes"].get("as_asked")
-        told = "" if agreed is None else f"; {agreed:.1%} are taken for the class that was asked for"
-        lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure{told}")
-    if "memorisation" in record:
-        memorisation = record["memorisation"]
-        lines.append(
-            f"memorisation: {memorisation['nearer_than_test']:.2%} lie nearer to a training image than 1 % of the test "
-            f"images do; {memorisation['much_nearer']:.2%} at less than half that image's distance to its own nearest"
-        )
-    return lines
-
-
-def _images_line(record: dict[str, Any]) -> str:
-    count = f"{record['source']}: {record['num_images']:,} images"
-    if record["sampler"] is None:
-        return count
-    return (
-        f"{count} at step {record['step']} ({record['weights']}), {record['sampler']}, {record['num_steps']} of "
-        f"{record['num_timesteps']} steps ({record['beta_convention']} betas), seed {record['seed']}"
-    )
-
-
-def _number(value: float) -> str:
-    """Four significant digits, without an exponent where that is short."""
-    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.2e}"

@@ -9,7 +9,8 @@ import gradio as gr
 from ddpm_lab.cell import MEASURES
 from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, here
-from ddpm_lab.scores import evaluate_source, score_table
+from ddpm_lab.score_table import class_count, floor_count, score_table
+from ddpm_lab.scores import evaluate_source
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.runs import run_names
@@ -47,10 +48,8 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    fid, floor, features = (_scores(record.get(name)) for name in ("fid", "floor", "features"))
-    known, of_floor = _number(floor.get("fid")), _number(floor.get("num_images"))
-    fewer = known and of_floor and floor["num_images"] != record.get("num_images")
-    of = f" of {features.get('num_classes')} classes" if not str(record["fid_label"]).startswith("FID") else ""
+    fid = _scores(record.get("fid"))
+    floor, fewer = _number(_scores(record.get("floor")).get("fid")), floor_count(record)
     inception_score = _number(_scores(record.get("inception_score")).get("value"))
     sampler, evaluations = record.get("sampler"), record.get("num_evaluations")
     return [
@@ -59,8 +58,8 @@ def _row(record: dict[str, Any]) -> list[str]:
         str(record["fid_label"]).partition(" (")[0] if fid else "",
         _number(fid.get("value")),
         f"{_number(fid.get('low'))} to {_number(fid.get('high'))}" if _number(fid.get("low")) else "",
-        known + (f" (n={of_floor})" if fewer else ""),
-        inception_score + (of if inception_score and features.get("num_classes") else ""),
+        f"{floor} ({fewer})" if floor and fewer else floor,
+        f"{inception_score} {class_count(record)}".rstrip() if inception_score else "",
         _number(_scores(record.get("kid")).get("value")),
         f"{sampler}, {evaluations} evaluations" if sampler else "",
     ]
