@@ -13,7 +13,9 @@ from PIL import Image
 
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
+from ddpm_lab.grid import read_study
 from ddpm_lab.run import train
+from ddpm_lab.study import run_study
 
 TINY_RECIPE = """
 [data]
@@ -42,6 +44,25 @@ validation_images = 16
 sample_every = 6
 sample_images = 4
 sample_steps = 2
+"""
+TINY_STUDY = """
+recipe = "tiny.toml"
+question = "Is it <quick>?"
+
+[grid]
+num_timesteps = [50, 60]
+
+[measures]
+checkpoints = 2
+images = 20
+final_images = 20
+samplers = ["ddim-5", "ddim-50", "dpmpp-5"]
+ancestral_images = 20
+bound_images = 4
+
+[settings.training]
+num_steps = 4
+checkpoint_every = 2
 """
 
 
@@ -136,3 +157,20 @@ def studio_runs(tmp_path_factory, tiny_run) -> Path:
     (folder / "tiny" / "samples" / "step_0000 (1).png").write_bytes(b"a copy somebody made")
     (folder / "broken" / "scores.jsonl").mkdir()
     return folder
+
+
+@pytest.fixture
+def study_file(tmp_path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY_RECIPE)
+    (tmp_path / "small.toml").write_text(TINY_STUDY)
+    return tmp_path / "small.toml"
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory) -> Path:
+    """The folder of a finished study; tests must not change it."""
+    place = tmp_path_factory.mktemp("study")
+    (place / "tiny.toml").write_text(TINY_RECIPE)
+    (place / "small.toml").write_text(TINY_STUDY)
+    run_study(read_study(str(place / "small.toml")), place / "out", device="cpu")
+    return place / "out"
