@@ -73,7 +73,7 @@ def test_one_seed_is_compared_by_the_intervals_of_the_images():
     assert compared.half == pytest.approx(3.314 * 0.2, rel=2e-3)
     assert compared.extremes == (1000, 500)
     sentence = answer(made_up(values))
-    assert "T = 1000 scores better than T = 500 by 2 (95 % interval 2 +- 0.66)" in sentence
+    assert "T = 1000 scores better than T = 500 by 2.0 (95 % interval 2.0 +- 0.66)" in sentence
     assert "not the training seed" in sentence
 
 
@@ -150,7 +150,7 @@ def test_a_record_without_a_key_is_no_measure(finished_study, tmp_path, monkeypa
 def test_a_fixed_range_is_told_with_the_chain_that_both_betas_share():
     values = {(500, "fixed", 0): (5.0, 1.0), (1000, "rescaled", 0): (10.0, 1.0), (2000, "fixed", 0): (20.0, 1.0)}
     said = _other_answers(made_up(values, seeds=(0,)))
-    assert any(line.endswith("5 for T = 500, 10 for T = 1000, 20 for T = 2000.") for line in said)
+    assert any(line.endswith("5.00 for T = 500, 10.0 for T = 1000, 20.0 for T = 2000.") for line in said)
     # Deviations of 1 / 1.96, and the studentised range of three: 1.69
     beginning = "With betas of a fixed range, at equal evaluations, T = 500 scores better than T = 2000 by 15 (95 % "
     assert any(line.startswith(beginning + "interval 15 +- 1.7)") for line in said)

@@ -95,7 +95,7 @@ def test_foreign_scores_are_passed_over(scored_run):
     write_run_report(scored_run)
     assert page(scored_run).count('<div class="record"') == 3
     assert page(scored_run).count("<svg") == 1
-    assert ">7.5</a></td>" in page(scored_run)  # without an interval
+    assert ">7.50</a></td>" in page(scored_run)  # without an interval
 
 
 def test_a_link_to_a_run_is_no_other_run_and_names_need_not_be_text(scored_run):
@@ -114,9 +114,9 @@ def test_a_floor_of_fewer_images_and_the_classes_of_an_inception_score_are_told(
         others = {"floor": floor, "features": features, "inception_score": {"value": 8.5, "low": 8.0, "high": 9.0}}
         append_line(scored_run / "scores.jsonl", score(12, 3.0) | others)
     write_run_report(scored_run)
-    assert page(scored_run).count(">0.5<small>n=12</small></td>") == 1
-    assert page(scored_run).count(">9.5<small>n=12</small></td>") == 1
-    assert page(scored_run).count(">0.5</td>") == 1  # of as many as were scored
+    assert page(scored_run).count(">0.500<small>n=12</small></td>") == 1
+    assert page(scored_run).count(">9.50<small>n=12</small></td>") == 1
+    assert page(scored_run).count(">0.500</td>") == 1  # of as many as were scored
     assert page(scored_run).count("<small>of 10 classes</small>") == 2
 
 

@@ -34,11 +34,11 @@ def embedded(path: Path) -> str | None:
     return as_data(path.read_bytes(), path.suffix) if path.is_file() else None
 
 
-def short(value: float | None) -> str:
-    """Three digits, two below 0.05; nothing for None."""
+def short(value: float | None, digits: int = 3) -> str:
+    """So many digits, zeros at the end too, for they were measured; two at most below 0.05; nothing for None."""
     if value is None:
         return ""
-    return f"{value:.3g}" if abs(value) >= 0.05 else f"{value:.2g}"
+    return f"{value:#.{digits if abs(value) >= 0.05 else 2}g}".removesuffix(".")
 
 
 def record_as_text(name: str, record: dict[str, Any], left_out: tuple[str, ...] = ()) -> dict[str, Any]:

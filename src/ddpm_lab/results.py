@@ -14,6 +14,7 @@ from ddpm_lab.cell import MEASURES
 from ddpm_lab.files import read_json
 from ddpm_lab.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.log import read_lines
+from ddpm_lab.page import short
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError, fits
 
@@ -263,17 +264,17 @@ def told(compared: Compared, label: str) -> str:
     """A comparison in words: the largest difference, with its interval or as the limit that it sets, and all means."""
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
-    listed = ", ".join(f"{value:.3g} for T = {T}" for T, value in sorted(compared.means.items()))
+    listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(compared.means.items()))
     *first, last = sorted(compared.means)
     lengths = f"{', '.join(map(str, first))} and {last}"
     if difference > compared.half:
         found = (
-            f"T = {least} scores better than T = {greatest} by {difference:.2g} (95 % interval {difference:.2g} +- "
-            f"{compared.half:.2g})"
+            f"T = {least} scores better than T = {greatest} by {short(difference, 2)} (95 % interval "
+            f"{short(difference, 2)} +- {short(compared.half, 2)})"
         )
     else:
         found = (
-            f"between T = {lengths} there is no difference larger than {difference + compared.half:.2g} (largest "
-            f"measured {difference:.2g}, 95 % interval +- {compared.half:.2g})"
+            f"between T = {lengths} there is no difference larger than {short(difference + compared.half, 2)} "
+            f"(largest measured {short(difference, 2)}, 95 % interval +- {short(compared.half, 2)})"
         )
     return f"{found} in {label}: {listed}"
