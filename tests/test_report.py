@@ -31,6 +31,13 @@ def test_the_page_needs_nothing_but_itself(finished_study):
         assert f'id="{target}"' in page
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(12.95, "12.9"), (13.0, "13.0"), (250.4, "250"), (0.5, "0.500"), (0.02, "0.020"), (None, "")]
+)
+def test_numbers_keep_the_zeros_that_were_measured(value, said):
+    assert short(value) == said
+
+
 def test_charts_say_what_their_dots_are():
     points = [(1, 2, 1.5, 2.5, "T < 5: 2"), (2, 3, None, None, "b")]
     svg = line_chart("a", [Series("one & two", "#0072B2", points)], "x", "y")

@@ -35,7 +35,7 @@ def embedded(path: Path) -> str | None:
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """So many digits, zeros at the end too, for they were measured; two at most below 0.05; nothing for None."""
+    """So many digits, zeros at the end too, for they were measured; two below 0.05; nothing for None."""
     if value is None:
         return ""
     return f"{value:#.{digits if abs(value) >= 0.05 else 2}g}".removesuffix(".")

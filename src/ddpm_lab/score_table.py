@@ -17,14 +17,20 @@ ROWS = (
 
 
 def floor_count(record: dict[str, Any]) -> str:
-    """Of how many images the floor of a record is, as "n=500"; nothing where it is of as many as what is scored."""
+    """Of how many images the floor of a record is, as "n=500"; nothing where it is of as many as what is scored.
+
+    Any line of scores.jsonl will do: what is not as `evaluation.evaluate` writes it says nothing.
+    """
     floor = record.get("floor")
     count = floor.get("num_images") if isinstance(floor, dict) else None
     return f"n={count:,}" if fits(count, int) and count != record.get("num_images") else ""
 
 
 def class_count(record: dict[str, Any]) -> str:
-    """Over how many classes an Inception Score is, as "of 10 classes"; nothing for the field's own network."""
+    """Over how many classes an Inception Score is, as "of 10 classes"; nothing for the field's own network.
+
+    Any line of scores.jsonl will do, as above.
+    """
     features = record.get("features")
     count = features.get("num_classes") if isinstance(features, dict) else None
     return f"of {count} classes" if fits(count, int) and not str(record.get("fid_label")).startswith("FID") else ""
