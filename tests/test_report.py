@@ -86,13 +86,25 @@ def test_a_page_names_every_machine_and_precision(finished_study, tmp_path):
     done = json.loads((other / "done.json").read_text())
     (other / "done.json").write_text(json.dumps(done | {"machine": "aarch64, NEON", "threads": 7}))
     lines = [json.loads(line) for line in (other / "measures.jsonl").read_text().splitlines()]
-    changed = [line | ({"dtype": "bfloat16"} if "dtype" in line else {}) for line in lines]
+    (here,) = {line["dtype"] for line in lines if "dtype" in line}  # the device's own
+    there = {"float32": "bf16", "bf16": "float32"}[here]
+    changed = [line | ({"dtype": there} if "dtype" in line else {}) for line in lines]
     (other / "measures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
     write_report(out)
     page = (out / "report.html").read_text()
     assert "T60-fixed-seed0: computed on cpu (aarch64, NEON) with 7 threads; " in page
     assert page.count(": computed on cpu (") == 2
-    assert "Some cells were sampled in bfloat16, others in float32" in page
+    assert "Some cells of seed 0 were sampled in bf16, others in float32" in page
+    assert "was trained and sampled in" not in page
+    results = gather(out)  # were it another seed's, what is compared would be alike
+    cells = [
+        dataclasses.replace(c, records=[r | {"seed_of_training": 1} for r in c.records]) if c.folder == other else c
+        for c in results.cells
+    ]
+    page = report_page(dataclasses.replace(results, cells=cells))
+    assert "others in" not in page
+    assert f"Seed 0 was trained and sampled in {here}" in page
+    assert f"Seed 1 was trained and sampled in {there}" in page
 
 
 @pytest.mark.parametrize(("content", "words"), [("[]", "is not what a study writes"), ("{", "cannot be read")])

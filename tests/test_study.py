@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ddpm_lab import study as study_module
-from ddpm_lab.cell import _left, planned_evaluations
+from ddpm_lab.cell import _left, _scored, planned_evaluations
 from ddpm_lab.grid import Study, cell_folder, is_done, open_study, read_study
 from ddpm_lab.lease import leased
 from ddpm_lab.log import read_lines
@@ -102,6 +102,33 @@ def test_what_a_study_found_can_be_kept_and_continued_without_its_networks(finis
     monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
     run_study(open_study(kept), kept, device="cpu")
     assert again == [missing.name]
+
+
+def test_a_study_keeps_the_precision_that_it_was_begun_in(study_file, tmp_path, monkeypatch):
+    """Cells on two machines, of which one has bfloat16 instructions, are compared with one another."""
+    said = []
+
+    def compute(study, cell, folder, *rest, **more):
+        sampled = {sampling.precision for _, _, sampling in _scored(study, cell).values()}
+        said.append((cell.config.training.precision, sampled))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
+
+    monkeypatch.setattr(study_module, "compute_cell", compute)
+    monkeypatch.setattr(study_module, "write_report", lambda out: "")
+    study = read_study(str(study_file))
+    assert study.precision == "auto"
+    for cell, fast in enumerate((True, False)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda fast=fast: {"amx_bf16": fast})
+        run_study(study, tmp_path / "out", cell=cell, device="cpu")
+    assert said == [("bf16", {"bf16"})] * 2
+    assert open_study(tmp_path / "out").in_precision("float32").precision == "bf16"
+    with pytest.raises(InputError, match="another recipe"):
+        run_study(study.in_precision("float32"), tmp_path / "out", device="cpu")
+    # a folder that was begun before precision was kept is what each machine makes of it
+    (tmp_path / "out" / "study.json").write_text(json.dumps(study.to_dict()))
+    run_study(study, tmp_path / "out", cell=2, device="cpu")
+    assert said[2] == ("auto", {"auto"})
 
 
 def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data
     model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
     state = new_state(model, config.training)
     step = step_seconds(state, build_schedule(config.diffusion), shape, config, on)
-    each = evaluation_seconds(model.eval(), shape, "auto", on)
+    each = evaluation_seconds(model.eval(), shape, config.training.precision, on)
     lines, total = [], 0.0
     for cell in cells:
         steps, evaluations = _left(study, cell, cell_folder(out, cell))
@@ -123,15 +123,15 @@ def _scored(study: Study, cell: Cell) -> dict[str, tuple[int, int | None, Sampli
 
     A network of continuous time is sampled as each chain by the headline's sampler alone.
     """
-    measures = study.measures
+    measures, precision = study.measures, cell.config.training.precision
     if cell.sampled_as:
-        headline = parse_sampler(HEADLINE)
+        headline = parse_sampler(HEADLINE, precision)
         return {f"{HEADLINE} as T={T}": (measures.final_images, T, headline) for T in cell.sampled_as}
     scored: dict[str, tuple[int, int | None, SamplingConfig]] = {
-        name: (measures.final_images, None, parse_sampler(name)) for name in measures.samplers
+        name: (measures.final_images, None, parse_sampler(name, precision)) for name in measures.samplers
     }
     few = min(64, measures.ancestral_images)  # rows beyond those wanted would be computed for nothing
-    ancestral = SamplingConfig(sampler="ddpm", precision="auto", batch_size=few)
+    ancestral = SamplingConfig(sampler="ddpm", precision=precision, batch_size=few)
     return scored | {"ancestral": (measures.ancestral_images, None, ancestral)}
 
 
@@ -212,7 +212,7 @@ def _measures(
         return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
 
     def speed() -> dict[str, Any]:
-        each = evaluation_seconds(trained.model, trained.image_shape, "auto", on)
+        each = evaluation_seconds(trained.model, trained.image_shape, cell.config.training.precision, on)
         return {
             "seconds_an_evaluation": each,
             "rows": 64,
@@ -259,7 +259,7 @@ def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_di
             table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)
             save_png(folder / f"{name}.png", framed(table))
     if not (folder / "reverse.gif").exists():
-        sampling = dataclasses.replace(parse_sampler(HEADLINE), batch_size=4)
+        sampling = dataclasses.replace(parse_sampler(HEADLINE, cell.config.training.precision), batch_size=4)
         trajectory = record_trajectory(shown, sampling, 4, SHORT_FILM.frames or 2)
         named = dataclasses.replace(trajectory, label=cell.label)
         save_film(folder / "reverse.gif", reverse_frames([named], scale), SHORT_FILM)

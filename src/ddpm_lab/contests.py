@@ -44,12 +44,11 @@ from ddpm_lab.samplers import ddim_sample
 from ddpm_lab.scaling import scaling
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError, packaged
-from ddpm_lab.training import batch_indices, new_state, resolve_device, resolve_precision, training_loop
+from ddpm_lab.training import batch_indices, new_state, precision_of, resolve_device, resolve_precision, training_loop
 from ddpm_lab.unet import UNet, build_unet
 
 Case = Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak", "scaling"]
 SMALL = "small"
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def run_bench(
         for what, step in steps.items():
             found = share_of_peak(model, x_t, t, dtype, step, training=what != "evaluation")
             record["peak"][what] = found
-            say("\n".join(peak_table(f"{what}, {of.name}, {DTYPES[dtype]}", found)))
+            say("\n".join(peak_table(f"{what}, {of.name}, {precision_of(dtype)}", found)))
     if "scaling" in cases:
         record["scaling"] = scaling(device, say)
     return record
@@ -191,7 +190,7 @@ def evaluation_contest(of: Subject, device: torch.device, dtype: torch.dtype) ->
         contestants[name] = evaluation_step(network, x_t, t, dtype)
         if dtype != torch.float32:
             contestants[f"{name} in float32, its default"] = evaluation_step(network, x_t, t, torch.float32)
-    return Contest(f"evaluation, {of.name}, {DTYPES[dtype]}", "images", of.batch_size, contestants)
+    return Contest(f"evaluation, {of.name}, {precision_of(dtype)}", "images", of.batch_size, contestants)
 
 
 def training_contest(of: Subject, device: torch.device, dtype: torch.dtype) -> Contest:
@@ -201,7 +200,7 @@ def training_contest(of: Subject, device: torch.device, dtype: torch.dtype) -> C
         contestants[name] = STEPS[name](of, device, dtype)
         if dtype != torch.float32:
             contestants[f"{name} in float32, its default"] = STEPS[name](of, device, torch.float32)
-    return Contest(f"training step, {of.name}, {DTYPES[dtype]}", "images", of.batch_size, contestants)
+    return Contest(f"training step, {of.name}, {precision_of(dtype)}", "images", of.batch_size, contestants)
 
 
 def sampling_contest(of: Subject, device: torch.device, num_images: int = 16, num_steps: int = 10) -> Contest:
@@ -346,7 +345,7 @@ def _our_step(of: Subject, device: torch.device, dtype: torch.dtype) -> Callable
     config = Config(
         data=DataConfig(dataset="cifar10"),
         model=of.config,
-        training=TrainingConfig(batch_size=of.batch_size, precision="bf16" if dtype == torch.bfloat16 else "float32"),
+        training=TrainingConfig(batch_size=of.batch_size, precision=precision_of(dtype)),
     )
     images = torch.randint(256, (512, *of.image_shape), dtype=torch.uint8).to(device)
     loop = training_loop(new_state(of.build(device), config.training), linear_schedule(1000), images, config)

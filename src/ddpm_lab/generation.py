@@ -33,7 +33,7 @@ from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, load
-from ddpm_lab.training import autocast, compiled, resolve_device, resolve_precision
+from ddpm_lab.training import autocast, compiled, precision_of, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
 MOST_IMAGES = 10_000_000
@@ -110,7 +110,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     resolved = dataclasses.replace(
         config,
         num_steps=num_steps,
-        precision="bf16" if dtype == torch.bfloat16 else "float32",
+        precision=precision_of(dtype),
         engine=resolve_engine(config.engine, device),
         guidance=(1.0 if config.guidance is None else config.guidance) if told else None,
         **settings,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_lab.config import Config, Features, SamplingConfig
+from ddpm_lab.config import Config, Features, Precision, SamplingConfig
 from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError, SettingsGroup, read_toml, require
 
@@ -85,15 +85,15 @@ class MeasuresConfig(SettingsGroup):
             parse_sampler(name)
 
 
-def parse_sampler(name: str) -> SamplingConfig:
-    """'ddim-50' as settings.
+def parse_sampler(name: str, precision: Precision = "auto") -> SamplingConfig:
+    """'ddim-50' as settings, of a network evaluated in that precision.
 
     Raises:
         InputError: another form, an unknown sampler, or an impossible number of steps.
     """
     sampler, _, steps = name.partition("-")
     require(steps.isdecimal(), f"measures.samplers are sampler and steps, as 'ddim-50', not {name!r}")
-    values = {"sampler": sampler, "num_steps": int(steps), "precision": "auto"}
+    values = {"sampler": sampler, "num_steps": int(steps), "precision": precision}
     return SamplingConfig.from_dict(values)
 
 
@@ -181,6 +181,18 @@ class Study:
         }
         values["evaluation"] = values.get("evaluation", {}) | evaluation
         return Config.from_dict(values)
+
+    @property
+    def precision(self) -> Precision:
+        """In which its cells are trained and sampled; 'auto' is what each worker's device makes of it."""
+        return Config.from_dict(self.recipe).training.precision
+
+    def in_precision(self, precision: Precision) -> "Study":
+        """The same, with that precision where its own is 'auto'."""
+        if self.precision != "auto":
+            return self
+        training = self.recipe.get("training", {}) | {"precision": precision}
+        return dataclasses.replace(self, recipe=self.recipe | {"training": training})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, settings resolved."""

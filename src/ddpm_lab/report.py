@@ -68,7 +68,7 @@ def report_page(results: Results) -> str:
             for record in records
         ],
         places=_places(finished),
-        dtypes=sorted({str(r["dtype"]) for r in records if r["key"] != "training" and r.get("dtype")}),
+        dtypes=_dtypes(records),
         floor=_floor(records, HEADLINE),
         native_floor=_floor(records, "ancestral"),
     )
@@ -91,6 +91,15 @@ def _places(finished: list[CellResult]) -> dict[str, list[str]]:
     return places
 
 
+def _dtypes(records: list[dict[str, Any]]) -> dict[int, str]:
+    """What the cells of each training seed were sampled in."""
+    found: dict[int, set[str]] = {}
+    for record in records:
+        if record["key"] != "training" and record.get("dtype"):
+            found.setdefault(record["seed_of_training"], set()).add(str(record["dtype"]))
+    return {seed: ", others in ".join(sorted(dtypes)) for seed, dtypes in sorted(found.items())}
+
+
 def _headline_label(results: Results) -> str:
     """What the headline's distance is called, with the number of images."""
     scored = [r for r in results.records if r["key"] != "training" and r.get("fid")]
@@ -106,8 +115,10 @@ def _features(results: Results) -> dict[str, Any]:
 
 def _repeating(study: Study) -> str:
     """What `ddpm study` is to be given: the packaged name only where the packaged study is this one."""
-    same = study.name in packaged("study") and read_study(study.name).to_dict() == study.to_dict()
-    return study.name if same else f"{study.name}.toml"
+    if study.name not in packaged("study"):
+        return f"{study.name}.toml"
+    package = read_study(study.name).in_precision(study.precision)
+    return study.name if package.to_dict() == study.in_precision("auto").to_dict() else f"{study.name}.toml"
 
 
 def _colour(results: Results, cell: Cell) -> str:

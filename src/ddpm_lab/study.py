@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddpm_lab.cell import check_cell, compute_cell, study_cost
+from ddpm_lab.config import Precision
 from ddpm_lab.files import InUse, replace_atomically
 from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.lease import SECONDS, LeaseLost, leased
 from ddpm_lab.report import write_report
 from ddpm_lab.settings import InputError, Interrupted, RunError
+from ddpm_lab.training import precision_of, resolve_device, resolve_precision
 
 
 def run_study(
@@ -38,10 +40,11 @@ def run_study(
         RunError: a cell failed; the others are done all the same.
         Interrupted: see `run.train`.
     """
+    _check_folder(study, out)
+    study = study.in_precision(_precision(out, device))
     cells = study.cells
     if cell is not None and not 0 <= cell < len(cells):
         raise InputError(f"--cell must be from 0 to {len(cells) - 1}, the cells of study {study.name}, not {cell}")
-    _check_folder(study, out)
     chosen = cells if cell is None else [cells[cell]]
     missing = [c for c in chosen if not is_done(out, c)]
     costs = []
@@ -98,14 +101,25 @@ def _check_folder(study: Study, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder, new or of a study")
     if (out / "study.json").is_file():
-        there = open_study(out).to_dict()
-        for key, value in study.to_dict().items():
-            if there[key] != value:
+        there = open_study(out)
+        for key, value in study.in_precision(there.precision).to_dict().items():
+            if there.in_precision("auto").to_dict()[key] != value:
                 raise InputError(f"--out {out} holds a study with another {key}; name another folder")
     elif out.is_dir():
         others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if others and others != ["cells"]:
             raise InputError(f"--out {out} holds {others[0]} but no study.json; name an empty or new folder")
+
+
+def _precision(out: Path, device: str) -> Precision:
+    """What 'auto' means in this folder: what the first worker's device made of it, for all cells and those to come.
+
+    Cells that are compared must not differ in precision because one was computed on another machine.
+    """
+    if (out / "study.json").is_file():
+        return open_study(out).precision
+    on = resolve_device(device)
+    return precision_of(resolve_precision("auto", on))
 
 
 def _claim_folder(study: Study, out: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lab import processes
-from ddpm_lab.config import Config, Prediction, TrainingConfig
+from ddpm_lab.config import Config, Precision, Prediction, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses
 from ddpm_lab.guidance import guided, told, withhold
@@ -98,6 +98,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
             native = False
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """The setting that resolves to `dtype` on any device."""
+    return "bf16" if dtype == torch.bfloat16 else "float32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
