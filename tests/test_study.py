@@ -183,12 +183,14 @@ def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypat
 
 
 def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, monkeypatch):
-    study, out, computed = read_study(str(study_file)), tmp_path / "out", []
+    study, out, computed, said = read_study(str(study_file)), tmp_path / "out", [], []
+    first = cell_folder(out, study.cells[0])
 
     def compute(study, cell, folder, *rest, **more):
         computed.append(cell.index)
-        folder.mkdir()
-        (folder / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
+        for done in [folder, first] if cell.index == 3 else [folder]:  # meanwhile another has done the first
+            done.mkdir()
+            (done / "done.json").write_text(json.dumps({name: kind() for name, kind in SUMMARY.items()}))
         if cell.index == 4:
             in_a_second = time.time() - 119.0  # from when it counts as dead
             os.utime(lease, (in_a_second, in_a_second))
@@ -197,10 +199,12 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
     monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
     monkeypatch.setattr(study_module, "SECONDS", 5.0)
     study_module._claim_folder(study, out)
-    lease = out / "cells" / f"{study.cells[1].name}.lease"
-    lease.write_text('{"owner": "another-machine/pid:[1] 1 x"}')
-    run_study(study, out, device="cpu")
-    assert computed == [0, 2, 3, 4, 1]
+    for other in study.cells[:2]:
+        lease = out / "cells" / f"{other.name}.lease"
+        lease.write_text('{"owner": "another-machine/pid:[1] 1 x"}')
+    run_study(study, out, device="cpu", say=said.append)
+    assert computed == [2, 3, 4, 1]
+    assert f"held by other workers: {study.cells[1].name}; is one of them dead?" in said
 
 
 def worker(study_file, out, *more):

@@ -79,6 +79,7 @@ def run_study(
             return True
 
     left = [one for one in missing if not attempt(one)]
+    left = [one for one in left if not is_done(out, one)]  # by others meanwhile
     if left:
         say(f"held by other workers: {', '.join(one.name for one in left)}; is one of them dead?")
         deadline = time.monotonic() + 1.2 * SECONDS
