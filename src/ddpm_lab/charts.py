@@ -55,7 +55,7 @@ def line_chart(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": name}):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
         axes = figure.add_subplot()
         said: dict[str, str] = {}
         for line in (line for line in series if line.points):
@@ -88,7 +88,7 @@ def line_chart(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         if any(line.name and line.points for line in series) or level is not None:
-            axes.legend(fontsize=8, frameon=False)
+            figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)  # inside it would cover points
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return _with_titles(written.getvalue(), said, f"{y_label} over {x_label}")
