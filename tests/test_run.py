@@ -25,6 +25,7 @@ from ddpm_lab.files import locked
 from ddpm_lab.log import read_lines
 from ddpm_lab.run import _as_typed, train
 from ddpm_lab.settings import InputError, Interrupted, RunError
+from ddpm_lab.training import resolve_precision
 
 from .conftest import tree_hash
 
@@ -44,7 +45,8 @@ def test_a_run_has_the_documented_files(tiny_run):
     assert record["data"]["name"] == "digits:train"
     assert len(record["data"]["sha256"]) == 64
     assert {"ddpm-lab", "torch", "numpy", "python"} <= record["versions"].keys()
-    assert record["computed"] == {"device": "cpu", "dtype": "float32"}
+    here = resolve_precision("auto", torch.device("cpu"))
+    assert record["computed"] == {"device": "cpu", "dtype": str(here).removeprefix("torch.")}
     assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
     with Image.open(tiny_run / "samples" / "step_00000012.png") as grid:
@@ -310,15 +312,17 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     train(tiny(tiny_recipe, num_steps=10), tmp_path, device="cpu")
     assert (written()["versions"], written()["earlier_versions"]) == (
         now,
-        [then | {"device": "cpu", "dtype": "float32"}],
+        [then | written()["computed"]],
     )
     here = written()["computed"]
-    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"dtype": "bfloat16"}}))
+    assert here["device"] == "cpu"
+    there = {"float32": "bfloat16", "bfloat16": "float32"}[here["dtype"]]
+    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"dtype": there}}))
     said: list[str] = []
     train(tiny(tiny_recipe, num_steps=12), tmp_path, device="cpu", say=said.append)
     assert written()["computed"] == here
-    assert [told["dtype"] for told in written()["earlier_versions"]] == ["float32", "bfloat16"]
-    assert "from here in float32; until here it was trained in bfloat16" in said
+    assert [told["dtype"] for told in written()["earlier_versions"]] == [here["dtype"], there]
+    assert f"from here in {here['dtype']}; until here it was trained in {there}" in said
     said.clear()
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=said.append)
     assert not any("from here in" in line for line in said)
