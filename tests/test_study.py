@@ -131,6 +131,26 @@ def test_a_study_keeps_the_precision_that_it_was_begun_in(study_file, tmp_path, 
     assert said[2] == ("auto", {"auto"})
 
 
+def test_of_two_machines_that_begin_a_study_one_decides_its_precision(study_file, tmp_path, monkeypatch):
+    study, said = read_study(str(study_file)), []
+
+    def cost(study, cells, out, device, data_dir):  # while this one measures, the other begins
+        out.mkdir()
+        (out / "study.json").write_text(json.dumps(study.in_precision("bf16").to_dict()))
+        return []
+
+    def compute(study, cell, folder, *rest, **more):
+        said.append((study.precision, cell.config.training.precision))
+        raise RunError("enough")
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {})
+    monkeypatch.setattr(study_module, "study_cost", cost)
+    monkeypatch.setattr(study_module, "compute_cell", compute)
+    with pytest.raises(RunError, match="1 of 1 cells failed"):
+        run_study(study, tmp_path / "out", cell=0, device="cpu")
+    assert said == [("bf16", "bf16")]
+
+
 def test_what_fails_is_told_and_stops_no_other(study_file, tmp_path, monkeypatch):
     study = read_study(str(study_file))
     done = []
@@ -175,7 +195,7 @@ def test_a_study_that_nobody_listens_to_ends_and_its_cell_has_not_failed(study_f
 def test_a_cell_that_another_holds_is_left_to_it(study_file, tmp_path, monkeypatch):
     study, out, said = read_study(str(study_file)), tmp_path / "out", []
     monkeypatch.setattr(study_module, "compute_cell", lambda *given, **more: pytest.fail("computed"))
-    study_module._claim_folder(study, out)
+    study_module._claim_folder(study, out, "cpu")
     monkeypatch.setattr(study_module, "SECONDS", 0.5)
     with leased(out / "cells" / f"{study.cells[2].name}.lease"):
         run_study(study, out, cell=2, device="cpu", say=said.append)
@@ -198,7 +218,7 @@ def test_a_cell_whose_worker_dies_meanwhile_is_taken_up(study_file, tmp_path, mo
     monkeypatch.setattr(study_module, "compute_cell", compute)
     monkeypatch.setattr(study_module, "write_report", lambda out: "reported")
     monkeypatch.setattr(study_module, "SECONDS", 5.0)
-    study_module._claim_folder(study, out)
+    study_module._claim_folder(study, out, "cpu")
     for other in study.cells[:2]:
         lease = out / "cells" / f"{other.name}.lease"
         lease.write_text('{"owner": "another-machine/pid:[1] 1 x"}')

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddpm_lab.cell import check_cell, compute_cell, study_cost
 from ddpm_lab.config import Precision
-from ddpm_lab.files import InUse, replace_atomically
+from ddpm_lab.files import InUse, locked, replace_atomically
 from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
 from ddpm_lab.lease import SECONDS, LeaseLost, leased
 from ddpm_lab.report import write_report
@@ -41,8 +41,7 @@ def run_study(
         Interrupted: see `run.train`.
     """
     _check_folder(study, out)
-    study = study.in_precision(_precision(out, device))
-    cells = study.cells
+    cells = study.in_precision(_precision(out, device)).cells
     if cell is not None and not 0 <= cell < len(cells):
         raise InputError(f"--cell must be from 0 to {len(cells) - 1}, the cells of study {study.name}, not {cell}")
     chosen = cells if cell is None else [cells[cell]]
@@ -51,7 +50,9 @@ def run_study(
     if missing:  # what cannot be computed is told before anything is written
         check_cell(study, missing[0], device, data_dir)
         costs = study_cost(study, missing, out, device, data_dir)
-    _claim_folder(study, out)
+    study = _claim_folder(study, out, device)
+    cells = study.cells
+    chosen, missing = ([cells[one.index] for one in some] for some in (chosen, missing))
     say(f"study {study.name}: {len(cells)} cells, {sum(is_done(out, c) for c in cells)} done")
     for line in costs:
         say(line)
@@ -123,12 +124,16 @@ def _precision(out: Path, device: str) -> Precision:
     return precision_of(resolve_precision("auto", on))
 
 
-def _claim_folder(study: Study, out: Path) -> None:
-    _check_folder(study, out)  # since we looked
+def _claim_folder(study: Study, out: Path, device: str) -> Study:
+    """Begin the folder, or join those who have meanwhile; the study in its precision."""
     try:
-        (out / "cells").mkdir(parents=True, exist_ok=True)
-        if not (out / "study.json").is_file():
-            replace_atomically(out / "study.json", (json.dumps(study.to_dict(), indent=2) + "\n").encode())
+        with locked(out, "--out", wait=True):  # of two that begin it at once, on unlike machines, one decides
+            _check_folder(study, out)
+            study = study.in_precision(_precision(out, device))
+            (out / "cells").mkdir(exist_ok=True)
+            if not (out / "study.json").is_file():
+                replace_atomically(out / "study.json", (json.dumps(study.to_dict(), indent=2) + "\n").encode())
+            return study
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from error
 
