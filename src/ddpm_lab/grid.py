@@ -256,6 +256,12 @@ def _parse_study(path: Path, values: dict[str, Any]) -> Study:
     return study
 
 
+def difference(study: Study, begun: Study) -> str | None:
+    """The first part in which a study is not one that was begun, but for a precision settled there; None: it is."""
+    asked, there = study.in_precision(begun.precision).to_dict(), begun.in_precision("auto").to_dict()
+    return next((key for key, value in asked.items() if there[key] != value), None)
+
+
 def cell_folder(out: Path, cell: Cell) -> Path:
     """Where a cell lies in a study's folder."""
     return out / "cells" / cell.name

@@ -10,7 +10,7 @@ from typing import Any
 from ddpm_lab.charts import Series, line_chart
 from ddpm_lab.drawing import COLOURS
 from ddpm_lab.files import locked, replace_atomically
-from ddpm_lab.grid import HEADLINE, Cell, Study, open_study, read_study
+from ddpm_lab.grid import HEADLINE, Cell, Study, difference, open_study, read_study
 from ddpm_lab.page import embedded, record_as_text, render, short
 from ddpm_lab.results import BETAS, CellResult, Results, answer, as_csv, compare, compared_convention, gather, told
 from ddpm_lab.schedule import build_schedule
@@ -91,13 +91,13 @@ def _places(finished: list[CellResult]) -> dict[str, list[str]]:
     return places
 
 
-def _dtypes(records: list[dict[str, Any]]) -> dict[int, str]:
+def _dtypes(records: list[dict[str, Any]]) -> dict[int, tuple[str, ...]]:
     """What the cells of each training seed were sampled in."""
     found: dict[int, set[str]] = {}
     for record in records:
         if record["key"] != "training" and record.get("dtype"):
             found.setdefault(record["seed_of_training"], set()).add(str(record["dtype"]))
-    return {seed: ", others in ".join(sorted(dtypes)) for seed, dtypes in sorted(found.items())}
+    return {seed: tuple(sorted(dtypes)) for seed, dtypes in sorted(found.items())}
 
 
 def _headline_label(results: Results) -> str:
@@ -115,10 +115,8 @@ def _features(results: Results) -> dict[str, Any]:
 
 def _repeating(study: Study) -> str:
     """What `ddpm study` is to be given: the packaged name only where the packaged study is this one."""
-    if study.name not in packaged("study"):
-        return f"{study.name}.toml"
-    package = read_study(study.name).in_precision(study.precision)
-    return study.name if package.to_dict() == study.in_precision("auto").to_dict() else f"{study.name}.toml"
+    same = study.name in packaged("study") and difference(read_study(study.name), study) is None
+    return study.name if same else f"{study.name}.toml"
 
 
 def _colour(results: Results, cell: Cell) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ddpm_lab.cell import check_cell, compute_cell, study_cost
 from ddpm_lab.config import Precision
 from ddpm_lab.files import InUse, locked, replace_atomically
-from ddpm_lab.grid import Cell, Study, cell_folder, failure_path, is_done, open_study
+from ddpm_lab.grid import Cell, Study, cell_folder, difference, failure_path, is_done, open_study
 from ddpm_lab.lease import SECONDS, LeaseLost, leased
 from ddpm_lab.report import write_report
 from ddpm_lab.settings import InputError, Interrupted, RunError
@@ -51,8 +51,7 @@ def run_study(
         check_cell(study, missing[0], device, data_dir)
         costs = study_cost(study, missing, out, device, data_dir)
     study = _claim_folder(study, out, device)
-    cells = study.cells
-    chosen, missing = ([cells[one.index] for one in some] for some in (chosen, missing))
+    missing = [study.cells[one.index] for one in missing]  # in the precision that is settled now
     say(f"study {study.name}: {len(cells)} cells, {sum(is_done(out, c) for c in cells)} done")
     for line in costs:
         say(line)
@@ -103,10 +102,9 @@ def _check_folder(study: Study, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder, new or of a study")
     if (out / "study.json").is_file():
-        there = open_study(out)
-        for key, value in study.in_precision(there.precision).to_dict().items():
-            if there.in_precision("auto").to_dict()[key] != value:
-                raise InputError(f"--out {out} holds a study with another {key}; name another folder")
+        key = difference(study, open_study(out))
+        if key is not None:
+            raise InputError(f"--out {out} holds a study with another {key}; name another folder")
     elif out.is_dir():
         others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if others and others != ["cells"]:
@@ -120,8 +118,7 @@ def _precision(out: Path, device: str) -> Precision:
     """
     if (out / "study.json").is_file():
         return open_study(out).precision
-    on = resolve_device(device)
-    return precision_of(resolve_precision("auto", on))
+    return precision_of(resolve_precision("auto", resolve_device(device)))
 
 
 def _claim_folder(study: Study, out: Path, device: str) -> Study:
