@@ -47,6 +47,17 @@ def test_charts_say_what_their_dots_are():
     assert svg == line_chart("a", [Series("one & two", "#0072B2", points)], "x", "y")
 
 
+@pytest.mark.parametrize(("letters", "columns"), [(25, 3), (45, 2), (90, 1)])
+def test_a_legend_has_as_many_columns_as_its_names_leave_room_for(letters, columns):
+    points = [(1, 2, None, None, "a"), (2, 3, None, None, "b")]
+    series = [Series(f"{number:_<{letters}}", "#0072B2", points) for number in range(6)]
+    svg = line_chart("a", series, "x", "y")
+    (width,) = re.findall(r'viewBox="0 0 ([\d.]+)', svg)
+    begins = {float(x) for x in re.findall(r'<text [^>]* x="([\d.]+)"[^>]*>\d_', svg)}
+    assert len(begins) == columns
+    assert max(begins) + 4 * letters < float(width)
+
+
 @pytest.mark.parametrize(("level", "told"), [(1.5, "floor"), (0.125, "floor, 0.12")])
 def test_a_level_far_below_is_told_and_not_drawn(level, told):
     """Else most of a logarithmic chart is the way down to it."""

@@ -88,7 +88,10 @@ def line_chart(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         if any(line.name and line.points for line in series) or level is not None:
-            figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)  # inside it would cover points
+            names = [line.name for line in series if line.points] + ([] if level is None else [f"{level[1]}, 0.0000"])
+            fitting = int(72 * figure.get_figwidth() / (46 + 4 * max(map(len, names))))  # points, of 8 point letters
+            columns = min(3, max(1, fitting))
+            figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)  # inside it covers points
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return _with_titles(written.getvalue(), said, f"{y_label} over {x_label}")
