@@ -40,7 +40,8 @@ def trained(tiny_recipe):
 
 
 def save(run_dir, state, step=None):
-    return save_checkpoint(run_dir, step or state.step, snapshot(state.model, state.ema, state.optimizer))
+    at, files = step or state.step, snapshot(state.model, state.ema, state.optimizer)
+    return save_checkpoint(checkpoint_path(run_dir, at), at, files)
 
 
 def test_saving_and_loading_gives_the_same_state(trained, tmp_path):

@@ -3,20 +3,26 @@
 import pytest
 import torch
 
+from ddpm_lab.config import EDM
 from ddpm_lab.diffusion import (
     denoising_losses,
     diffusion_loss,
+    input_scale,
+    min_snr_weights,
+    output_coefficients,
     posterior,
     predict_x_0_eps,
-    prediction_target,
     q_sample,
     q_step,
+    timestep_probabilities,
 )
 from ddpm_lab.schedule import cosine_schedule, linear_schedule
 from ddpm_lab.settings import InputError
 
 SCHEDULES = [linear_schedule(50), linear_schedule(50, False), cosine_schedule(50)]
 ONE, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+
+PREDICTIONS = ["eps", "x_0", "v", EDM(0.5)]
 
 
 def at(t):
@@ -75,7 +81,7 @@ def test_posterior_of_the_last_step_is_the_image():
     assert variance == 0
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [0, 500, 999])
 def test_predictions_round_trip(prediction, t):
     """From (x_0, eps) to what the network would say, and back."""
@@ -83,15 +89,14 @@ def test_predictions_round_trip(prediction, t):
     alpha_bar = schedule.alpha_bar_at(t)
     x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     x_t = q_sample(schedule, x_0, torch.full((3,), t), eps)
-    output = prediction_target(
-        prediction, x_0, eps, *torch.tensor([alpha_bar, 1 - alpha_bar], dtype=torch.float64).sqrt()
-    )
+    a, b = output_coefficients(prediction, alpha_bar)
+    output = a * x_0 + b * eps
     x_0_hat, eps_hat = predict_x_0_eps(prediction, output, x_t, alpha_bar)
     torch.testing.assert_close(x_0_hat, x_0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(eps_hat, eps, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_clipping_keeps_image_and_noise_consistent(prediction):
     alpha_bar = 0.3
     output, x_t = 3 * torch.randn(2, 5, 1, 4, 4, dtype=torch.float64)
@@ -103,8 +108,68 @@ def test_clipping_keeps_image_and_noise_consistent(prediction):
 def test_v_is_its_definition():
     x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     angle = torch.tensor(0.4, dtype=torch.float64)  # alpha = cos, sigma = sin of one angle; v = d x / d angle
-    v = prediction_target("v", x_0, eps, angle.cos(), angle.sin())
-    torch.testing.assert_close(v, angle.cos() * eps - angle.sin() * x_0)
+    a, b = output_coefficients("v", angle.cos() ** 2)
+    torch.testing.assert_close(a * x_0 + b * eps, angle.cos() * eps - angle.sin() * x_0)
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_is_the_preconditioning_of_karras(t, sigma_data):
+    """Their D = c_skip x + c_out F(c_in x), with x = x_0 + sigma n, is our prediction of x_0 (table 1 of the paper)."""
+    schedule = linear_schedule()
+    alpha_bar = schedule.alpha_bar_at(t)
+    sigma, total = ((1 - alpha_bar) / alpha_bar) ** 0.5, sigma_data**2 + (1 - alpha_bar) / alpha_bar
+    c_skip, c_out, c_in = sigma_data**2 / total, sigma * sigma_data / total**0.5, 1 / total**0.5
+    x_t, F = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    x = x_t / alpha_bar**0.5
+    x_0_hat, eps_hat = predict_x_0_eps(EDM(sigma_data), F, x_t, alpha_bar)
+    torch.testing.assert_close(x_0_hat, c_skip * x + c_out * F)
+    torch.testing.assert_close(x_0_hat + sigma * eps_hat, x)
+    torch.testing.assert_close(input_scale(EDM(sigma_data), schedule)[t] * x_t, c_in * x)
+    if sigma_data == 1:
+        torch.testing.assert_close(x_0_hat, predict_x_0_eps("v", -F, x_t, alpha_bar)[0])
+
+
+def test_edm_has_variance_1_at_every_level():
+    """Of what the network sees and of what it is to say, for images of deviation sigma_data."""
+    schedule = linear_schedule()
+    a, b = output_coefficients(EDM(0.3), schedule.alpha_bar)
+    torch.testing.assert_close(a**2 * 0.3**2 + b**2, torch.ones_like(a))
+    variance = schedule.alpha_bar * 0.3**2 + 1 - schedule.alpha_bar
+    torch.testing.assert_close(input_scale(EDM(0.3), schedule) ** 2 * variance, torch.ones_like(a))
+    assert input_scale("eps", schedule) is None
+    with pytest.raises(InputError, match="above 0"):
+        EDM(0.0)
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(), linear_schedule(500, False), cosine_schedule(200)])
+def test_lognormal_timesteps_have_the_moments_asked_for(schedule):
+    """ln sigma has nearly the mean and deviation asked for where the chain holds them; every timestep is drawn."""
+    probabilities = timestep_probabilities(schedule, -1.2, 1.2, uniform_share=0.0)
+    log_sigma = -schedule.snr.log() / 2
+    mean = float(probabilities @ log_sigma)
+    assert float(probabilities.sum()) == pytest.approx(1)
+    assert mean == pytest.approx(-1.2, abs=0.02)
+    assert float((probabilities @ (log_sigma - mean).square()).sqrt()) == pytest.approx(1.2, abs=0.03)
+    shared = timestep_probabilities(schedule, -1.2, 1.2)
+    torch.testing.assert_close(shared, 0.9 * probabilities + 0.1 / schedule.num_timesteps)
+    assert float(timestep_probabilities(schedule, -1.2, 1.2, 1.0).std()) == pytest.approx(0, abs=1e-12)
+
+
+def test_min_snr_weighs_every_prediction_alike():
+    """One error in x_0 costs min(SNR, 5) times its square, whatever the network predicts; the paper's for eps and v."""
+    schedule = linear_schedule()
+    alpha_bar, snr = schedule.alpha_bar, schedule.snr
+    x_0, x_0_hat, eps = torch.randn(3, 1000, dtype=torch.float64)
+    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
+    eps_hat = (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
+    expected = snr.clamp(max=5) * (x_0_hat - x_0).square()
+    for prediction in PREDICTIONS:
+        a, b = output_coefficients(prediction, alpha_bar)
+        error = (a * x_0_hat + b * eps_hat) - (a * x_0 + b * eps)
+        torch.testing.assert_close(min_snr_weights(prediction, schedule) * error.square(), expected)
+    torch.testing.assert_close(min_snr_weights("eps", schedule), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(min_snr_weights("v", schedule), snr.clamp(max=5) / (snr + 1))
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(10_000), cosine_schedule(10_000)])
@@ -154,9 +219,7 @@ def test_q_sample_refuses_what_does_not_fit(x_0, t, eps, words):
 
 def test_unknown_predictions_are_refused():
     x = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(InputError, match="eps, x_0 or v"):
+    with pytest.raises(InputError, match="eps, x_0, v or EDM"):
         predict_x_0_eps("noise", x, x, 0.5)
-    with pytest.raises(InputError, match="eps, x_0 or v"):
-        prediction_target("noise", x, x, torch.tensor(0.7), torch.tensor(0.7))
     with pytest.raises(InputError, match="must be equal"):
         denoising_losses(lambda x, t: x[:, :, :1], linear_schedule(50), x, torch.tensor([0]), x)

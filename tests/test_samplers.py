@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ddpm_lab.diffusion import prediction_target
+from ddpm_lab.config import EDM
+from ddpm_lab.diffusion import output_coefficients
 from ddpm_lab.samplers import ddim_sample, ddim_steps, ddpm_sample, ddpm_steps
 from ddpm_lab.schedule import cosine_schedule, linear_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError
@@ -38,14 +39,15 @@ def knowing_model(schedule, x_0, prediction):
     def model(x_t, t):
         alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
         eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        return prediction_target(prediction, x_0.expand_as(x_t), eps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        a, b = output_coefficients(prediction, alpha_bar)
+        return a * x_0 + b * eps
 
     return model
 
 
 @pytest.mark.filterwarnings("ignore:variance beta")
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", EDM(0.5)])
 @pytest.mark.parametrize("num_steps", [1, 3, 50])
 @pytest.mark.parametrize("clip", [True, False])
 def test_a_perfect_denoiser_brings_back_the_image(name, prediction, num_steps, clip):

@@ -226,7 +226,7 @@ def _measures(
                 trained.model,
                 trained.schedule,
                 images.to(on),
-                prediction=diffusion.prediction,
+                prediction=diffusion.predicted,
                 num_drawn=BOUND_DRAWN,
                 labels=labels,
                 on_batch=advance,

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_dura
 from ddpm_lab.settings import InputError, RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+MEAN_LOSSES = "mean_losses"  # beside them, where weights of the loss are learned
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -55,13 +57,20 @@ def last_step(run_dir: Path) -> str:
     return str(steps[-1]) if steps else "none yet"
 
 
-def snapshot(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def average_path(run_dir: Path, step: int) -> Path:
+    """`averages/step_00000625` of a run folder: averaged weights alone, that no later checkpoint replaces."""
+    return run_dir / "averages" / f"step_{step:08d}"
+
+
+def snapshot(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, mean_losses: Tensor | None = None
+) -> dict[str, dict[str, Tensor]]:
     """The training state as it is now, by file and name: copies on the CPU, which no later step changes."""
     moments = {
         f"{moment}.{name}": optimizer.state[parameter][moment]  # under the name of the parameter they belong to
         for moment in MOMENTS
         for name, parameter in model.named_parameters()
-    }
+    } | ({} if mean_losses is None else {MEAN_LOSSES: mean_losses})
     return {
         "model.safetensors": _copies(dict(model.named_parameters())),
         "ema.safetensors": _copies(dict(ema.named_parameters())),
@@ -69,17 +78,17 @@ def snapshot(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer)
     }
 
 
-def save_checkpoint(run_dir: Path, step: int, state: dict[str, dict[str, Tensor]]) -> Path:
-    """Write the training state after `step` steps; an existing checkpoint of that step is kept as it is.
+def save_checkpoint(final: Path, step: int, state: dict[str, dict[str, Tensor]]) -> Path:
+    """Write the training state after `step` steps; an existing checkpoint there is kept as it is.
 
     Args:
-        state: of `snapshot`.
+        final: the folder it is to be, see `checkpoint_path` and `average_path`.
+        state: of `snapshot`, or one file of it.
     Returns:
         The checkpoint's folder.
     Raises:
         OSError: the disk is full or refuses; nothing but the temporary folder was touched, and that is removed.
     """
-    final = checkpoint_path(run_dir, step)
     if final.exists():
         return final
     temporary = final.with_name(TEMPORARY_PREFIX + final.name)
@@ -105,26 +114,37 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, dict[str, Tensor]
 class CheckpointWriter:
     """Writes a run's checkpoints one after another while training goes on; as a context it ends with all written."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        """keep: see `remove_old_checkpoints`, which follows every checkpoint."""
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, averages_at: Sequence[int] = ()) -> None:
+        """keep: see `remove_old_checkpoints`, which follows every checkpoint; averages_at: of `keep_average`."""
+        self.run_dir, self.keep, self.averages_at = run_dir, keep, averages_at
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = 0
 
-    def save(self, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to write the state as it is now, once the checkpoint before it is written.
+    def save(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
+        """Begin to write a `snapshot`, once what was begun before is written.
 
         Raises:
-            RunError: that one could not be written.
+            RunError: that could not be written.
         """
         self.wait()
         self._step = step
-        self._writing = self._thread.submit(self._write, step, snapshot(model, ema, optimizer))
+        self._writing = self._thread.submit(self._write, step, state)
+
+    def keep_average(self, step: int, ema: nn.Module) -> None:
+        """Write the averaged weights alone, where they are to stay; see `save`."""
+        if step in self.averages_at:
+            self.wait()
+            self._step = step
+            files = {"ema.safetensors": _copies(dict(ema.named_parameters()))}
+            self._writing = self._thread.submit(self._write_average, step, files)
 
     def _write(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
-        save_checkpoint(self.run_dir, step, state)
+        save_checkpoint(checkpoint_path(self.run_dir, step), step, state)
         remove_old_checkpoints(self.run_dir, self.keep)
+
+    def _write_average(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
+        save_checkpoint(average_path(self.run_dir, step), step, files)
 
     def check(self) -> None:
         """Tell of a checkpoint that could not be written, without waiting for one under way.
@@ -222,16 +242,21 @@ def load_parameters(module: nn.Module, folder: Path, name: str) -> None:
             parameter.copy_(tensors[key])
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, step: int) -> None:
-    """Restore Adam's moments, and its count of steps, which is the checkpoint's.
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, step: int, mean_losses: Tensor | None = None
+) -> None:
+    """Restore Adam's moments, its count of steps, which is the checkpoint's, and the mean losses, in place.
 
     Raises:
         InputError: as `load_tensors`, or moments of another network.
     """
     name = "optimizer.safetensors"
     tensors, parameters = load_tensors(folder, name), dict(model.named_parameters())
-    _same_names(folder / name, tensors, {f"{m}.{key}": p.shape for m in MOMENTS for key, p in parameters.items()})
+    shapes = {f"{m}.{key}": p.shape for m in MOMENTS for key, p in parameters.items()}
+    _same_names(folder / name, tensors, shapes | ({} if mean_losses is None else {MEAN_LOSSES: mean_losses.shape}))
     set_moments(optimizer, model, step, tensors)
+    if mean_losses is not None:
+        mean_losses.copy_(tensors[MEAN_LOSSES])
 
 
 def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,10 @@ from typing import Any, Literal, Self, cast
 from ddpm_lab.settings import SettingsGroup, read_toml, require
 
 Schedule = Literal["linear", "cosine"]
-Prediction = Literal["eps", "x_0", "v"]
+Prediction = Literal["eps", "x_0", "v", "edm"]
+NoiseLevels = Literal["uniform", "lognormal"]
+Weighting = Literal["simple", "min_snr", "learned"]
+Conditioning = Literal["shift", "scale_shift"]
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "yes", "no"]
 Decay = Literal["constant", "linear", "cosine"]
@@ -22,6 +25,29 @@ Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
 Engine = Literal["torch", "compile", "onnx"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+
+
+@dataclass(frozen=True)
+class EDM:
+    """The preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1).
+
+    Args:
+        sigma_data: standard deviation of the images' pixels, on the scale of -1 to 1.
+    Raises:
+        InputError: sigma_data is not above 0.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.sigma_data > 0, f"sigma_data must be above 0, not {self.sigma_data}")
+
+    def deviation(self, alpha_bar: Any) -> Any:
+        """The standard deviation of x_t where alpha_bar is left of the image's variance; of the argument's type."""
+        return (alpha_bar * self.sigma_data**2 + (1 - alpha_bar)) ** 0.5
+
+
+Predicted = Literal["eps", "x_0", "v"] | EDM  # what functions take: EDM comes with the deviation of its images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +91,9 @@ class ModelConfig(SettingsGroup):
     """groups of the normalisations; give narrow networks fewer: a level of one channel a group cannot see t"""
     patch_size: int = 1
     """side in pixels of patches folded into channels at the input, unfolded at the output; 2 is about 4x cheaper"""
+    time_conditioning: Conditioning = "shift"
+    """how time and class act in a residual block: added before the second normalisation (shift, Ho et al. 2020), or as
+    a scale and a shift after it (scale_shift, Dhariwal and Nichol 2021)"""
     num_classes: int | None = None
     """classes that the network is told, as many as the data set has (mnist, cifar10 and digits 10 each); unset: none"""
 
@@ -107,12 +136,35 @@ class DiffusionConfig(SettingsGroup):
     rescale_betas: bool | None = None
     """linear only: scale 1e-4 .. 0.02 by 1000/T, so that every T is nearly the same process (default), or not"""
     prediction: Prediction = "eps"
-    """what the network predicts: the noise (Algorithm 1), the clean image, or v (Salimans and Ho 2022)"""
+    """what the network predicts: the noise (eps, Algorithm 1), the clean image (x_0), v (Salimans and Ho 2022), or the
+    combination of both that has variance 1 at every noise level (edm, Karras et al. 2022)"""
+    sigma_data: float | None = None
+    """edm only: standard deviation of the pixels on the scale of -1 to 1; unset: measured on the training images"""
 
     def _check(self) -> None:
         check_chain(self.num_timesteps, self.schedule, self.rescale_betas)
+        require(
+            self.sigma_data is None or self.prediction == "edm",
+            f"diffusion.sigma_data is for the prediction edm, not for {self.prediction}",
+        )
+        require(
+            self.sigma_data is None or 0 < self.sigma_data <= 100,
+            f"diffusion.sigma_data must be above 0 and at most 100, not {self.sigma_data}",
+        )
         if self.schedule == "linear" and self.rescale_betas is None:
             object.__setattr__(self, "rescale_betas", True)  # the resolved value is what is saved
+
+    @property
+    def predicted(self) -> Predicted:
+        """The prediction as functions take it.
+
+        Raises:
+            InputError: edm, and sigma_data is not known yet.
+        """
+        if self.prediction != "edm":
+            return self.prediction
+        require(self.sigma_data is not None, "the prediction edm needs diffusion.sigma_data")
+        return EDM(cast(float, self.sigma_data))
 
     @property
     def beta_convention(self) -> str:
@@ -159,13 +211,27 @@ class TrainingConfig(SettingsGroup):
     warmup_steps: int = 5_000
     """steps over which the learning rate rises linearly from 0; cut to num_steps"""
     decay: Decay = "constant"
-    """the learning rate after the warm-up: constant, or falling to 0 at num_steps"""
+    """the learning rate after the warm-up: constant, or falling to 0 at num_steps, along a line or a cosine"""
+    decay_share: float = 1.0
+    """with a decay: share of the steps after the warm-up in which the learning rate falls, the last ones"""
+    adam_beta2: float = 0.999
+    """decay per step of Adam's average of squared gradients"""
     ema_decay: float = 0.9999
     """decay per step of the moving average of the parameters; early on it is (1 + k) / (10 + k)"""
     class_dropout: float = 0.1
     """with model.num_classes: probability that an image's class is withheld, as guidance needs"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this Euclidean norm"""
+    noise_levels: NoiseLevels = "uniform"
+    """how timesteps are drawn: uniform in t (Algorithm 1), or nine tenths of them so that the logarithm of the noise
+    level sigma = sqrt((1 - alpha_bar) / alpha_bar) is normal (lognormal, Karras et al. 2022)"""
+    log_sigma_mean: float = -1.2
+    """lognormal only: mean of ln sigma"""
+    log_sigma_std: float = 1.2
+    """lognormal only: standard deviation of ln sigma"""
+    weighting: Weighting = "simple"
+    """how losses are weighed: all alike (simple), by min(SNR, 5) on the clean image (min_snr, Hang et al. 2023), or by
+    one over the mean loss at their noise level, as measured so far (learned, after Karras et al. 2024)"""
     precision: Precision = "auto"
     """bf16 computes convolutions, products and attention in bfloat16, the rest in float32; auto: where the device is
     fast at it"""
@@ -188,7 +254,16 @@ class TrainingConfig(SettingsGroup):
             value = getattr(self, name)
             require(value > 0, f"training.{name} must be above 0, not {value}")
         require(0 <= self.class_dropout <= 1, f"training.class_dropout must be in [0, 1], not {self.class_dropout}")
-        require(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1), not {self.ema_decay}")
+        for name in ("ema_decay", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"training.{name} must be in [0, 1), not {value}")
+        share = self.decay_share
+        require(0 < share <= 1, f"training.decay_share must be above 0 and at most 1, not {share}")
+        require(
+            abs(self.log_sigma_mean) <= 10 and 0 < self.log_sigma_std <= 10,
+            "training.log_sigma_mean must be from -10 to 10, and training.log_sigma_std above 0 and at most 10, not "
+            f"{self.log_sigma_mean} and {self.log_sigma_std}",
+        )
         object.__setattr__(self, "warmup_steps", min(self.warmup_steps, self.num_steps))
 
 

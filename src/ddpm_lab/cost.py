@@ -33,13 +33,14 @@ def training_cost(
     seconds = step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
     kept = training.keep_checkpoints or -(-training.num_steps // training.checkpoint_every)
     kept = min(kept, -(-training.num_steps // training.checkpoint_every))
+    stored = parameters * (16 * kept + 12)  # checkpoints, and three averages
     return (
         f"{training_set.name}, {len(training_set)} images of "
         f"{' x '.join(map(str, image_shape))}; {parameters:,} parameters, "
         f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
         f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
         f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
-        f"up to {size(16 * parameters * kept)} of checkpoints"
+        f"up to {size(stored)} of checkpoints"
     )
 
 
@@ -49,7 +50,7 @@ def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     # Without data, and with attention as products: the fused kernel of the CPU is not counted.
-    weights = {name: parameter.to("meta") for name, parameter in model.named_parameters()}
+    weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     inputs = torch.zeros(1, *image_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, weights, inputs)

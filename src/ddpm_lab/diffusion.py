@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import Prediction
+from ddpm_lab.config import EDM, Predicted
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 
@@ -94,38 +94,43 @@ def posterior(
     return weight_0 * x_0 + weight_t * x_t, (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha)
 
 
-def prediction_target(prediction: Prediction, x_0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """What the network ought to have said: eps, x_0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
+def output_coefficients(prediction: Predicted, alpha_bar: Coefficient) -> tuple[Coefficient, Coefficient]:
+    """What a network's output stands for, as a sum a x_0 + b eps: the one place that knows what a prediction means.
 
-    v is that of Salimans and Ho 2022 (arXiv:2202.00512, appendix D).
+    eps: (0, 1). x_0: (1, 0). v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, arXiv:2202.00512,
+    appendix D). `EDM(sigma_data)`: the F of Karras et al. 2022 (arXiv:2206.00364, eq. 7 and table 1) at the chain's own
+    noise level sigma = sqrt((1 - alpha_bar) / alpha_bar), a combination that has variance 1 at every level; with
+    sigma_data = 1 it is -v.
 
     Args:
-        x_0, eps: (B, C, H, W).
-        signal, noise: sqrt(alpha_bar) and sqrt(1 - alpha_bar), which broadcast against the images; both are given, for
-            in float32 the second cannot be had from the first near the clean image.
+        alpha_bar: there, in (0, 1): a number, or a tensor.
     Returns:
-        Shape and dtype of x_0.
+        a and b, of the type of alpha_bar.
     Raises:
         InputError: unknown prediction.
     """
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     if prediction == "eps":
-        return eps
+        return 0 * alpha_bar, 0 * alpha_bar + 1
     if prediction == "x_0":
-        return x_0
+        return 0 * alpha_bar + 1, 0 * alpha_bar
     if prediction == "v":
-        return signal * eps - noise * x_0
-    raise InputError(f"prediction must be eps, x_0 or v, not {prediction!r}")
+        return -noise, signal
+    if isinstance(prediction, EDM):
+        deviation = prediction.deviation(alpha_bar)
+        return noise / (deviation * prediction.sigma_data), -signal * prediction.sigma_data / deviation
+    raise InputError(f"prediction must be eps, x_0, v or EDM(sigma_data), not {prediction!r}")
 
 
 def predict_x_0_eps(
-    prediction: Prediction, output: Tensor, x_t: Tensor, alpha_bar: Coefficient, clip_x_0: bool = False
+    prediction: Predicted, output: Tensor, x_t: Tensor, alpha_bar: Coefficient, clip_x_0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The clean image and the noise that a network's output stands for: the one place where its meaning is known.
+    """The clean image and the noise that a network's output stands for.
 
     x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps holds between the two returned, clipped or not.
 
     Args:
-        prediction: what `output` is: eps, x_0 or v.
+        prediction: what `output` is, see `output_coefficients`.
         output, x_t: (B, C, H, W).
         alpha_bar: there, in (0, 1): a number, or a tensor that broadcasts against the images.
         clip_x_0: bring x_0 into [-1, 1], and derive eps again from it.
@@ -137,22 +142,61 @@ def predict_x_0_eps(
     _same_shape("the network's output", output, "x_t", x_t)
     output = output.to(x_t.dtype)
     signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if prediction == "eps":
-        x_0_hat, eps_hat = (x_t - noise * output) / signal, output
-    elif prediction == "x_0":
-        x_0_hat, eps_hat = output, (x_t - signal * output) / noise
-    elif prediction == "v":
-        x_0_hat, eps_hat = signal * x_t - noise * output, noise * x_t + signal * output
-    else:
-        raise InputError(f"prediction must be eps, x_0 or v, not {prediction!r}")
+    a, b = output_coefficients(prediction, alpha_bar)
+    # Two equations, x_t = signal x_0 + noise eps and output = a x_0 + b eps, solved for x_0 and eps.
+    determinant = signal * b - noise * a
+    x_0_hat = (b / determinant) * x_t - (noise / determinant) * output
     if clip_x_0:
         x_0_hat = x_0_hat.clamp(-1, 1)
-        eps_hat = (x_t - signal * x_0_hat) / noise
-    return x_0_hat, eps_hat
+        return x_0_hat, (x_t - signal * x_0_hat) / noise
+    return x_0_hat, (signal / determinant) * output - (a / determinant) * x_t
+
+
+def input_scale(prediction: Predicted, schedule: NoiseSchedule) -> Tensor | None:
+    """What x_t is multiplied by before the network sees it, (T,) float64; None: nothing.
+
+    For `EDM(sigma_data)`, the c_in of Karras et al. 2022 in terms of x_t: one over its standard deviation.
+    """
+    return 1 / prediction.deviation(schedule.alpha_bar) if isinstance(prediction, EDM) else None
+
+
+def timestep_probabilities(
+    schedule: NoiseSchedule, log_sigma_mean: float, log_sigma_std: float, uniform_share: float = 0.1
+) -> Tensor:
+    """How often training draws each timestep so that ln sigma is nearly normal (Karras et al. 2022, table 1).
+
+    sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). Each timestep stands for the interval of ln sigma that is nearer to
+    it than to its neighbours. A share of the draws is uniform in t: no timestep that Algorithm 2 or the bound on the
+    likelihood visits is left untrained.
+
+    Args:
+        log_sigma_mean, log_sigma_std: of ln sigma; -1.2 and 1.2 in the paper.
+        uniform_share: in [0, 1].
+    Returns:
+        (T,) float64, positive where uniform_share is; their sum is 1.
+    """
+    log_sigma = -schedule.snr.log() / 2  # increasing in t
+    middles = (log_sigma[1:] + log_sigma[:-1]) / 2
+    inside = torch.special.ndtr((middles - log_sigma_mean) / log_sigma_std)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    cumulative = torch.cat([ends[:1], inside, ends[1:]])
+    return uniform_share / schedule.num_timesteps + (1 - uniform_share) * (cumulative[1:] - cumulative[:-1])
+
+
+def min_snr_weights(prediction: Predicted, schedule: NoiseSchedule, gamma: float = 5.0) -> Tensor:
+    """The weights that make the squared error of any prediction min(SNR, gamma) times that of x_0, (T,) float64.
+
+    Hang et al. 2023 (arXiv:2303.09556, section 3.4). An error e of the output is one of (noise / determinant) e in x_0,
+    by the algebra of `predict_x_0_eps`: for eps the weight is min(SNR, gamma) / SNR, for v min(SNR, gamma) / (SNR + 1).
+    """
+    alpha_bar = schedule.alpha_bar
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    a, b = output_coefficients(prediction, alpha_bar)
+    return schedule.snr.clamp(max=gamma) * (noise / (signal * b - noise * a)).square()
 
 
 def denoising_losses(
-    model: Model, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: Prediction = "eps"
+    model: Model, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: Predicted = "eps"
 ) -> Tensor:
     """The simple loss of each image, given its timestep and noise (Ho et al. 2020, eq. 14).
 
@@ -164,9 +208,8 @@ def denoising_losses(
         (B,) float32 (or the dtype of x_0, where that is wider): mean over pixels and channels.
     """
     output = model(q_sample(schedule, x_0, t, eps), t)
-    signal = per_image(schedule.alpha_bar.sqrt(), t, x_0)
-    noise = per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
-    target = prediction_target(prediction, x_0, eps, signal, noise)
+    a, b = (per_image(table, t, x_0) for table in output_coefficients(prediction, schedule.alpha_bar))
+    target = a * x_0 + b * eps
     _same_shape("the network's output", output, "the images", target)
     return (output.to(target.dtype) - target).square().flatten(1).mean(1)
 
@@ -176,7 +219,7 @@ def diffusion_loss(
     schedule: NoiseSchedule,
     x_0: Tensor,
     *,
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The loss of one training step: t uniform, eps normal, mean squared error (Ho et al. 2020, Algorithm 1).

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from ddpm_lab.checkpoint import save_checkpoint
+from ddpm_lab.checkpoint import checkpoint_path, save_checkpoint
 from ddpm_lab.config import DataConfig
 from ddpm_lab.files import appearing
 from ddpm_lab.interop import is_diffusers, read_diffusers, save_diffusers
@@ -48,7 +48,9 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with appearing(run, "--run") as partial:
         (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-        save_checkpoint(partial, 0, {"model.safetensors": parameters, "ema.safetensors": parameters})
+        save_checkpoint(
+            checkpoint_path(partial, 0), 0, {"model.safetensors": parameters, "ema.safetensors": parameters}
+        )
     count = sum(parameter.numel() for parameter in parameters.values())
     return f"{run}: {count:,} parameters of {folder}, images of {' x '.join(map(str, image_shape))}"
 

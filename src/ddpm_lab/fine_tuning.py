@@ -46,6 +46,11 @@ def begin_from(state: TrainingState, source: TrainedModel, config: Config) -> di
         raise InputError(
             f"--from {source.name} predicts {source.config.diffusion.prediction}, not {config.diffusion.prediction}"
         )
+    if source.config.diffusion.sigma_data != config.diffusion.sigma_data:
+        raise InputError(
+            f"--from {source.name} has diffusion.sigma_data {source.config.diffusion.sigma_data}, not "
+            f"{config.diffusion.sigma_data}; give --diffusion.sigma-data {source.config.diffusion.sigma_data}"
+        )
     learnt = dict(source.model.named_parameters())
     with torch.no_grad():
         for network in (state.model, state.ema):

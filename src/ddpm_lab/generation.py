@@ -115,7 +115,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         guidance=(1.0 if config.guidance is None else config.guidance) if told else None,
         **settings,
     )
-    settings["prediction"] = trained.config.diffusion.prediction
+    settings["prediction"] = trained.prediction
     if config.sampler == "dpmpp":
         settings["singlestep"] = config.singlestep
 

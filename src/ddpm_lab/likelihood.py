@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import Prediction, Variance
+from ddpm_lab.config import Predicted, Variance
 from ddpm_lab.data import to_float
 from ddpm_lab.diffusion import Model, per_image, posterior, predict_x_0_eps, q_sample
 from ddpm_lab.guidance import told
@@ -45,7 +45,7 @@ def variational_bound(
     schedule: NoiseSchedule,
     images: Tensor,
     *,
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
     variance: Variance = "beta",
     num_drawn: int = 50,
     labels: Tensor | None = None,
@@ -121,7 +121,7 @@ def _step_costs(
     x_0: Tensor,
     t: Tensor,
     generator: torch.Generator,
-    prediction: Prediction,
+    prediction: Predicted,
     variance: Variance,
 ) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each image, bits per dimension, (B,) float64."""
@@ -142,7 +142,7 @@ def _decoder_costs(
     schedule: NoiseSchedule,
     x_0: Tensor,
     generator: torch.Generator,
-    prediction: Prediction,
+    prediction: Predicted,
 ) -> Tensor:
     """-log2 p(x_0 | x_1) per dimension: a normal density over each of 256 levels, open at both ends; (B,) float64."""
     eps = torch.randn(x_0.shape, generator=generator)

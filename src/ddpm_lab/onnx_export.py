@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.config import Prediction, Spacing
+from ddpm_lab.config import Predicted, Spacing
 from ddpm_lab.guidance import guided
 from ddpm_lab.onnx_engine import export, missing_packages
 from ddpm_lab.progress import progress
@@ -29,10 +29,12 @@ from ddpm_lab.unet import UNet
 
 LoopSampler = Literal["ddim", "dpmpp"]
 SPACING: dict[LoopSampler, Spacing] = {"ddim": "uniform", "dpmpp": "logsnr"}
-IMAGE_OF_OUTPUT: dict[Prediction, str] = {  # in the example's words
+IMAGE_OF_OUTPUT: dict[str, str] = {  # in the example's words
     "eps": "(x - noise * output) / signal",
     "x_0": "output",
     "v": "signal * x - noise * output",
+    "edm": "(signal * {0}**2 * x + noise * {0} * (signal**2 * {0}**2 + noise**2) ** 0.5 * output)"
+    " / (signal**2 * {0}**2 + noise**2)",
 }
 USUAL_STEPS: dict[LoopSampler, int] = {"ddim": 50, "dpmpp": 20}
 
@@ -56,7 +58,7 @@ class LinearSteps:
     recall: np.ndarray
 
 
-def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, prediction: Prediction) -> LinearSteps:
+def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, prediction: Predicted) -> LinearSteps:
     """Read a sampler's numbers off its steps.
 
     Raises:
@@ -102,7 +104,7 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     missing = missing_packages()
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
-    numbers = linear_steps(sampler, trained.schedule, num_steps, trained.config.diffusion.prediction)
+    numbers = linear_steps(sampler, trained.schedule, num_steps, trained.prediction)
     with progress("exporting", 1 + (guidance != 1), "graphs") as advance:
         network = guiding = network_graph(trained)
         advance(1)
@@ -114,7 +116,8 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     np.save(folder / "alpha_bar.npy", trained.schedule.alpha_bar.numpy())
     example = (resources.files("ddpm_lab") / "templates" / "onnx_example.txt").read_text(encoding="utf-8")
     shape = ", ".join(map(str, trained.image_shape))
-    image = IMAGE_OF_OUTPUT[trained.config.diffusion.prediction]
+    diffusion = trained.config.diffusion
+    image = IMAGE_OF_OUTPUT[diffusion.prediction].format(f"np.float32({diffusion.sigma_data})")
     count = trained.num_classes
     told = {"CLASSES": f"y = np.arange(4) % {count}\n", "AND_Y": ', "y": y'} if count else {"CLASSES": "", "AND_Y": ""}
     for mark, words in {"SHAPE": shape, "IMAGE_OF_OUTPUT": image, **told}.items():

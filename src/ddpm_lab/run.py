@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from ddpm_lab.checkpoint import (
 )
 from ddpm_lab.config import Config
 from ddpm_lab.cost import training_cost
-from ddpm_lab.data import ImageSet, load_images
+from ddpm_lab.data import ImageSet, load_images, pixel_deviation
+from ddpm_lab.diffusion import input_scale
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, replace_atomically
 from ddpm_lab.fine_tuning import begin_from
 from ddpm_lab.log import cut_lines
@@ -39,7 +41,7 @@ from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import load, packaged_names, read_run_record
-from ddpm_lab.training import TrainingState, new_state, resolve_device, resolve_precision
+from ddpm_lab.training import TrainingState, falling_from, new_state, resolve_device, resolve_precision
 from ddpm_lab.unet import build_unet
 
 FREE_TO_CHANGE = {
@@ -91,13 +93,22 @@ def train(
     channels, image_size = training_set.images.shape[1:3]
     labels = told_classes(config, training_set)
     labels = labels if labels is None else labels.to(on)
+    config = _with_sigma_data(config, training_set)
+    continued: list[int] = []
+    if processes.lead():
+        config, continued = _as_begun(config, run_dir)
+    config = _with_warmup(config, processes.number_of_leader(config.training.warmup_steps))
     schedule = build_schedule(config.diffusion)
+    scale = input_scale(config.diffusion.predicted, schedule)
     torch.manual_seed(config.training.seed)
-    model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps).to(on)
+    model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps, scale).to(on)
     if on.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     state = new_state(model, config.training)
+    state.begun = processes.number_of_leader(continued[-1] if continued else 0)
     record = _run_record(config, training_set, on)
+    if continued:
+        record["continued_at"] = continued
     before = None
     if processes.lead():
         before = _check_agreement(run_dir, record, start_from)
@@ -111,13 +122,12 @@ def train(
         seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
         _agree(state)
         if state.step >= config.training.num_steps:
-            more = "give more --training.num-steps to go on"
-            if config.training.decay != "constant":  # its rate has fallen to 0
-                more = f"--from {run_dir} and another --run train it further"
-            say(f"{run_dir} has all its {state.step} steps; {more}")
+            say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
         else:
             beginning = f"continues from step {state.step}" if state.step else "starts"
             beginning += f" from {start_from}" if start_from is not None and not state.step else ""
+            if state.begun and state.step == state.begun:
+                beginning += ", where its learning rate had fallen to 0 and begins anew,"
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
             if before is not None:
                 say(f"from here in {record['computed']['dtype']}; until here it was trained in {before}")
@@ -176,6 +186,7 @@ def _agree(state: TrainingState) -> None:
         if not processes.lead():
             set_moments(state.optimizer, state.model, state.step, {})
         processes.as_leader(state.optimizer.state[p][m] for p in state.model.parameters() for m in MOMENTS)
+        processes.as_leader([] if state.mean_losses is None else [state.mean_losses])
 
 
 def _restore(state: TrainingState, folder: Path, step: int) -> None:
@@ -183,8 +194,65 @@ def _restore(state: TrainingState, folder: Path, step: int) -> None:
         raise InputError(f"{folder} says in its meta.json that it is of step {read_meta(folder)['step']}")
     load_parameters(state.model, folder, "model.safetensors")
     load_parameters(state.ema, folder, "ema.safetensors")
-    load_optimizer(state.optimizer, state.model, folder, step)
+    load_optimizer(state.optimizer, state.model, folder, step, state.mean_losses)
     state.step = step
+
+
+def _with_sigma_data(config: Config, training_set: ImageSet) -> Config:
+    """The configuration with the deviation of the images in it, where the prediction asks for it."""
+    diffusion = config.diffusion
+    if diffusion.prediction != "edm" or diffusion.sigma_data is not None:
+        return config
+    measured = pixel_deviation(training_set.images)
+    if measured == 0:
+        raise InputError(f"the images of {training_set.name} are all of one grey; the prediction edm needs others")
+    return replace(config, diffusion=replace(diffusion, sigma_data=measured))
+
+
+def _with_warmup(config: Config, warmup_steps: int) -> Config:
+    return replace(config, training=replace(config.training, warmup_steps=warmup_steps))
+
+
+def _as_begun(config: Config, run_dir: Path) -> tuple[Config, list[int]]:
+    """What a run that exists keeps of its beginning when it is given more steps.
+
+    Returns:
+        The configuration, with the warm-up of the run where that was cut to a shorter run; and the steps at which its
+        learning rate, which had fallen to 0, began anew.
+    """
+    if not (run_dir / "config.json").exists():
+        return config, []
+    record, old, _ = read_run_record(run_dir / "config.json")
+    new, steps = config.training, checkpoint_steps(run_dir)
+    continued = list(record.get("continued_at", []))
+    first_num_steps = record.get("first_num_steps") or old.training.num_steps
+    if steps and new.warmup_steps > old.training.warmup_steps == first_num_steps:
+        config = _with_warmup(config, old.training.warmup_steps)
+    ended = bool(steps) and steps[-1] >= old.training.num_steps
+    if ended and new.num_steps > old.training.num_steps and old.training.decay != "constant":
+        continued.append(old.training.num_steps)
+    return config, continued
+
+
+def _check_num_steps(run_dir: Path, old: Config, new: Config, begun: int, steps: list[int]) -> None:
+    """Refuse a number of steps by which the steps that are done would have been others."""
+    reached, planned = steps[-1] if steps else 0, new.training.num_steps
+    if planned < reached:
+        raise InputError(
+            f"run {run_dir} has {reached} steps already; training.num_steps cannot be fewer, as {planned} are"
+        )
+    if old.training.decay == "constant" or not steps or reached >= old.training.num_steps:
+        return
+    if falling_from(old.training, begun) < reached:
+        raise InputError(
+            f"the learning rate of run {run_dir} is falling to 0, at step {old.training.num_steps} "
+            f"(training.decay {old.training.decay}); train it that far first, or take another --run"
+        )
+    if falling_from(new.training, begun) < reached:
+        raise InputError(
+            f"run {run_dir} is at step {reached}, and for {planned} steps its learning rate should have begun to fall "
+            f"at step {falling_from(new.training, begun)}; give more --training.num-steps"
+        )
 
 
 def _run_record(config: Config, training_set: ImageSet, device: torch.device) -> dict[str, Any]:
@@ -193,6 +261,7 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
     return {
         "config": config.to_dict(),
         "seed": config.training.seed,
+        "first_num_steps": config.training.num_steps,
         "data": {
             "name": training_set.name,
             "num_images": len(training_set),
@@ -274,16 +343,9 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
         raise InputError(f"run {run_dir} has no checkpoint yet; give --from {begun_from.get('source')} once more")
     new = Config.from_dict(record["config"])
     if new.training.num_steps != old.training.num_steps:
-        if old.training.decay != "constant":
-            raise InputError(
-                f"run {run_dir} was planned for {old.training.num_steps} steps, and its learning rate falls to 0 there "
-                f"(training.decay {old.training.decay}); {new.training.num_steps} need another --run"
-            )
-        if steps and new.training.num_steps < steps[-1]:
-            raise InputError(
-                f"run {run_dir} has {steps[-1]} steps already; training.num_steps cannot be fewer, "
-                f"as {new.training.num_steps} are"
-            )
+        _check_num_steps(run_dir, old, new, (old_record.get("continued_at") or [0])[-1], steps)
+    if steps:
+        record["first_num_steps"] = old_record.get("first_num_steps", 0)  # 0: of a run that kept no averages
     for group, values in new.to_dict().items():
         free = FREE_TO_CHANGE.get(group, ())
         for name, value in values.items():

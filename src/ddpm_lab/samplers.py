@@ -14,7 +14,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import Prediction, Spacing, Variance
+from ddpm_lab.config import Predicted, Spacing, Variance
 from ddpm_lab.diffusion import Model, posterior, predict_x_0_eps
 from ddpm_lab.schedule import NoiseSchedule, sampling_timesteps
 from ddpm_lab.settings import InputError
@@ -41,7 +41,7 @@ class Step:
 
 
 def estimate(
-    model: Model, x_t: Tensor, t: int, alpha_bar_t: float, clip_x_0: bool, prediction: Prediction
+    model: Model, x_t: Tensor, t: int, alpha_bar_t: float, clip_x_0: bool, prediction: Predicted
 ) -> tuple[Tensor, Tensor]:
     """Ask the model at one timestep for all images: x_0_hat, eps_hat."""
     with torch.no_grad():
@@ -68,7 +68,7 @@ def ddpm_steps(
     noise: Noise | None = None,
     spacing: Spacing = "uniform",
     variance: Variance | None = None,
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), step by step.
 
@@ -127,7 +127,7 @@ def ddim_steps(
     clip_x_0: bool = True,
     noise: Noise | None = None,
     spacing: Spacing = "uniform",
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
 ) -> Iterator[Step]:
     """Denoising diffusion implicit models (Song et al. 2020, arXiv:2010.02502, eq. 12), step by step.
 

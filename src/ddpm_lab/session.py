@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab import processes
-from ddpm_lab.checkpoint import CheckpointWriter, last_step
+from ddpm_lab.checkpoint import CheckpointWriter, last_step, snapshot
 from ddpm_lab.config import Config, SamplingConfig
 from ddpm_lab.data import ImageSet
 from ddpm_lab.film import save_film
@@ -36,6 +36,18 @@ from ddpm_lab.training import TrainingState, TrainingStep, training_loop, valida
 
 LOG, SCORES = "log.jsonl", "scores.jsonl"
 BANDS = 10  # of timesteps, in loss_by_t
+
+
+def averages_at(record: dict[str, Any]) -> list[int]:
+    """The steps whose averaged weights a run keeps: a sixteenth, an eighth and a quarter of those it began with.
+
+    They serve as guides (`--guide`) of the network that comes of it.
+
+    Args:
+        record: the run's `config.json`.
+    """
+    planned = record.get("first_num_steps", 0)
+    return sorted({planned // share for share in (16, 8, 4)} - {0})
 
 
 @dataclass
@@ -67,7 +79,7 @@ class Session:
         self.image_shape = (channels, height, width)
         self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
         self.scorer = scorer
-        self.checkpoints = CheckpointWriter(run_dir, config.training.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(run_dir, config.training.keep_checkpoints, averages_at(record))
         self.tracking = Tracking(config, run_dir, state.step)
 
     def catch_up(self) -> None:
@@ -101,7 +113,7 @@ class Session:
                     interval.steps.append(step)
                     logged = self._keep(interval, stopping, advance)
                 if self._scoring(k) and self._score_unless(stop):
-                    self.checkpoints.save(state.step, state.model, state.ema, state.optimizer)
+                    self._save()
                     stopping = True
                 if logged:  # what was drawn and scored since is not counted as time of training
                     interval = Interval([], time.monotonic())
@@ -133,10 +145,15 @@ class Session:
             self.tracking.line(line)
             advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
         if saving:
-            self.checkpoints.save(state.step, state.model, state.ema, state.optimizer)
+            self._save()
+        self.checkpoints.keep_average(k, state.ema)
         if sampling:
             self._sample_grid()
         return logging
+
+    def _save(self) -> None:
+        state = self.state
+        self.checkpoints.save(state.step, snapshot(state.model, state.ema, state.optimizer, state.mean_losses))
 
     def _summary(self, interval: Interval) -> dict[str, Any]:
         """A line of the log; stops the run where a loss or a gradient was not finite."""
@@ -166,7 +183,7 @@ class Session:
         count, on = self.config.evaluation.validation_images, next(self.state.ema.parameters()).device
         labels = self.held_out.labels if self.config.model.num_classes is not None else None
         loss = validation_loss(
-            self.state.ema, self.schedule, self.held_out.images[:count].to(on), self.config.diffusion.prediction,
+            self.state.ema, self.schedule, self.held_out.images[:count].to(on), self.config.diffusion.predicted,
             labels=None if labels is None else labels[:count].to(on),
         )  # fmt: skip
         if not math.isfinite(loss):

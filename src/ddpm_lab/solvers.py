@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import Prediction, Spacing
+from ddpm_lab.config import Predicted, Spacing
 from ddpm_lab.diffusion import Model
 from ddpm_lab.samplers import Noise, Step, estimate, path, to_the_end
 from ddpm_lab.schedule import LEAST_LOG_SNR, NoiseSchedule
@@ -45,7 +45,7 @@ def dpmpp_steps(
     eta: float = 0.0,
     spacing: Spacing = "logsnr",
     singlestep: bool = False,
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
 ) -> Iterator[Step]:
     """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095), step by step.
 
@@ -110,7 +110,7 @@ def heun_steps(
     *,
     clip_x_0: bool = True,
     spacing: Spacing = "logsnr",
-    prediction: Prediction = "eps",
+    prediction: Predicted = "eps",
 ) -> Iterator[Step]:
     """Heun's method on d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 

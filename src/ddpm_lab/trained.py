@@ -12,7 +12,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, parameters_sha256, read_meta
-from ddpm_lab.config import Config, Variance
+from ddpm_lab.config import Config, Predicted, Variance
+from ddpm_lab.diffusion import input_scale
 from ddpm_lab.files import read_json
 from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
 from ddpm_lab.log import read_lines
@@ -58,6 +59,11 @@ class TrainedModel:
         return self.config.model.num_classes or 0
 
     @property
+    def prediction(self) -> Predicted:
+        """What the model predicts, as samplers and losses take it."""
+        return self.config.diffusion.predicted
+
+    @property
     def variance(self) -> Variance:
         """Of the steps of Algorithm 2, where all are taken: that of the pipeline it was imported or began from, else
         beta."""
@@ -97,12 +103,11 @@ def with_timesteps(trained: TrainedModel, num_timesteps: int) -> TrainedModel:
         raise InputError(f"{trained.name} has betas of a fixed range: with another T they are another process")
     diffusion = dataclasses.replace(trained.config.diffusion, num_timesteps=num_timesteps)
     model = copy.copy(trained.model)  # with the same parameters
-    model.num_timesteps = num_timesteps
+    model._buffers = dict(model._buffers)  # but with a table of its own
+    model.num_timesteps, schedule = num_timesteps, build_schedule(diffusion)
+    model.scale_input(input_scale(diffusion.predicted, schedule))
     return dataclasses.replace(
-        trained,
-        config=dataclasses.replace(trained.config, diffusion=diffusion),
-        model=model,
-        schedule=build_schedule(diffusion),
+        trained, config=dataclasses.replace(trained.config, diffusion=diffusion), model=model, schedule=schedule
     )
 
 
@@ -163,7 +168,9 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
         and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
         and shape[1] == shape[2]
         and all(isinstance(record.get(name, {}), dict) for name in ("versions", "computed"))
-        and isinstance(record.get("earlier_versions", []), list)
+        and all(isinstance(record.get(name, []), list) for name in ("earlier_versions", "continued_at"))
+        and all(fits(step, int) and step > 0 for step in record.get("continued_at", []))
+        and fits(record.get("first_num_steps", 0), int)
         and all(isinstance(versions, dict) for versions in record.get("earlier_versions", []))
     ):
         raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
@@ -205,7 +212,8 @@ def load(
     step = int(read_meta(folder)["step"])
     with torch.device("meta"):
         model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
-    model = model.to_empty(device=on)
+    model, schedule = model.to_empty(device=on), build_schedule(config.diffusion)
+    model.scale_input(input_scale(config.diffusion.predicted, schedule))
     load_parameters(model, folder, WEIGHT_FILES[weights])
     if on.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
@@ -213,7 +221,7 @@ def load(
         name=str(source),
         config=config,
         model=model.eval().requires_grad_(False),
-        schedule=build_schedule(config.diffusion),
+        schedule=schedule,
         image_shape=image_shape,
         step=step,
         weights=weights,

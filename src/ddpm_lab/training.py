@@ -18,25 +18,34 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lab import processes
-from ddpm_lab.config import Config, Precision, Prediction, TrainingConfig
+from ddpm_lab.config import Config, Precision, Predicted, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
-from ddpm_lab.diffusion import Model, denoising_losses
+from ddpm_lab.diffusion import Model, denoising_losses, min_snr_weights, per_image, timestep_probabilities
 from ddpm_lab.guidance import guided, told, withhold
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet
 
+LOSS_BANDS = 32  # of noise levels, each drawn equally often, in which learned weights are constant
 PERMUTATION, STEP, VALIDATION = 0, 1, 2  # what a random stream is for; with the seed and an index it names the stream
 
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds: networks, moments, and how many steps are done."""
+    """What a checkpoint holds: networks, moments, how many steps are done, and what weights are learned from.
+
+    Attributes:
+        mean_losses: with learned weights, the mean loss in each of LOSS_BANDS bands of noise levels, (LOSS_BANDS,)
+            float32 on the network's device; else None.
+        begun: the step at which the learning rate last began anew, see `learning_rate`.
+    """
 
     model: UNet
     ema: UNet
     optimizer: torch.optim.Optimizer
     step: int = 0
+    mean_losses: Tensor | None = None
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,22 +120,39 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
-    """A state at step 0: Adam as in Ho et al. (betas 0.9 and 0.999), the average equal to the network."""
+    """A state at step 0: Adam (beta 0.9 and the configured one), the average equal to the network."""
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, fused=device.type in ("cpu", "cuda"), foreach=False
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        fused=device.type in ("cpu", "cuda"),
+        foreach=False,
     )
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return TrainingState(model, ema, optimizer)
+    learned = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
+    return TrainingState(model, ema, optimizer, mean_losses=learned)
 
 
-def learning_rate(config: TrainingConfig, k: int) -> float:
-    """Of step k = 0, 1, ...: a linear rise over the warm-up, then constant or falling to 0 at num_steps."""
-    if k < config.warmup_steps:
-        return config.learning_rate * (k + 1) / config.warmup_steps
-    if config.decay == "constant":
+def falling_from(config: TrainingConfig, begun: int = 0) -> int:
+    """The step at which the learning rate begins to fall, where it does."""
+    after_warmup = config.num_steps - begun - min(config.warmup_steps, config.num_steps - begun)
+    return config.num_steps - round(after_warmup * config.decay_share)
+
+
+def learning_rate(config: TrainingConfig, k: int, begun: int = 0) -> float:
+    """Of step k = 0, 1, ...: a linear rise over the warm-up, then constant, then perhaps falling to 0 at num_steps.
+
+    Args:
+        begun: the step at which all this begins, for a run that is trained on after its rate had fallen to 0.
+    """
+    rise = min(config.warmup_steps, config.num_steps - begun)
+    if k - begun < rise:
+        return config.learning_rate * (k - begun + 1) / rise
+    fall = falling_from(config, begun)
+    if config.decay == "constant" or k < fall:
         return config.learning_rate
-    share = (k - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+    share = (k - fall) / max(config.num_steps - fall, 1)
     return config.learning_rate * (1 - share if config.decay == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
@@ -156,6 +182,51 @@ def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor
         pieces.append(piece)
         position += len(piece)
     return torch.cat(pieces)
+
+
+class NoiseLevelSampler:
+    """Which timesteps training draws, and how it weighs the losses there (config: noise_levels, weighting)."""
+
+    def __init__(self, config: TrainingConfig, schedule: NoiseSchedule, prediction: Predicted) -> None:
+        self.num_timesteps, self.learned = schedule.num_timesteps, config.weighting == "learned"
+        self._cumulative: Tensor | None = None
+        probabilities = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        if config.noise_levels == "lognormal":
+            probabilities = timestep_probabilities(schedule, config.log_sigma_mean, config.log_sigma_std)
+            self._cumulative = probabilities.cumsum(0) / probabilities.sum()
+        middles = probabilities.cumsum(0) - probabilities / 2
+        self._band = (middles * LOSS_BANDS).long().clamp(max=LOSS_BANDS - 1)  # (T,)
+        weighted = config.weighting == "min_snr"
+        self._weights = min_snr_weights(prediction, schedule) if weighted else None
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps, (count,) int64 on the generator's device."""
+        if self._cumulative is None:
+            return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
+        uniform = torch.rand(count, generator=generator, device=generator.device)
+        found = torch.searchsorted(self._cumulative.to(uniform), uniform, right=True)
+        return found.clamp(max=self.num_timesteps - 1)
+
+    def weights(self, t: Tensor, mean_losses: Tensor | None) -> Tensor | None:
+        """The weight of each loss, (B,) float32; None: they all count alike.
+
+        Learned ones are one over the mean loss of their band, and 1 in the mean over the timesteps drawn: Karras et al.
+        2024 (arXiv:2312.02696, eq. 21) find that weight by descent, and it is the minimum of their criterion.
+        """
+        if mean_losses is not None:
+            inverse = 1 / mean_losses.clamp(min=1e-6)
+            return (inverse / inverse.mean())[self._band.to(t.device)[t]]
+        if self._weights is None:
+            return None
+        return per_image(self._weights, t, torch.zeros(len(t), device=t.device))
+
+    def learn(self, mean_losses: Tensor, t: Tensor, losses: Tensor, k: int) -> None:
+        """Move the mean losses of the bands that were drawn towards what was found there, in place."""
+        band = self._band.to(t.device)[t]
+        count = torch.zeros_like(mean_losses).index_add_(0, band, torch.ones_like(losses))
+        found = torch.zeros_like(mean_losses).index_add_(0, band, losses) / count.clamp(min=1)
+        moved = torch.lerp(mean_losses, found, 1 - min(0.99, (1 + k) / (10 + k)))
+        mean_losses.copy_(torch.where(count > 0, moved, mean_losses))
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -194,6 +265,8 @@ def training_loop(
     network = engine(state.model, training, device)
     parameters: list[Tensor] = list(state.model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
+    prediction = config.diffusion.predicted
+    levels = NoiseLevelSampler(training, schedule, prediction)
     state.model.train()
     for k in range(state.step, training.num_steps):
         generator = torch.Generator(device).manual_seed(random_seed(seed, STEP, k))
@@ -204,8 +277,8 @@ def training_loop(
         indices = chosen.to(device, non_blocking=images.is_cuda)
         x_0 = training_batch(images, indices, config.data.horizontal_flip, generator)
 
-        # t ~ Uniform, eps ~ N(0, I)
-        t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=device)
+        # t ~ Uniform (or as configured), eps ~ N(0, I)
+        t = levels.draw(len(x_0), generator)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
         model: Model = network
@@ -219,25 +292,32 @@ def training_loop(
 
         # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
         with autocast(device, dtype):
-            losses = denoising_losses(model, schedule, x_0, own_t, eps, config.diffusion.prediction)
+            losses = denoising_losses(model, schedule, x_0, own_t, eps, prediction)
+        weights = levels.weights(own_t, state.mean_losses)
         state.optimizer.zero_grad()
-        torch.autograd.backward(losses.mean())  # among processes gradients are averaged on the way
+        torch.autograd.backward(
+            (losses if weights is None else weights * losses).mean()
+        )  # among processes gradients are averaged on the way
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        rate = learning_rate(training, k, state.begun)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(training, k)
+            group["lr"] = rate
         state.optimizer.step()
 
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
+        losses = processes.gather(losses.detach())
+        if state.mean_losses is not None:
+            levels.learn(state.mean_losses, t, losses, k)
         state.step = k + 1
-        yield TrainingStep(k + 1, processes.gather(losses.detach()), t, grad_norm, learning_rate(training, k))
+        yield TrainingStep(k + 1, losses, t, grad_norm, rate)
 
 
 def validation_loss(
     model: Model,
     schedule: NoiseSchedule,
     images: Tensor,
-    prediction: Prediction,
+    prediction: Predicted,
     batch_size: int = 250,
     labels: Tensor | None = None,
 ) -> float:

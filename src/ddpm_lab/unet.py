@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_lab.config import ModelConfig
+from ddpm_lab.config import Conditioning, ModelConfig
 from ddpm_lab.settings import InputError
 
 NORM_EPS = 1e-6
@@ -61,17 +61,21 @@ def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, with the time embedding added between; 1x1 shortcut where channels change."""
+    """Norm, SiLU, convolution, twice; 1x1 shortcut where channels change.
 
-    def __init__(
-        self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float, norm_groups: int
-    ) -> None:
+    The embedding of time and class is added before the second normalisation (Ho et al. 2020), or scales and shifts what
+    comes out of it (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 3, "AdaGN").
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         super().__init__()
+        norm_groups, embedding_channels = config.norm_groups, 4 * config.base_channels
+        self.scale_shift = config.time_conditioning == "scale_shift"
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = _convolution(in_channels, out_channels)
-        self.embedding = _initialise(nn.Linear(embedding_channels, out_channels))
+        self.embedding = _initialise(nn.Linear(embedding_channels, out_channels * (1 + self.scale_shift)))
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _convolution(out_channels, out_channels, scale=0)
         self.shortcut = (
             nn.Identity() if in_channels == out_channels else _convolution(in_channels, out_channels, kernel_size=1)
@@ -79,8 +83,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h += self.embedding(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        projected = self.embedding(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projected.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h += projected
+            h = self.norm2(h)
+        h = self.conv2(self.dropout(F.silu(h)))
         h += self.shortcut(x)
         return cast(Tensor, h)
 
@@ -153,12 +163,9 @@ class Level(nn.Module):
         self, channels: Sequence[tuple[int, int]], config: ModelConfig, attention: bool, resample: nn.Module | None
     ) -> None:
         super().__init__()
-        embedding_channels, groups = 4 * config.base_channels, config.norm_groups
-        self.blocks = nn.ModuleList(
-            ResidualBlock(i, o, embedding_channels, config.dropout, groups) for i, o in channels
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, config) for i, o in channels)
         self.attentions = nn.ModuleList(
-            SelfAttention(o, config.attention_head_channels, groups) if attention else nn.Identity()
+            SelfAttention(o, config.attention_head_channels, config.norm_groups) if attention else nn.Identity()
             for _, o in channels
         )
         self.resample = resample
@@ -178,6 +185,7 @@ class UNet(nn.Module):
         norm_groups: of the normalisations. Warns where a level has one channel a group: what the time embedding adds
             to a channel is then taken away by the next normalisation, and the level cannot see t.
         patch_size: side of the patches that are folded into channels first and unfolded last.
+        time_conditioning: 'shift' or 'scale_shift', see `ResidualBlock`.
         num_classes: classes it can be told; None: none.
         num_timesteps: T; the network takes integer t and scales it itself.
     Raises:
@@ -195,6 +203,7 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         norm_groups: int = 32,
         patch_size: int = 1,
+        time_conditioning: Conditioning = "shift",
         num_classes: int | None = None,
         num_timesteps: int = 1000,
     ) -> None:
@@ -208,9 +217,12 @@ class UNet(nn.Module):
             dropout=dropout,
             norm_groups=norm_groups,
             patch_size=patch_size,
+            time_conditioning=time_conditioning,
             num_classes=num_classes,
         )
-        if norm_groups in (base_channels * multiplier for multiplier in channel_multipliers):
+        if time_conditioning == "shift" and norm_groups in (
+            base_channels * multiplier for multiplier in channel_multipliers
+        ):
             warnings.warn(
                 f"a level of {norm_groups} channels in {norm_groups} groups cannot see t; give model.norm_groups less",
                 stacklevel=2,
@@ -242,9 +254,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(down)
 
         middle = widths[-1]
-        self.middle_in = ResidualBlock(middle, middle, embedding_channels, dropout, norm_groups)
+        self.middle_in = ResidualBlock(middle, middle, self.config)
         self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
-        self.middle_out = ResidualBlock(middle, middle, embedding_channels, dropout, norm_groups)
+        self.middle_out = ResidualBlock(middle, middle, self.config)
 
         up: list[Level] = []
         current = middle
@@ -259,6 +271,13 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(norm_groups, base_channels * channel_multipliers[0], eps=NORM_EPS)
         self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
+        self.input_scale: Tensor | None
+        self.register_buffer("input_scale", None)
+
+    def scale_input(self, scale: Tensor | None) -> None:
+        """Multiply x_t by scale[t] first, (T,); None: leave it as it is (see `diffusion.input_scale`)."""
+        device = self.conv_out.weight.device
+        self.register_buffer("input_scale", None if scale is None else scale.float().to(device), persistent=False)
 
     @property
     def num_classes(self) -> int:
@@ -300,6 +319,8 @@ class UNet(nn.Module):
             raise InputError("this network is told no classes; give no y")
         embedding = F.silu(embedding)
 
+        if self.input_scale is not None:
+            x_t = x_t * self.input_scale[t][:, None, None, None]
         h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
         states = [h]
         for level in cast(Iterable[Level], self.down):
@@ -320,9 +341,13 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else cast(Tensor, h)
 
 
-def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_timesteps: int) -> UNet:
+def build_unet(
+    config: ModelConfig, image_channels: int, image_size: int, num_timesteps: int, input_scale: Tensor | None = None
+) -> UNet:
     """The network that a configuration describes, for square images of one size.
 
+    Args:
+        input_scale: see `UNet.scale_input`.
     Raises:
         InputError: the size is not a multiple of what the levels and patches need.
     """
@@ -332,4 +357,5 @@ def build_unet(config: ModelConfig, image_channels: int, image_size: int, num_ti
             f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "
             f"and patches of {config.patch_size}: the size must be a multiple of {model.size_multiple}"
         )
+    model.scale_input(input_scale)
     return model
