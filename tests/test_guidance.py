@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from ddpm_lab.config import SamplingConfig, load_recipe
 from ddpm_lab.data import load_images, to_uint8
 from ddpm_lab.diffusion import predict_x_0_eps
 from ddpm_lab.generation import build_sampler, generate
-from ddpm_lab.guidance import classes_in_turn, guided, withhold
+from ddpm_lab.guidance import classes_in_turn, guidance_label, guided, guided_timesteps, withhold
 from ddpm_lab.run import train
 from ddpm_lab.samplers import ddim_sample
 from ddpm_lab.schedule import linear_schedule
@@ -66,6 +67,138 @@ def test_guidance_is_the_paper_s_formula_whatever_is_predicted():
         assert asked == [(6, [7, 8, 9, 7, 8, 9], [0, 2, 3, 4, 4, 4])]
         assert torch.equal(guided(network, y, 4)(x_t, t), say(x_t, eps_of[y]))
         assert asked[1:] == [(3, [7, 8, 9], [0, 2, 3])], "guidance 1 asks once"
+
+
+def test_a_guide_takes_the_place_of_the_network_without_a_class():
+    """Autoguidance (arXiv:2406.02507, eq. 3): guide + w (asked - guide), the guide asked for the same images."""
+    x_t, t, y = torch.randn(3, 1, 2, 2), torch.tensor([5, 5, 5]), torch.tensor([0, 2, 1])
+
+    def network(x, t, y=None):
+        return 3 * x if y is None else 2 * x + y.view(-1, 1, 1, 1)
+
+    worse = guided(lambda x, t, y=None: -x + 0.5 * y.view(-1, 1, 1, 1), y, 3)
+    asked, bad = 2 * x_t + y.view(-1, 1, 1, 1), -x_t + 0.5 * y.view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided(network, y, 3, 2.5, guide=worse)(x_t, t), bad + 2.5 * (asked - bad))
+    free = guided(network, None, 0, 2.0, guide=worse)(x_t, t)
+    torch.testing.assert_close(free, bad + 2 * (3 * x_t - bad))
+    scales = torch.tensor([1.0, 2.0, 0.5])
+    each = guided(network, y, 3, scales, guide=worse)(x_t, t)
+    torch.testing.assert_close(each, bad + scales.view(-1, 1, 1, 1) * (asked - bad))
+
+
+def test_guidance_acts_at_the_noise_levels_of_its_interval():
+    schedule, calls = linear_schedule(100), []
+
+    def network(x, t, y=None):
+        calls.append(len(x))
+        return torch.zeros_like(x) + y.view(-1, 1, 1, 1)
+
+    acting = guided_timesteps(schedule, (0.5, 5.0))
+    sigma = schedule.snr**-0.5
+    assert [t in acting for t in range(100)] == [0.5 <= float(sigma[t]) <= 5 for t in range(100)]
+    assert guided_timesteps(schedule, ()) == range(100)
+    model = guided(network, torch.tensor([0]), 1, 3.0, timesteps=acting)
+    outputs = [float(model(torch.zeros(1, 1, 1, 1), torch.tensor([t]))) for t in (acting.start - 1, acting.start)]
+    assert outputs == [0, 1 + 3 * (0 - 1)]
+    assert calls == [1, 2]
+    with pytest.raises(InputError, match="holds no timestep; their noise levels go from"):
+        guided_timesteps(schedule, (1e-9, 1e-8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"sampler": "ddim", "num_steps": 10}, 20),
+        ({"sampler": "heun", "num_steps": 4}, 14),
+        ({"sampler": "ddim", "num_steps": 10, "guidance_interval": (0.5, 5.0)}, None),
+        ({"sampler": "heun", "num_steps": 4, "guidance_interval": (0.5, 5.0)}, None),
+        ({"sampler": "dpmpp", "num_steps": 4, "singlestep": True, "guidance_interval": (0.1, 2.0)}, None),
+    ],
+)
+def test_evaluations_are_counted_as_they_happen(told, monkeypatch, settings, count):
+    """Those of the guide, too: the count of a record is what a batch of one image really asks for."""
+    rows = []
+    trained = load(told, device="cpu")
+    real = UNet.forward
+
+    def forward(self, x_t, t, y=None):
+        rows.append(len(x_t))
+        return real(self, x_t, t, y)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    for guide in (None, str(told / "averages" / "step_00000007")):
+        rows.clear()
+        config = SamplingConfig(**settings, guidance=2.0, guide=guide, batch_size=1)
+        list(generate(trained, 1, config))
+        assert sum(rows) == build_sampler(trained, config).num_evaluations
+        assert count is None or sum(rows) == count
+
+
+def test_a_guide_changes_images_and_is_recorded(told, tmp_path):
+    """Guided by itself a network says what it says anyway; by an early average not; the record names it."""
+    alone = images(told, 4)
+    assert torch.equal(images(told, 4, guidance=1.0), alone)
+    itself = images(told, 4, guidance=3.0, guide=str(told))
+    assert int((itself.int() - alone.int()).abs().max()) <= 1
+    average = told / "averages" / "step_00000007"
+    led = images(told, 4, guidance=3.0, guide=str(average))
+    assert int((led.int() - alone.int()).abs().max()) > 1
+    folder = tmp_path / "images"
+    command = ["sample", str(told), "--num-images", "4", "--num-steps", "3", "--guidance", "3", "--device", "cpu"]
+    assert run_command([*command, "--guide", str(average), "--batch-size", "4", "--out", str(folder)]) == 0
+    identity = json.loads((folder / "sampling.json").read_text())
+    assert identity["guide"] == load(average, device="cpu").weights_sha256
+    assert run_command([*command, "--guide", str(told), "--batch-size", "4", "--out", str(folder)]) == 2
+    scored = tmp_path / "scores.jsonl"
+    scoring = ["--features", "classifier", "--metrics", "is", "--num-images", "20", "--scores", str(scored)]
+    evaluating = ["evaluate", str(told), "--num-steps", "3", "--guidance", "3", "--guide", str(average), *scoring]
+    assert run_command([*evaluating, "--guidance-interval", "0.1", "3", "--device", "cpu"]) == 0
+    record = json.loads(scored.read_text())
+    assert (record["guide"]["step"], record["guide"]["sha256"]) == (7, identity["guide"])
+    assert record["guidance_interval"] == [0.1, 3.0]
+    assert guidance_label(record) == f", guidance 3 by {average} at step 7 at noise levels 0.1 to 3"
+    assert guidance_label({"guidance": 1.0}) == guidance_label({}) == ""
+
+
+def test_a_guide_that_does_not_fit_is_refused(told, tiny_run, tmp_path):
+    config = load(tiny_run, device="cpu").config
+    other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, num_timesteps=50))
+    train(dataclasses.replace(other, training=dataclasses.replace(config.training, num_steps=1)), tmp_path / "short")
+    for source, guide, words in (
+        (told, "mnist", "another images than"),
+        (told, tmp_path / "short", "another process than"),
+        (tiny_run, told, "another number of classes than"),
+        (told, tmp_path / "nothing", "no model"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build_sampler(load(source, device="cpu"), SamplingConfig(guide=str(guide), guidance=2.0))
+    for settings, words in (
+        ({"guide": "x"}, "guide needs a guidance"),
+        ({"guide": "x", "guidance": 1.0}, "guide needs a guidance"),
+        ({"guidance_interval": (1.0,), "guidance": 2.0}, "two noise levels"),
+        ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower first"),
+        ({"guidance_interval": (1.0, 2.0)}, "guidance_interval needs a guidance"),
+    ):
+        with pytest.raises(InputError, match=words):
+            SamplingConfig(**settings)
+    free = build_sampler(load(tiny_run, device="cpu"), SamplingConfig(guide=str(tiny_run), guidance=2.0))
+    assert free.config.guidance == 2.0, "a network without classes can be guided, too"
+
+
+def test_a_guided_graph_computes_what_pytorch_does(told, tmp_path):
+    average = told / "averages" / "step_00000007"
+    settings = ["--sampler", "ddim", "--num-steps", "4", "--guidance", "2", "--guidance-interval", "0.3", "20"]
+    command = ["export", str(told), "--to", "onnx", "--out", str(tmp_path / "onnx"), *settings]
+    assert run_command([*command, "--guide", str(average)]) == 0
+    noise, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5, 9])
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "sampler.onnx")
+    (found,) = session.run(None, {"noise": noise.numpy(), "y": y.numpy()})
+    config = SamplingConfig(num_steps=4, guidance=2.0, guide=str(average), guidance_interval=(0.3, 20.0))
+    for step in build_sampler(load(told, device="cpu"), config).steps(noise, None, y):
+        x_0 = step.x_s
+    expected = to_uint8(x_0).permute(0, 2, 3, 1).int()
+    assert int((torch.from_numpy(found).int() - expected).abs().max()) <= 1
+    assert f"by {average} at step 7 at noise levels 0.3 to 20" in (tmp_path / "onnx" / "README.md").read_text()
 
 
 def test_a_perfect_network_samples_the_class_that_is_asked_for():
@@ -290,8 +423,8 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
         (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
         (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
         (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
-        (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance is a number above 0"),
-        (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "for networks that are told classes"),
+        (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance must be above 0"),
+        (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(told, tiny_run, tmp_path, capsys, command, words):

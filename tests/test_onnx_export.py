@@ -13,6 +13,7 @@ import torch
 from ddpm_lab import load
 from ddpm_lab.checkpoint import checkpoint_path, load_tensors, tensor_bytes
 from ddpm_lab.cli import run_command
+from ddpm_lab.config import EDM
 from ddpm_lab.data import to_uint8
 from ddpm_lab.onnx_export import linear_steps
 from ddpm_lab.samplers import ddim_sample
@@ -29,7 +30,7 @@ SAMPLERS = {"ddim": ddim_sample, "dpmpp": dpmpp_sample}
 @pytest.mark.parametrize(
     "schedule", [linear_schedule(), cosine_schedule(1000), linear_schedule(500, rescale_betas=False)]
 )
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", EDM(0.5)])
 def test_the_numbers_are_those_of_the_sampler(sampler, schedule, prediction):
     """By hand in float64, with clipping, around a network that is not linear."""
 

@@ -1,5 +1,6 @@
 """Runs: files, resuming after any death to the same bits, and what is refused."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -21,6 +22,7 @@ from ddpm_lab import checkpoint, cost, load, scores, session
 from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.cli import run_command
 from ddpm_lab.config import load_recipe
+from ddpm_lab.data import load_images
 from ddpm_lab.files import locked
 from ddpm_lab.log import read_lines
 from ddpm_lab.run import _as_typed, train
@@ -139,7 +141,7 @@ def test_a_finished_run_whose_rate_fell_to_0_says_how_to_go_on(tmp_path, tiny_re
     said = []
     for _ in range(2):
         train(tiny(tiny_recipe, num_steps=2, decay="cosine"), tmp_path / "run", device="cpu", say=said.append)
-    assert f"has all its 2 steps; --from {tmp_path / 'run'} and another --run" in said[-1]
+    assert said[-1].endswith("has all its 2 steps; give more --training.num-steps to go on")
 
 
 def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_recipe, tiny_run):
@@ -201,12 +203,119 @@ def test_another_configuration_is_refused(tiny_recipe, tiny_run, change, words):
     assert tree_hash(tiny_run) == before
 
 
-def test_more_steps_are_refused_where_the_decay_depends_on_them(tmp_path, tiny_recipe):
-    train(tiny(tiny_recipe, num_steps=4, decay="cosine"), tmp_path, device="cpu")
+@contextlib.contextmanager
+def stop_at(monkeypatch, step):
+    """Have the next training be interrupted after a step."""
+    real = session.training_loop
+
+    def stopping(*arguments):
+        for done in real(*arguments):
+            if done.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "training_loop", stopping)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("reached", "share", "num_steps", "words"),
+    [
+        (8, 1.0, 20, "is falling to 0, at step 12"),
+        (11, 0.25, 20, "is falling to 0, at step 12"),
+        (9, 0.25, 10, "should have begun to fall at step 8"),
+        (9, 0.25, 8, "cannot be fewer"),
+    ],
+)
+def test_steps_are_refused_by_which_the_rate_would_have_been_another(
+    tmp_path, tiny_recipe, monkeypatch, reached, share, num_steps, words
+):
+    settings = {"decay": "linear", "decay_share": share}
+    with stop_at(monkeypatch, reached), pytest.raises(Interrupted):
+        train(tiny(tiny_recipe, **settings), tmp_path, device="cpu")
     before = tree_hash(tmp_path)
-    with pytest.raises(InputError, match="falls to 0 there"):
-        train(tiny(tiny_recipe, num_steps=8, decay="cosine"), tmp_path, device="cpu")
+    with pytest.raises(InputError, match=words):
+        train(tiny(tiny_recipe, num_steps=num_steps, **settings), tmp_path, device="cpu")
     assert tree_hash(tmp_path) == before
+
+
+def test_the_end_may_move_while_the_rate_is_constant(tmp_path, tiny_recipe, monkeypatch):
+    """A run planned for 30 steps, stopped at 7 and given 12, ends in the bits of a run planned for 12."""
+    settings = {"decay": "linear", "decay_share": 0.5}
+    with stop_at(monkeypatch, 7), pytest.raises(Interrupted):
+        train(tiny(tiny_recipe, num_steps=30, **settings), tmp_path / "moved", device="cpu")
+    for name in ("moved", "planned"):
+        train(tiny(tiny_recipe, **settings), tmp_path / name, device="cpu")
+    assert weights(tmp_path / "moved", 12) == weights(tmp_path / "planned", 12)
+
+
+def test_a_run_whose_rate_fell_to_0_is_trained_on_with_a_new_one(tmp_path, tiny_recipe, monkeypatch):
+    """Its rate rises and falls once more, config.json says since when, and a kill on the way changes no bit."""
+    first, then = (tiny(tiny_recipe, num_steps=n, decay="linear") for n in (6, 16))
+    lines = []
+    for name in ("whole", "killed"):
+        train(first, tmp_path / name, device="cpu")
+    with stop_at(monkeypatch, 11), pytest.raises(Interrupted):
+        train(then, tmp_path / "killed", device="cpu")
+    for name in ("whole", "killed"):
+        train(then, tmp_path / name, device="cpu", say=lines.append)
+    assert weights(tmp_path / "killed", 16) == weights(tmp_path / "whole", 16)
+    assert "learning rate had fallen to 0 and begins anew" in lines[0]
+    record = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert (record["continued_at"], record["first_num_steps"]) == ([6], 6)
+    rates = {line["step"]: line["lr"] for line in read_lines(tmp_path / "whole" / "log.jsonl")}
+    assert rates[8] == pytest.approx(2e-4 * 2 / 4), "of the new warm-up"
+    assert rates[10] == pytest.approx(2e-4)
+    assert rates[16] == pytest.approx(2e-4 / 6), "of the new fall"
+    train(dataclasses.replace(then, training=dataclasses.replace(then.training, num_steps=18)), tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["continued_at"] == [6, 16]
+
+
+def test_a_warm_up_that_was_cut_to_a_short_run_stays_when_it_is_given_more(tmp_path, tiny_recipe):
+    train(tiny(tiny_recipe, num_steps=6, warmup_steps=100), tmp_path, device="cpu")
+    train(tiny(tiny_recipe, num_steps=8, warmup_steps=100), tmp_path, device="cpu")
+    train(tiny(tiny_recipe, num_steps=9, warmup_steps=100), tmp_path, device="cpu")
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (config["training"]["warmup_steps"], config["training"]["num_steps"]) == (6, 9)
+    with pytest.raises(InputError, match=r"training.warmup_steps 6, not 3"):
+        train(tiny(tiny_recipe, num_steps=9, warmup_steps=3), tmp_path, device="cpu")
+
+
+def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_stay(tmp_path, tiny_recipe):
+    """They are those of the run at that step, also where more steps are given later, and can be loaded."""
+    train(tiny(tiny_recipe, num_steps=16), tmp_path, device="cpu")
+    train(tiny(tiny_recipe, num_steps=20), tmp_path, device="cpu")
+    names = sorted(path.name for path in (tmp_path / "averages").iterdir())
+    assert names == ["step_00000001", "step_00000002", "step_00000004"]
+    train(tiny(tiny_recipe, num_steps=4), tmp_path / "short", device="cpu")
+    kept = load(tmp_path / "averages" / "step_00000004", device="cpu")
+    assert (kept.step, kept.weights_sha256) == (4, load(tmp_path / "short", device="cpu").weights_sha256)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diffusion": {"prediction": "edm"}, "training": {"noise_levels": "lognormal", "adam_beta2": 0.99}},
+        {"training": {"weighting": "learned", "decay": "linear", "decay_share": 0.5}},
+        {"training": {"weighting": "min_snr"}, "model": {"time_conditioning": "scale_shift"}},
+    ],
+    ids=["edm", "learned", "min_snr"],
+)
+def test_resuming_gives_the_same_bits_with_every_new_option(tmp_path, tiny_recipe, monkeypatch, settings):
+    config = load_recipe(str(tiny_recipe))
+    groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in settings.items()}
+    config = dataclasses.replace(config, **groups)
+    train(config, tmp_path / "whole", device="cpu")
+    for stop in (3, 9):
+        with stop_at(monkeypatch, stop), pytest.raises(Interrupted):
+            train(config, tmp_path / "killed", device="cpu")
+    train(config, tmp_path / "killed", device="cpu")
+    assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
+    if "diffusion" in settings:
+        sigma_data = json.loads((tmp_path / "whole" / "config.json").read_text())["config"]["diffusion"]["sigma_data"]
+        pixels = load_images("digits", "train").images.double() / 127.5 - 1
+        assert sigma_data == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
 
 
 def test_another_process_is_refused(tmp_path, tiny_recipe):
@@ -440,7 +549,7 @@ def test_a_checkpoint_that_fails_meanwhile_ends_the_run(tmp_path, tiny_recipe, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_durably", full)
-    with pytest.raises(RunError, match=r"cannot be written at step 4: No space left on device; .* is of step none yet"):
+    with pytest.raises(RunError, match=r"cannot be written at step 1: No space left on device; .* is of step none yet"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert read_lines(tmp_path / "log.jsonl")[-1]["step"] < 12
 

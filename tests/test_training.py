@@ -8,10 +8,14 @@ import torch
 
 from ddpm_lab.config import TrainingConfig, load_recipe
 from ddpm_lab.data import load_images
+from ddpm_lab.diffusion import timestep_probabilities
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.training import (
+    LOSS_BANDS,
+    NoiseLevelSampler,
     batch_indices,
     ema_decay,
+    falling_from,
     learning_rate,
     new_state,
     resolve_device,
@@ -53,6 +57,58 @@ def test_learning_rate_rises_then_falls():
     cosine = dataclasses.replace(flat, decay="cosine")
     assert [learning_rate(cosine, k) for k in (10, 55)] == pytest.approx([1, 0.5])
     assert 0 < learning_rate(cosine, 99) < 0.001
+
+
+def test_learning_rate_may_fall_in_the_last_steps_only_and_begin_anew():
+    config = TrainingConfig(num_steps=110, warmup_steps=10, learning_rate=1.0, decay="linear", decay_share=0.2)
+    assert falling_from(config) == 90
+    assert [learning_rate(config, k) for k in (9, 10, 89, 90, 100, 109)] == pytest.approx([1, 1, 1, 1, 0.5, 0.05])
+    longer = dataclasses.replace(config, num_steps=220)
+    assert [learning_rate(longer, k) for k in (10, 89)] == [1, 1], "until it falls the rate does not depend on the end"
+    anew = [learning_rate(longer, k, begun=110) for k in (110, 119, 120, 199, 210, 219)]
+    assert anew == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+
+
+def test_noise_levels_are_drawn_as_often_as_configured():
+    schedule, generator = linear_schedule(200), torch.Generator().manual_seed(0)
+    levels = NoiseLevelSampler(TrainingConfig(noise_levels="lognormal"), schedule, "eps")
+    t = levels.draw(200_000, generator)
+    expected = timestep_probabilities(schedule, -1.2, 1.2)
+    deviation = (expected * (1 - expected) / len(t)).sqrt()
+    assert float(((t.bincount(minlength=200) / len(t) - expected) / deviation).abs().max()) < 4.5
+    uniform = NoiseLevelSampler(TrainingConfig(), schedule, "eps").draw(8, torch.Generator().manual_seed(3))
+    assert torch.equal(uniform, torch.randint(200, (8,), generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("noise_levels", ["uniform", "lognormal"])
+def test_learned_weights_are_one_over_the_loss_and_1_in_the_mean(noise_levels):
+    """Where the loss at t is known, they come to weigh it by its inverse; their mean over the draws stays 1."""
+    schedule, generator = linear_schedule(1000), torch.Generator().manual_seed(0)
+    levels = NoiseLevelSampler(TrainingConfig(noise_levels=noise_levels, weighting="learned"), schedule, "eps")
+    mean_losses = torch.ones(LOSS_BANDS)
+    for k in range(400):
+        t = levels.draw(256, generator)
+        levels.learn(mean_losses, t, 0.05 + t / 1000, k)
+    t = levels.draw(100_000, generator)
+    weights = levels.weights(t, mean_losses)
+    assert float(weights.mean()) == pytest.approx(1, abs=0.01)
+    _, band = weights.unique(return_inverse=True)  # a band is where the weight is the same
+    assert int(band.max()) == LOSS_BANDS - 1
+    weighed = torch.zeros(LOSS_BANDS).index_add_(0, band, weights * (0.05 + t / 1000)) / band.bincount()
+    assert float((weighed / weighed.mean() - 1).abs().max()) < 0.1, "each band has the same part in the gradient"
+
+
+def test_weights_are_applied_to_the_gradient_and_not_to_the_log(tiny_recipe):
+    """min_snr: one step of the network differs from the simple one, and the losses told are the same."""
+    images, found = load_images("digits").images, []
+    for weighting in ("simple", "min_snr"):
+        config = config_of(tiny_recipe, num_steps=2, weighting=weighting, max_grad_norm=1e9)
+        state = state_of(config)
+        steps = list(training_loop(state, linear_schedule(), images, config))
+        found.append((steps[0].losses, steps[0].grad_norm, parameters(state.model)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert float(found[1][1]) < float(found[0][1])
+    assert not torch.equal(found[0][2], found[1][2])
 
 
 def test_warm_up_is_cut_to_the_run():

@@ -53,10 +53,15 @@ def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
 
 @pytest.mark.filterwarnings("ignore:a level of 32 channels")
 @pytest.mark.parametrize(
-    ("channels", "size", "multipliers", "attention", "head"),
-    [(1, 28, (1, 2, 2), (1,), None), (3, 32, (1, 2), (0, 1), 8), (1, 8, (1, 1), (), None)],
+    ("channels", "size", "multipliers", "attention", "head", "conditioning"),
+    [
+        (1, 28, (1, 2, 2), (1,), None, "shift"),
+        (3, 32, (1, 2), (0, 1), 8, "shift"),
+        (1, 8, (1, 1), (), None, "shift"),
+        (3, 16, (1, 2), (1,), 8, "scale_shift"),
+    ],
 )
-def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head):
+def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head, conditioning):
     theirs = UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels,
         block_out_channels=tuple(32 * m for m in multipliers), layers_per_block=2,
@@ -64,10 +69,12 @@ def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head)
         up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in range(len(multipliers)))[::-1],
         attention_head_dim=head, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
         norm_eps=1e-6, norm_num_groups=32, act_fn="silu",
+        resnet_time_scale_shift="default" if conditioning == "shift" else conditioning,
+        attn_norm_num_groups=None if conditioning == "shift" else 32,  # else the middle attention has no normalisation
     ).eval()  # fmt: skip
     ours = UNet(
         channels, base_channels=32, channel_multipliers=multipliers, num_blocks=2, attention_levels=attention,
-        attention_head_channels=head,
+        attention_head_channels=head, time_conditioning=conditioning,
     ).eval()  # fmt: skip
     copy_from_diffusers(ours, theirs)
     x_t, t = torch.randn(4, channels, size, size), torch.tensor([0, 17, 500, 999])

@@ -321,6 +321,8 @@ def export(
     sampler: Literal["ddim", "dpmpp"] | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    guide: str | None = None,
+    guidance_interval: tuple[float, ...] = (),
 ) -> None:
     """Write a generator as others read it, with a README that says what it is, ready to be uploaded.
 
@@ -331,13 +333,15 @@ def export(
         license: of the weights, for the README (mit, cc-by-4.0, ...); unset: mit for packaged weights, else unknown.
         sampler: onnx only: what the sampler's graph does, without noise on the way; unset: dpmpp.
         num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
-        guidance: onnx only, of a network that is told classes: its guidance; unset: 1.
+        guidance: onnx only, as in `ddpm sample`: how far to go away from a worse answer; unset: 1.
+        guide: onnx only: the worse network of autoguidance; unset: the same network without a class.
+        guidance_interval: onnx only: the lowest and the highest noise level at which guidance acts; unset: at all.
     """
     from ddpm_lab.exchange import export_generator
 
     made = export_generator(
         source, to, out, weights=weights, checkpoint=checkpoint, licence=license,
-        sampler=sampler, num_steps=num_steps, guidance=guidance,
+        sampler=sampler, num_steps=num_steps, guidance=guidance, guide=guide, guidance_interval=guidance_interval,
     )  # fmt: skip
     print(made)
 

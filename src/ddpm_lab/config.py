@@ -323,7 +323,13 @@ class SamplingConfig(SettingsGroup):
     """of a network that is told classes: the class of each image, or several to be taken in turn; unset: all in turn"""
     guidance: float | None = None
     """of such a network (Ho and Salimans 2022): 1 asks for the class (the default), more exaggerates it at the cost of
-    variety and a second evaluation a step, 0 leaves the class out"""
+    variety and a second evaluation a step, 0 leaves the class out; with a guide: how far to go away from its answer"""
+    guide: str | None = None
+    """autoguidance (Karras et al. 2024) in place of the classifier-free kind: a worse network of the same process, such
+    as an average that the run kept early (RUN/averages/step_...); give guidance too"""
+    guidance_interval: tuple[float, ...] = ()
+    """the lowest and the highest noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) at which guidance acts
+    (Kynkaanniemi et al. 2024); unset: at all"""
     seed: int = 0
     """image i of a seed is always the same image"""
     batch_size: int = 64
@@ -351,6 +357,19 @@ class SamplingConfig(SettingsGroup):
         )
         self._at_least(0, "guidance")
         self._at_most(100, "guidance")
+        require(
+            self.guide is None or self.guidance not in (None, 0, 1),
+            "guide needs a guidance above 0 other than 1: how far to go away from what the guide says",
+        )
+        interval = self.guidance_interval
+        require(
+            len(interval) in (0, 2) and all(level >= 0 for level in interval) and list(interval) == sorted(interval),
+            f"guidance_interval must be two noise levels from 0, the lower first, not {interval}",
+        )
+        require(
+            not interval or self.guidance not in (None, 0, 1),
+            "guidance_interval needs a guidance above 0 other than 1",
+        )
         require(all(label >= 0 for label in self.class_), f"class must be whole numbers from 0, not {self.class_}")
         require(not (self.class_ and self.guidance == 0), "guidance 0 leaves the class out; give no class with it")
         require(

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from ddpm_lab.checkpoint import checkpoint_path, save_checkpoint
-from ddpm_lab.config import DataConfig
+from ddpm_lab.config import DataConfig, SamplingConfig
 from ddpm_lab.files import appearing
+from ddpm_lab.generation import Sampler, build_sampler
+from ddpm_lab.guidance import guided_timesteps
 from ddpm_lab.interop import is_diffusers, read_diffusers, save_diffusers
 from ddpm_lab.model_card import write_card
-from ddpm_lab.onnx_export import USUAL_STEPS, LoopSampler, save_onnx
+from ddpm_lab.onnx_export import Guidance, LoopSampler, save_onnx
 from ddpm_lab.run import versions
 from ddpm_lab.settings import InputError
-from ddpm_lab.trained import Weights, load, packaged_names
+from ddpm_lab.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.training import resolve_device
 
 Form = Literal["diffusers", "onnx"]
@@ -66,6 +68,8 @@ def export_generator(
     sampler: LoopSampler | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    guide: str | None = None,
+    guidance_interval: tuple[float, ...] = (),
 ) -> str:
     """Write a generator as others read it, with a README that says what it is.
 
@@ -75,27 +79,44 @@ def export_generator(
         out: new, or an empty folder.
         licence: of the weights, as the README is to say; None: that of the package for its own, else unknown.
         sampler, num_steps: of the sampler's graph; None: dpmpp; 20 steps of dpmpp, 50 of ddim.
-        guidance: of the sampler's graph, for a network that is told classes; None: 1.
+        guidance, guide, guidance_interval: of the sampler's graph, see `SamplingConfig`.
     Returns:
         A line that says what was made.
     Raises:
         InputError: no such generator, one that the form cannot express, or an `out` that is there.
     """
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
-    if form == "diffusers" and any(given is not None for given in (sampler, num_steps, guidance)):
-        raise InputError("--sampler, --num-steps and --guidance are for --to onnx")
+    if form == "diffusers" and any((sampler, num_steps is not None, guidance is not None, guide, guidance_interval)):
+        raise InputError("--sampler, --num-steps, --guidance, --guide and --guidance-interval are for --to onnx")
     sampler = sampler or "dpmpp"
-    if guidance is not None and not (trained.num_classes and 0 < guidance <= 100):
-        raise InputError(f"guidance is a number above 0, up to 100, for networks that are told classes, not {guidance}")
-    if num_steps is None:
-        num_steps = min(USUAL_STEPS[sampler], trained.schedule.num_timesteps)
+    if guidance == 0:
+        raise InputError("a sampler's graph is asked for classes; guidance must be above 0")
+    resolved = build_sampler(
+        trained,
+        SamplingConfig(
+            sampler=sampler, num_steps=num_steps, guidance=guidance, guide=guide, guidance_interval=guidance_interval
+        ),
+    )
+    num_steps = resolved.num_steps
     with appearing(out, "--out") as partial:
         if form == "diffusers":
             save_diffusers(trained.model, trained.config, trained.image_shape[1], trained.variance, partial)
         else:
-            save_onnx(trained, sampler, num_steps, 1.0 if guidance is None else guidance, partial)
+            save_onnx(trained, sampler, num_steps, _guidance(resolved, trained), partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
         guiding = "" if guidance is None else f", guidance {guidance:g}"
+        if resolved.guide is not None:
+            guiding += f" by {resolved.guide.name} at step {resolved.guide.step}"
+        if guidance_interval:
+            guiding += " at noise levels {:g} to {:g}".format(*guidance_interval)
         write_card(trained, form, licence, f"{num_steps} steps of {sampler}{guiding}", partial)
     reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]
     return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"
+
+
+def _guidance(sampler: Sampler, trained: TrainedModel) -> Guidance | None:
+    """The guidance of a resolved sampler, as a graph takes it."""
+    if sampler.config.guidance in (None, 1):
+        return None
+    timesteps = guided_timesteps(trained.schedule, sampler.config.guidance_interval)
+    return Guidance(sampler.config.guidance, None if sampler.guide is None else sampler.guide.model, timesteps)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,17 +22,18 @@ from torch import Tensor
 from ddpm_lab import processes
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_uint8
-from ddpm_lab.diffusion import Model
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
-from ddpm_lab.guidance import ClassModel, classes_in_turn, guided
+from ddpm_lab.guidance import ClassModel, classes_in_turn, guidance_label, guided, guided_timesteps
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
+from ddpm_lab.interop import is_diffusers
 from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
+from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
 from ddpm_lab.telling import tell_warnings
-from ddpm_lab.trained import TrainedModel, Weights, load
+from ddpm_lab.trained import TrainedModel, Weights, find_checkpoint, load
 from ddpm_lab.training import autocast, compiled, precision_of, resolve_device, resolve_precision
 
 MAX_GRID_IMAGES = 16_384
@@ -70,13 +71,15 @@ class Sampler:
     Attributes:
         config: with nothing left unset that the sampler uses.
         num_steps: per image.
-        num_evaluations: of the network, per image.
+        num_evaluations: of the network and its guide, per image.
+        guide: the network of autoguidance, where there is one.
         steps: called as steps(x_T, noise), or steps(x_T, noise, y) with the images' classes, (B,) int64.
     """
 
     config: SamplingConfig
     num_steps: int
     num_evaluations: int
+    guide: TrainedModel | None
     steps: Callable[..., Iterator[Step]]
 
 
@@ -85,10 +88,13 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
 
     Raises:
         InputError: more steps than the network has timesteps; ONNX Runtime away from the CPU; classes or guidance of a
-            network that has none, or others than it has.
+            network that has none, or others than it has; a guide that does not fit.
     """
     _check_classes(trained, config)
     told = trained.num_classes > 0
+    guide = None if config.guide is None else open_guide(trained, config.guide)
+    # of the whole chain, also where a part of it is sampled
+    acting = guided_timesteps(build_schedule(trained.config.diffusion), config.guidance_interval)
     T = trained.schedule.num_timesteps
     usual = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
     num_steps = config.num_steps or (max(usual // 2, 1) if config.singlestep else usual)
@@ -112,7 +118,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         num_steps=num_steps,
         precision=precision_of(dtype),
         engine=resolve_engine(config.engine, device),
-        guidance=(1.0 if config.guidance is None else config.guidance) if told else None,
+        guidance=(1.0 if config.guidance is None else config.guidance) if told or guide is not None else None,
         **settings,
     )
     settings["prediction"] = trained.prediction
@@ -127,15 +133,16 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             return compiled(trained.model)
         example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
         example += [torch.zeros(2, dtype=torch.int64)] * told
-        identity = f"{trained.weights_sha256} {trained.config.model} T = {trained.model.num_timesteps}"
+        identity = f"{trained.weights_sha256} {trained.config.model} {trained.config.diffusion}"
         return cast(ClassModel, OnnxNetwork(trained.model, example, identity))
 
     def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
-        asked: Model = network()
-        if told:
-            count = trained.num_classes
-            none = torch.full((len(x_T),), count, device=device)
-            asked = guided(network(), none if y is None else y, count, 1.0 if y is None else resolved.guidance or 1.0)
+        guidance = resolved.guidance or 1.0
+        if y is None and told:
+            y = torch.full((len(x_T),), trained.num_classes, device=device)
+            guidance = guidance if guide is not None else 1.0
+        worse = None if guide is None else guided(guide.model, y if guide.num_classes else None, guide.num_classes)
+        asked = guided(network(), y, trained.num_classes, guidance, guide=worse, timesteps=acting)
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             with autocast(device, dtype):
@@ -144,8 +151,59 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         drawn: dict[str, Any] = {"noise": noise} if config.sampler != "heun" else {}
         return STEPS[config.sampler](model, trained.schedule, x_T, num_steps, **settings, **drawn)
 
-    count = evaluations_of(config, num_steps) * (1 if resolved.guidance in (None, 0, 1) else 2)
-    return Sampler(resolved, num_steps, count, steps)
+    visited = _evaluated_timesteps(resolved, trained.schedule, num_steps)
+    twice = 0 if resolved.guidance in (None, 0, 1) else sum(t in acting for t in visited)
+    return Sampler(resolved, num_steps, len(visited) + twice, guide, steps)
+
+
+def _evaluated_timesteps(config: SamplingConfig, schedule: NoiseSchedule, num_steps: int) -> list[int]:
+    """The timesteps at which a sampler evaluates the network."""
+    timesteps = sampling_timesteps(schedule, num_steps * (1 + config.singlestep), config.spacing or "uniform")
+    return timesteps + timesteps[1:] if config.sampler == "heun" else timesteps
+
+
+def open_guide(trained: TrainedModel, source: str) -> TrainedModel:
+    """The network that guides another (autoguidance).
+
+    Args:
+        trained: what it is to guide.
+        source: see `trained.load`.
+    Raises:
+        InputError: no such network, or one of other images, another process, another prediction or other classes.
+    """
+    newest = source if is_diffusers(Path(source)) else str(find_checkpoint(source)[0])
+    guide = _loaded(source, newest, next(trained.model.parameters()).device.type)
+    ours, theirs = trained.config.diffusion, guide.config.diffusion
+    others = {
+        "images": (guide.image_shape, trained.image_shape),
+        "process": (
+            (theirs.num_timesteps, theirs.schedule, theirs.rescale_betas),
+            (ours.num_timesteps, ours.schedule, ours.rescale_betas),
+        ),
+        "prediction": (theirs.predicted, ours.predicted),
+        "number of classes": (guide.num_classes or trained.num_classes, trained.num_classes),
+    }
+    for name, (there, here) in others.items():
+        if there != here:
+            raise InputError(f"--guide {source} has another {name} than {trained.name}: {there}, not {here}")
+    return guide
+
+
+@lru_cache(maxsize=2)
+def _loaded(source: str, newest: str, device: str) -> TrainedModel:
+    """Kept, for a command asks for its guide more than once, until there is a newer checkpoint."""
+    return load(source, device=device)
+
+
+def guidance_record(sampler: Sampler) -> dict[str, Any]:
+    """What a record says of how samples were guided."""
+    config, guide = sampler.config, sampler.guide
+    named = guide and {"name": guide.name, "step": guide.step, "sha256": guide.weights_sha256}
+    return {
+        "guidance": config.guidance,
+        "guide": named,
+        "guidance_interval": list(config.guidance_interval) or None,
+    }
 
 
 def evaluations_of(config: SamplingConfig, num_steps: int) -> int:
@@ -216,9 +274,9 @@ def asked_classes(trained: TrainedModel, config: SamplingConfig, indices: range)
 
 def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
     count = trained.num_classes
-    if count == 0 and (config.class_ or config.guidance is not None):
-        raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out")
-    if config.guidance not in (None, 1) and not trained.unconditional:
+    if count == 0 and (config.class_ or (config.guidance is not None and config.guide is None)):
+        raise InputError(f"{trained.name} was told no classes; leave --class and --guidance out, or give a --guide")
+    if config.guidance not in (None, 1) and config.guide is None and not trained.unconditional:
         raise InputError(f"{trained.name} never learnt to do without a class (training.class_dropout 0); guidance is 1")
     strange = [label for label in config.class_ if label >= count]
     if strange:
@@ -292,8 +350,15 @@ def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
     """What decides which images come out: weights, network, process, settings, and the version of the code."""
     process = trained.config.to_dict()
-    settings = dataclasses.asdict(build_sampler(trained, config).config)
+    sampler = build_sampler(trained, config)
+    settings = dataclasses.asdict(sampler.config)
     settings["class_"] = list(config.class_)  # as JSON gives it back
+    for name in ("guide", "guidance_interval"):  # folders from before these settings have neither
+        del settings[name]
+    if sampler.guide is not None:
+        settings["guide"] = sampler.guide.weights_sha256
+    if config.guidance_interval:
+        settings["guidance_interval"] = list(config.guidance_interval)
     return {
         "weights_sha256": trained.weights_sha256,
         "step": trained.step,
@@ -354,7 +419,8 @@ def sample_to_file(
     made = f"{num_images} images" + (f" ({before} were there)" if before else "")
     return (
         f"{out}: {made} of {source} at step {trained.step} ({weights}), {config.sampler}, "
-        f"{sampler.num_steps} of {trained.schedule.num_timesteps} steps, seed {config.seed}, "
+        f"{sampler.num_steps} of {trained.schedule.num_timesteps} steps{guidance_label(guidance_record(sampler))}, "
+        f"seed {config.seed}, "
         f"{duration(time.monotonic() - begun)}"
     )
 

@@ -9,18 +9,19 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_lab.config import Config, DataConfig, DiffusionConfig, ModelConfig, Prediction, Variance
+from ddpm_lab.config import Conditioning, Config, DataConfig, DiffusionConfig, ModelConfig, Prediction, Variance
 from ddpm_lab.files import read_json
 from ddpm_lab.settings import InputError, fits
 from ddpm_lab.unet import UNet, build_unet
 
+Choice = TypeVar("Choice")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 UNKNOWN = "unknown"  # the data set that an imported generator was trained on
 # What diffusers' network and process must say for ours to compute the same; entries of the second table in each pair
@@ -38,16 +39,15 @@ NETWORK = {
 }
 YOUNGER = {
     "add_attention": True,
-    "attn_norm_num_groups": None,
     "class_embed_type": None,
     "downsample_type": "conv",
     "mid_block_type": "UNetMidBlock2D",
     "num_class_embeds": None,
     "num_train_timesteps": None,
-    "resnet_time_scale_shift": "default",
     "time_embedding_dim": None,
     "upsample_type": "conv",
 }
+CONDITIONING: dict[str, Conditioning] = {"default": "shift", "scale_shift": "scale_shift"}
 PROCESS = {
     "_class_name": "DDPMScheduler",
     "clip_sample": True,
@@ -147,6 +147,9 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
         up_block_types=up,
         attention_head_dim=config.attention_head_channels,
         norm_num_groups=config.norm_groups,
+        resnet_time_scale_shift=next(k for k, ours in CONDITIONING.items() if ours == config.time_conditioning),
+        # diffusers' middle attention has no normalisation with scale_shift, unless its groups are named
+        attn_norm_num_groups=config.norm_groups if config.time_conditioning == "scale_shift" else None,
         dropout=config.dropout,
         **{name: value for name, value in NETWORK.items() if name != "_class_name"},
     )
@@ -209,11 +212,26 @@ def _covered(path: Path, said: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             raise InputError(f"{path}: {name} {json.dumps(said.get(name))} is not covered; {json.dumps(value)} is")
 
 
+def _one_of(path: Path, name: str, said: Mapping[str, Any], known: Mapping[str, Choice]) -> Choice:
+    """What a setting's value stands for here.
+
+    Raises:
+        InputError: for nothing.
+    """
+    found = known.get(str(said.get(name)))
+    if found is None:
+        raise InputError(f"{path}: {name} {json.dumps(said.get(name))} is not covered; {' and '.join(known)} are")
+    return found
+
+
 def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
     """The network's configuration, its image channels and size."""
     path = folder / "config.json"
-    said = YOUNGER | {"dropout": 0.0} | _table(path)
-    _covered(path, said, NETWORK | YOUNGER)
+    silent = {"dropout": 0.0, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None}
+    said: dict[str, Any] = YOUNGER | silent | _table(path)
+    conditioning = _one_of(path, "resnet_time_scale_shift", said, CONDITIONING)
+    in_middle = said.get("norm_num_groups") if conditioning == "scale_shift" else None
+    _covered(path, said, NETWORK | YOUNGER | {"attn_norm_num_groups": in_middle})
     try:
         widths, down, channels = list(said["block_out_channels"]), list(said["down_block_types"]), said["in_channels"]
         attention = tuple(level for level, kind in enumerate(down) if kind == "AttnDownBlock2D")
@@ -239,6 +257,7 @@ def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
             attention_head_channels=said["attention_head_dim"],
             dropout=float(said["dropout"]),
             norm_groups=said["norm_num_groups"],
+            time_conditioning=conditioning,
         )
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
@@ -256,14 +275,8 @@ def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
         return DiffusionConfig(), "beta"
     said = YOUNGER_PROCESS | {"prediction_type": "epsilon"} | _table(path)
     _covered(path, said, PROCESS | YOUNGER_PROCESS)
-    prediction = PREDICTIONS.get(str(said["prediction_type"]))
-    variance = VARIANCES.get(str(said.get("variance_type")))
-    if prediction is None:
-        _covered(path, said, {"prediction_type": "epsilon"})
-    if variance is None:
-        named = json.dumps(said.get("variance_type"))
-        raise InputError(f"{path}: variance_type {named} is not covered; {' and '.join(VARIANCES)} are")
-    assert prediction is not None
+    prediction = _one_of(path, "prediction_type", said, PREDICTIONS)
+    variance = _one_of(path, "variance_type", said, VARIANCES)
     if said.get("beta_schedule") == "squaredcos_cap_v2":
         return DiffusionConfig(schedule="cosine", prediction=prediction), variance
     _covered(path, said, LINEAR)
@@ -303,6 +316,10 @@ def save_diffusers(model: UNet, config: Config, image_size: int, variance: Varia
         raise InputError("diffusers is not installed: pip install 'ddpm-lab[diffusers]'") from error
 
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if config.diffusion.prediction not in names:
+        raise InputError(
+            f"diffusers' DDPMScheduler has no prediction {config.diffusion.prediction}; it has {', '.join(names)}"
+        )
     betas = {"beta_schedule": "squaredcos_cap_v2"} if config.diffusion.schedule == "cosine" else LINEAR
     scheduler = DDPMScheduler(
         num_train_timesteps=config.diffusion.num_timesteps, prediction_type=names[config.diffusion.prediction],

@@ -10,6 +10,7 @@ import torch
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import DATASETS
 from ddpm_lab.generation import generate
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.log import read_lines
@@ -41,7 +42,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
     records = scores_of(trained)
     data, dataset = trained.record["data"], trained.config.data.dataset
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.filters |= {"score": _score, "classes": _classes, "floor": _floor}
+    environment.filters |= {"guidance": guidance_label, "score": _score, "classes": _classes, "floor": _floor}
     text = (resources.files("ddpm_lab") / "templates" / "model_card.md").read_text(encoding="utf-8")
     card = environment.from_string(text).render(
         form=form,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lab.config import Predicted, Spacing
+from ddpm_lab.diffusion import Model
 from ddpm_lab.guidance import guided
 from ddpm_lab.onnx_engine import export, missing_packages
 from ddpm_lab.progress import progress
@@ -36,7 +37,6 @@ IMAGE_OF_OUTPUT: dict[str, str] = {  # in the example's words
     "edm": "(signal * {0}**2 * x + noise * {0} * (signal**2 * {0}**2 + noise**2) ** 0.5 * output)"
     " / (signal**2 * {0}**2 + noise**2)",
 }
-USUAL_STEPS: dict[LoopSampler, int] = {"ddim": 50, "dpmpp": 20}
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,13 @@ def _solve(columns: list[Tensor], result: Tensor) -> list[float]:
     return [float(number) / scale for number, scale in zip(found, scales, strict=True)]
 
 
-def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guidance: float, folder: Path) -> None:
+def save_onnx(
+    trained: TrainedModel, sampler: LoopSampler, num_steps: int, guidance: "Guidance | None", folder: Path
+) -> None:
     """Fill a folder: network.onnx, sampler.onnx, alpha_bar.npy, and an example that uses them.
 
+    Args:
+        guidance: of the sampler's graph; None: none.
     Raises:
         InputError: num_steps out of range, or packages of the extra `onnx` are not installed.
     """
@@ -105,10 +109,10 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
     numbers = linear_steps(sampler, trained.schedule, num_steps, trained.prediction)
-    with progress("exporting", 1 + (guidance != 1), "graphs") as advance:
+    with progress("exporting", 1 + (guidance is not None), "graphs") as advance:
         network = guiding = network_graph(trained)
         advance(1)
-        if guidance != 1:
+        if guidance is not None:
             guiding = network_graph(trained, guidance)
             advance(1)
     (folder / "network.onnx").write_bytes(network)
@@ -125,29 +129,50 @@ def save_onnx(trained: TrainedModel, sampler: LoopSampler, num_steps: int, guida
     (folder / "example.py").write_text(example)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How a sampler's graph is guided, see `guidance.guided`.
+
+    Attributes:
+        scale: other than 1.
+        guide: the network of autoguidance; None: classifier-free.
+        timesteps: at which it acts.
+    """
+
+    scale: float
+    guide: UNet | None
+    timesteps: range
+
+
 class _Guided(nn.Module):
     """A network together with its guidance."""
 
-    def __init__(self, network: UNet, guidance: float) -> None:
+    def __init__(self, network: UNet, guidance: Guidance) -> None:
         super().__init__()
-        self.network, self.guidance = network, guidance
+        self.network, self.guide = network, guidance.guide
+        self.scale, self.timesteps = guidance.scale, guidance.timesteps
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return guided(self.network, y, self.network.num_classes, self.guidance)(x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        acts = (t >= self.timesteps.start) & (t < self.timesteps.stop)  # a graph cannot branch as `guided` does
+        scale = torch.where(acts, self.scale, 1.0)
+        worse: Model | None = None
+        if self.guide is not None:
+            worse = guided(self.guide, y if self.guide.num_classes else None, self.guide.num_classes)
+        return guided(self.network, y, self.network.num_classes, scale, guide=worse)(x_t, t)
 
 
-def network_graph(trained: TrainedModel, guidance: float = 1.0) -> bytes:
+def network_graph(trained: TrainedModel, guidance: Guidance | None = None) -> bytes:
     """The network: x_t (B, C, H, W) float32 and t (B,) int64 in [0, T) -> output (B, C, H, W) float32.
 
     One that is told classes takes y (B,) int64 as well, in [0, num_classes], the last for none.
 
     Args:
-        guidance: of a network that is told classes, see `guidance.guided`.
+        guidance: None: none.
     """
     example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
+    module = trained.model if guidance is None else _Guided(trained.model, guidance).eval()
     if trained.num_classes == 0:
-        return export(trained.model, example, ("x_t", "t"), ("output",))
-    module = trained.model if guidance == 1 else _Guided(trained.model, guidance).eval()
+        return export(module, example, ("x_t", "t"), ("output",))
     return export(module, [*example, torch.zeros(2, dtype=torch.int64)], ("x_t", "t", "y"), ("output",))
 
 

@@ -18,7 +18,8 @@ from ddpm_lab.diffusion import q_sample
 from ddpm_lab.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
 from ddpm_lab.film import PICTURE_ENDINGS, check_kind, save_film
 from ddpm_lab.forward import Process, chosen_images, snr_at
-from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, trajectory
+from ddpm_lab.generation import ImageNoise, Sampler, asked_classes, build_sampler, guidance_record, trajectory
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.images import check_writable, save_png, visible_scale
 from ddpm_lab.interop import UNKNOWN
 from ddpm_lab.look import PictureConfig, num_columns
@@ -88,7 +89,8 @@ def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
     eta = f", eta {sampler.config.eta:g}" if sampler.config.eta else ""
     name = Path(trained.name).name or trained.name
     process = Process(trained.config.diffusion).label
-    return f"{name}: {process}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}"
+    guiding = guidance_label(guidance_record(sampler))
+    return f"{name}: {process}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}{guiding}"
 
 
 def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None) -> Picture:
@@ -247,7 +249,7 @@ def reconstruct(
 
 def check_told(config: SamplingConfig) -> None:
     """Refuse guidance towards classes that nobody has named."""
-    if config.guidance and not config.class_:
+    if config.guidance and not config.class_ and config.guide is None:
         raise InputError("guidance needs --class here, for nobody says what the images are")
 
 

@@ -15,6 +15,7 @@ from ddpm_lab.config import Config
 from ddpm_lab.curves import RunLog, read_run, training_figure
 from ddpm_lab.drawing import COLOURS, showable
 from ddpm_lab.files import NO_SPACE, replace_atomically
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.log import read_lines
 from ddpm_lab.page import as_data, embedded, record_as_text, render, short
 from ddpm_lab.score_table import class_count, floor_count
@@ -202,7 +203,7 @@ def _row(index: int, run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "label": _label(record),
         "reference": reference.get("name") if isinstance(reference := record.get("reference"), dict) else None,
         "num_images": f"{count:,}" if isinstance(count, int) else "",
-        "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations" if sampler else "",
+        "sampled": f"{sampler}, {record.get('num_evaluations')} evaluations{guidance_label(record)}" if sampler else "",
         "floor": {name: floor[name] for name in COLUMNS if fits(floor.get(name), float)},
         "floor_images": floor_count(record),
         "classes": class_count(record),

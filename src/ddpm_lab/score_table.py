@@ -3,6 +3,7 @@
 from typing import Any
 
 from ddpm_lab.evaluation import SURE
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.settings import fits
 
 ROWS = (
@@ -93,7 +94,8 @@ def _images_line(record: dict[str, Any]) -> str:
         return count
     return (
         f"{count} at step {record['step']} ({record['weights']}), {record['sampler']}, {record['num_steps']} of "
-        f"{record['num_timesteps']} steps ({record['beta_convention']} betas), seed {record['seed']}"
+        f"{record['num_timesteps']} steps ({record['beta_convention']} betas){guidance_label(record)}, "
+        f"seed {record['seed']}"
     )
 
 

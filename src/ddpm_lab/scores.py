@@ -17,7 +17,7 @@ from ddpm_lab.data import DATASETS, ImageSet, here, load_images
 from ddpm_lab.evaluation import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.feature_store import features_of
 from ddpm_lab.features import FeatureNetwork, onnx_features
-from ddpm_lab.generation import MOST_IMAGES, asked_classes, build_sampler, generate, sampling_task
+from ddpm_lab.generation import MOST_IMAGES, asked_classes, build_sampler, generate, guidance_record, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.interop import UNKNOWN, is_diffusers
@@ -32,7 +32,7 @@ from ddpm_lab.training import resolve_device
 MODEL_FIELDS = (
     "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
     "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "dtype", "engine", "class",
-    "guidance",
+    "guidance", "guide", "guidance_interval",
 )  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
@@ -262,8 +262,7 @@ def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, A
         "dtype": sampler.config.precision,  # precision is a score
         "engine": sampler.config.engine,
         "class": list(sampling.class_) or None,
-        "guidance": sampler.config.guidance,
-    }
+    } | guidance_record(sampler)
 
 
 def training_scorer(

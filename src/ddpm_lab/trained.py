@@ -15,6 +15,7 @@ from ddpm_lab.checkpoint import checkpoint_path, checkpoint_steps, load_paramete
 from ddpm_lab.config import Config, Predicted, Variance
 from ddpm_lab.diffusion import input_scale
 from ddpm_lab.files import read_json
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
 from ddpm_lab.log import read_lines
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
@@ -287,8 +288,9 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
     for score in scored[-SCORES_TOLD:]:
         fid = score.get("fid")
         if isinstance(fid, dict) and fits(fid.get("value"), float):
+            how = f"{score.get('sampler')} with {score.get('num_evaluations')} evaluations{guidance_label(score)}"
             lines.append(
-                f"scored at step {score['step']}: {score.get('fid_label')} {fid['value']:.4g}, {score.get('sampler')} "
-                f"with {score.get('num_evaluations')} evaluations, {score.get('weights')} weights"
+                f"scored at step {score['step']}: {score.get('fid_label')} {fid['value']:.4g}, {how}, "
+                f"{score.get('weights')} weights"
             )
     return lines

@@ -20,12 +20,13 @@ from ddpm_lab.generation import build_sampler, trajectory
 from ddpm_lab.images import image_grid, save_png, visible_scale
 from ddpm_lab.look import SHORT_FILM
 from ddpm_lab.reverse import Trajectory, describe_generator, reverse_frames
-from ddpm_lab.studio.sources import model_names, new_folder, open_model, whole
+from ddpm_lab.studio.sources import guide_names, model_names, new_folder, open_model, source_of, whole
 from ddpm_lab.studio.sources import told as told_on_page
 from ddpm_lab.trained import TrainedModel
 
 MOST_IMAGES, KEPT_STATES = 64, 41
 LEAST_SECONDS = 0.12  # between two pictures: more often nobody can see, and the page would lag behind
+NO_GUIDE = "none"
 SAMPLERS = ("ddim", "dpmpp", "ddpm", "heun")
 
 
@@ -46,9 +47,12 @@ def settings(
     count: float,
     asked: str,
     guidance: float,
+    guide: str | None = None,
 ) -> SamplingConfig:
     """The controls' values as a sampling configuration; those that do not apply are left out.
 
+    Args:
+        guide: what `load` takes.
     Raises:
         InputError: a value that cannot be used.
     """
@@ -60,7 +64,8 @@ def settings(
         seed=whole(seed, "seed"),
         batch_size=int(count),
         class_=(int(asked),) if told and asked.isdecimal() else (),
-        guidance=float(guidance) if told and guidance != 1 else None,
+        guidance=float(guidance) if (told or guide is not None) and guidance != 1 else None,
+        guide=guide,
     )
 
 
@@ -79,6 +84,8 @@ def command_line(trained: TrainedModel, config: SamplingConfig, device: str) -> 
         words += ["--class", *map(str, config.class_)]
     if config.guidance is not None:
         words += ["--guidance", repr(config.guidance)]
+    if config.guide is not None:
+        words += ["--guide", config.guide]
     return shlex.join([*words, "--out", "images.png"])
 
 
@@ -154,7 +161,13 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
             eta = gr.Slider(0, 1, value=0, step=0.05, label="Noise on the way (eta), for ddim and dpmpp", elem_id="eta")
             with gr.Row(visible=False) as classes:
                 asked = gr.Dropdown(["all in turn"], value="all in turn", label="Class", elem_id="class")
-                guidance = gr.Slider(0, 8, value=1, step=0.25, label="Guidance", elem_id="guidance")
+            with gr.Row():
+                guide = gr.Dropdown(
+                    [NO_GUIDE, *guide_names(runs)], value=NO_GUIDE, label="Guide: a worse model", elem_id="guide"
+                )
+                guidance = gr.Slider(
+                    0, 8, value=1, step=0.25, label="Guidance: away from it, or from no class", elem_id="guidance"
+                )
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", elem_id="stop")
@@ -180,7 +193,8 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     @told_on_page
     def run(name: str, *values: Any) -> Iterator[Any]:
         trained = open_model(runs, name, device)
-        config = settings(trained, *values)
+        worse = None if values[-1] == NO_GUIDE else source_of(runs, values[-1])
+        config = settings(trained, *(*values[:-1], worse))
         hidden = gr.update(visible=False)
         for left, right, words, result in watch(trained, config, device):
             if result is None:
@@ -202,7 +216,7 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
         return grid(held.seen.x_t[at]), grid(held.seen.x_0_hat[at]), f"t = {held.seen.timesteps[at]}"
 
     gr.on([page.load, source.change], choose, source, [classes, asked], show_progress="hidden")
-    controls = [source, sampler, steps, eta, seed, count, asked, guidance]
+    controls = [source, sampler, steps, eta, seed, count, asked, guidance, guide]
     results = [x_t, x_0, told, made, back, command, after, downloads]
     filming = films.click(film, made, downloads)
     running = go.click(run, controls, results, concurrency_limit=4, show_progress="hidden", cancels=[filming])
@@ -211,3 +225,5 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     stopped.then(lambda: "stopped", None, told, show_progress="hidden", queue=False)
     back.input(look, [made, back], [x_t, x_0, told], show_progress="hidden", queue=False, trigger_mode="always_last")
     gr.on([page.load, tab.select], lambda: gr.Dropdown(model_names(runs)), None, source, show_progress="hidden")
+    named = [page.load, tab.select]
+    gr.on(named, lambda: gr.Dropdown([NO_GUIDE, *guide_names(runs)]), None, guide, show_progress="hidden")

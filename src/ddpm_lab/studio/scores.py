@@ -9,6 +9,7 @@ import gradio as gr
 from ddpm_lab.cell import MEASURES
 from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, here
+from ddpm_lab.guidance import guidance_label
 from ddpm_lab.score_table import class_count, floor_count, score_table
 from ddpm_lab.scores import evaluate_source
 from ddpm_lab.session import SCORES
@@ -61,7 +62,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         f"{floor} ({fewer})" if floor and fewer else floor,
         f"{inception_score} {class_count(record)}".rstrip() if inception_score else "",
         _number(_scores(record.get("kid")).get("value")),
-        f"{sampler}, {evaluations} evaluations" if sampler else "",
+        f"{sampler}, {evaluations} evaluations{guidance_label(record)}" if sampler else "",
     ]
 
 

@@ -67,6 +67,17 @@ def model_names(runs: Path) -> list[str]:
     return [*packaged, *(f"./{name}" if name in packaged else name for name in names)]
 
 
+def guide_names(runs: Path) -> list[str]:
+    """What can guide a model: all of `model_names`, and the averages that runs kept early, `RUN/averages/step_...`."""
+    kept = [
+        str(folder.relative_to(runs))
+        for run in run_folders(runs)
+        for folder in sorted((run / "averages").glob("step_*"))
+        if (folder / "meta.json").is_file() and inside(runs, folder / "meta.json")
+    ]
+    return [*model_names(runs), *kept]
+
+
 def _weights_file(path: Path) -> Path | None:
     """A file that changes when the weights do."""
     try:
@@ -79,14 +90,14 @@ def _weights_file(path: Path) -> Path | None:
 
 
 def source_of(runs: Path, name: str) -> str:
-    """What a name of `model_names` is for a command: packaged weights, or the path of a run.
+    """What a name of `guide_names` is for a command: packaged weights, or a path of a run.
 
     Raises:
         InputError: no such name, so that no other path can be asked for.
     """
     if name in packaged_names():
         return name
-    if name not in model_names(runs):
+    if name not in guide_names(runs):
         raise InputError(f"there is no model {name!r} here")
     return str(runs / name)
 
