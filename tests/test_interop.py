@@ -111,6 +111,19 @@ def test_an_exported_generator_is_a_pipeline_that_samples_ours(tiny_run, tmp_pat
     assert [first[name] for name in names] == [second[name] for name in names]
 
 
+def test_scale_and_shift_go_both_ways(tiny_recipe, tmp_path, monkeypatch):
+    run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
+    settings = ["--model.time-conditioning", "scale_shift", "--training.num-steps", "5", "--device", "cpu"]
+    rate = ["--training.learning-rate", "1e-2", "--training.precision", "float32"]
+    assert run_command(["train", str(tiny_recipe), "--run", str(run), *settings, *rate]) == 0
+    assert run_command(["export", str(run), "--to", "diffusers", "--out", str(out)]) == 0
+    ours = load(run, device="cpu")
+    assert_same_steps(ours, out, monkeypatch, every=100)
+    assert run_command(["import", str(out), "--run", str(back)]) == 0
+    assert load(back, device="cpu").weights_sha256 == ours.weights_sha256
+    assert load(back, device="cpu").config.model == ours.config.model
+
+
 def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_command(["import", str(theirs), "--run", str(run)]) == 0
@@ -195,7 +208,8 @@ def cut(folder):
         (edit("model_index.json", _class_name="DDIMPipeline"), '"DDIMPipeline" is not covered; "DDPMPipeline" is'),
         (edit(UNET, _class_name="UNet2DConditionModel"), '_class_name "UNet2DConditionModel" is not covered'),
         (edit(UNET, num_class_embeds=10), "num_class_embeds 10 is not covered; null is"),
-        (edit(UNET, resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift "scale_shift" is not covered'),
+        (edit(UNET, resnet_time_scale_shift="spatial"), 'resnet_time_scale_shift "spatial" is not covered'),
+        (edit(UNET, resnet_time_scale_shift="scale_shift"), "attn_norm_num_groups null is not covered; 8 is"),
         (edit(UNET, freq_shift=0), "freq_shift 0 is not covered; 1 is"),
         (edit(UNET, block_out_channels=[16, 40]), "block_out_channels [16, 40] is not covered; [16, 32] is"),
         (edit(UNET, down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types"),
@@ -261,6 +275,7 @@ def test_places_that_cannot_be_written_to_are_told_first(tiny_run, tmp_path, cap
     [
         (["--diffusion.num-timesteps", "2000"], "only T = 1000; this one has T = 2000"),
         (["--model.patch-size", "2", "--model.channel-multipliers", "1"], "no network on patches"),
+        (["--diffusion.prediction", "edm"], "has no prediction edm; it has eps, x_0, v"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(tiny_recipe, tmp_path, capsys, settings, words):
