@@ -21,13 +21,18 @@ from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import chosen, drawn, fitted, noised, uploaded
 from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
 from ddpm_lab.studio.scores import nearest, records, scored_runs, table, told
-from ddpm_lab.studio.sources import model_names, open_model
+from ddpm_lab.studio.sources import guide_names, model_names, open_model, source_of
 
 from .conftest import png
 
 
 def test_models_are_those_below_the_folder(studio_runs):
     assert model_names(studio_runs) == ["mnist", "broken", "study/cells/one", "tiny"]
+    kept = [name for name in guide_names(studio_runs) if "averages" in name]
+    assert kept[-2:] == ["tiny/averages/step_00000001", "tiny/averages/step_00000003"]
+    assert source_of(studio_runs, kept[-1]) == str(studio_runs / kept[-1])
+    with pytest.raises(InputError, match="there is no model"):
+        source_of(studio_runs, "../outside")
     assert open_model(studio_runs, "tiny", "cpu").step == 12
     for name in ("../outside", "away", "/etc", "", "tiny/../../outside", str(studio_runs / "tiny"), "notes.txt"):
         with pytest.raises(InputError, match="there is no model"):

@@ -158,6 +158,21 @@ def test_images_are_made_looked_back_at_and_repeated(page, studio, studio_runs, 
 
 
 @pytest.mark.slow
+def test_a_guide_can_be_chosen(page, studio_runs):
+    """An early average of the run itself, with a guidance; the command line that is shown says both."""
+    choose(page, "#model", "tiny")
+    choose(page, "#guide", "tiny/averages/step_00000003")
+    page.locator("#guidance input[type=number]").fill("2")
+    page.locator("#guidance input[type=number]").press("Tab")
+    fill(page, "#steps", 7)
+    page.click("#generate")
+    page.wait_for_selector("#command .cm-content", timeout=60_000)
+    assert "16 images by 14 evaluations each" in page.inner_text("#told")
+    words = page.inner_text("#command .cm-content")
+    assert f"--guidance 2.0 --guide {studio_runs / 'tiny' / 'averages' / 'step_00000003'}" in " ".join(words.split())
+
+
+@pytest.mark.slow
 def test_sampling_is_seen_and_stopped(page, served):
     """A long sampling shows pictures at once and changes them; stopped it stops, here and there; the next one works."""
     choose(page, "#sampler", "ddpm")

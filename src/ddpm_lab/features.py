@@ -22,6 +22,7 @@ from ddpm_lab.download import download
 from ddpm_lab.files import cache_dir, locked
 from ddpm_lab.onnx_engine import OnnxNetwork
 from ddpm_lab.settings import InputError
+from ddpm_lab.source_version import source_sha256
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -59,8 +60,9 @@ class FeatureNetwork:
 
     @property
     def key(self) -> str:
-        """What decides its features."""
-        return f"{self.name} {self.sha256} {self.library} {self.version} torch {version('torch')} {self.device.type}"
+        """What decides its features and what is kept beside them: weights, versions, device, and the code."""
+        made_by = f"{self.library} {self.version} torch {version('torch')} {source_sha256('feature_store')}"
+        return f"{self.name} {self.sha256} {made_by} {self.device.type}"
 
     @property
     def device(self) -> torch.device:

@@ -32,6 +32,7 @@ from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
 from ddpm_lab.settings import InputError
 from ddpm_lab.solvers import dpmpp_steps, heun_steps
+from ddpm_lab.source_version import source_sha256
 from ddpm_lab.telling import tell_warnings
 from ddpm_lab.trained import TrainedModel, Weights, find_checkpoint, load
 from ddpm_lab.training import autocast, compiled, precision_of, resolve_device, resolve_precision
@@ -40,6 +41,7 @@ MAX_GRID_IMAGES = 16_384
 MOST_IMAGES = 10_000_000
 ABSENT = object()
 SAMPLING = "sampling.json"  # in a folder of samples
+UNSAID_BEFORE = ("code", "torch", "device")  # by folders of version 0.1.0 as it first was
 STEPS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm_steps,
     "ddim": ddim_steps,
@@ -133,7 +135,8 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             return compiled(trained.model)
         example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
         example += [torch.zeros(2, dtype=torch.int64)] * told
-        identity = f"{trained.weights_sha256} {trained.config.model} {trained.config.diffusion}"
+        settings_of = f"{trained.config.model} {trained.config.diffusion}"
+        identity = f"{trained.weights_sha256} {settings_of} {source_sha256('generation')}"
         return cast(ClassModel, OnnxNetwork(trained.model, example, identity))
 
     def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
@@ -319,10 +322,16 @@ def sample_to_folder(
         held = read_json(record)
         if held != identity:
             before = held if isinstance(held, dict) else {}
+            silent = {name for name in UNSAID_BEFORE if name not in before}  # a folder that does not say is as it was
             names = [
-                name.rstrip("_") for name in identity | before if before.get(name, ABSENT) != identity.get(name, ABSENT)
+                name.rstrip("_")
+                for name in identity | before
+                if name not in silent and before.get(name, ABSENT) != identity.get(name, ABSENT)
             ]
-            raise InputError(f"{option} {folder} holds images of another {' and '.join(names)}; name another folder")
+            if names:
+                raise InputError(
+                    f"{option} {folder} holds images of another {' and '.join(names)}; name another folder"
+                )
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink(missing_ok=True)
         there = {path.name for path in folder.glob("*.png")}
@@ -348,7 +357,7 @@ def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
 
 
 def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str, Any]:
-    """What decides which images come out: weights, network, process, settings, and the version of the code."""
+    """What decides which images come out: weights, network, process, settings, the code, torch's version and device."""
     process = trained.config.to_dict()
     sampler = build_sampler(trained, config)
     settings = dataclasses.asdict(sampler.config)
@@ -365,6 +374,9 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
         "model": process["model"],
         "diffusion": process["diffusion"],
         "version": version("ddpm-lab"),
+        "code": source_sha256("generation"),
+        "torch": version("torch"),
+        "device": next(trained.model.parameters()).device.type,
         **settings,
     }
 
