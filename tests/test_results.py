@@ -7,11 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ddpm_lab.cell import _scored
 from ddpm_lab.grid import open_study, read_study
 from ddpm_lab.report import _cost_series, _other_answers, _training_series, write_report
-from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather
+from ddpm_lab.results import CellResult, Results, answer, as_csv, compare, gather, half_interval
 from ddpm_lab.settings import InputError
 from ddpm_lab.study import run_study
 
@@ -45,8 +47,12 @@ def test_records_that_no_study_writes_are_told(finished_study, tmp_path, name, c
     assert str(path) in str(refused.value)
 
 
-def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):
-    """Results with given scores: {(T, kind of betas, seed): (value, half of its interval)}."""
+def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2), own_noise=True):
+    """Results with given scores: {(T, kind of betas, seed): (value, half of its interval)}.
+
+    Args:
+        own_noise: whether each training seed was sampled from noise of its own; else all from that of seed 0.
+    """
     study = dataclasses.replace(DIGITS, grid=dataclasses.replace(DIGITS.grid, seeds=seeds, betas=betas))
     cells = []
     for cell in study.cells:
@@ -57,7 +63,8 @@ def made_up(values, betas=("rescaled", "fixed"), seeds=(0, 1, 2)):
             value, half = values[diffusion.num_timesteps, kind, seed]
             found = {"value": value, "low": value - half, "high": value + half}
             chain = {"num_timesteps": diffusion.num_timesteps, "trained_convention": diffusion.beta_convention}
-            records = [{"key": "ddim-50", "fid": found, "fid_label": "FD-classifier (n=360)", **chain}]
+            noise = seed if own_noise else 0
+            records = [{"key": "ddim-50", "fid": found, "fid_label": "FD-classifier (n=360)", "seed": noise, **chain}]
         cells.append(CellResult(cell, Path(), {}, None, records))
     return Results(study, cells)
 
@@ -73,28 +80,34 @@ def test_one_seed_is_compared_by_the_intervals_of_the_images():
     assert compared.half == pytest.approx(3.314 * 0.2, rel=2e-3)
     assert compared.extremes == (1000, 500)
     sentence = answer(made_up(values))
-    assert "T = 1000 scores better than T = 500 by 2.0 (95 % interval 2.0 +- 0.66)" in sentence
-    assert "not the training seed" in sentence
+    words = "the network of T = 1000 scored better than that of T = 500 by 2.0 (95 % interval 2.0 +- 0.66)"
+    assert words in sentence, "one network of each length says nothing of lengths"
+    assert "the training seed was not varied" in sentence
 
 
 def test_a_difference_within_its_interval_is_none():
     sentence = answer(made_up(rescaled({(500, 0): (1.1, 0.3), (1000, 0): (1.0, 0.4), (2000, 0): (1.2, 0.1)})))
-    assert "between T = 500, 1000 and 2000 there is no difference larger than" in sentence
-    assert "scores better" not in sentence
+    assert "between the networks of T = 500, 1000 and 2000 there is no difference larger than" in sentence
+    assert "better" not in sentence
 
 
 def test_seeds_are_compared_by_their_spread_and_only_those_that_all_share():
     values = {(500, s): (v, 9.0) for s, v in enumerate((1.0, 1.2, 1.4))} | {
-        (1000, s): (v, 9.0) for s, v in enumerate((3.0, 3.2, 3.4))
+        (1000, s): (v, 9.0) for s, v in enumerate((3.1, 3.1, 3.4))
     }
     compared = compare(made_up(rescaled(values)), "fid", "ddim-50")
-    # Pooled variance 0.04 with 4 degrees of freedom; the studentised range of two is t sqrt(2) = 2.776 * 1.414.
-    assert compared.half == pytest.approx(2.776 * 2**0.5 * (0.04 / 3) ** 0.5, rel=1e-3)
+    # Of two lengths it is the paired t: differences 2.1, 1.9, 2.0, deviation 0.1, t = 4.303 with 2 degrees of freedom.
+    assert compared.half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
     assert compared.means == pytest.approx({500: 1.2, 1000: 3.2})
-    assert "3 training seeds" in answer(made_up(rescaled(values)))
+    assert "T = 500 scores better than T = 1000 by 2.0" in answer(made_up(rescaled(values)))
+    assert "3 training seeds, each sampled from noise of its own" in answer(made_up(rescaled(values)))
+    shared = compare(made_up(rescaled(values), own_noise=False), "fid", "ddim-50")
+    # Deviations of 9 / 1.96 of each score come on top; the studentised range of two with no end of freedom is 2.772.
+    assert shared.half == pytest.approx(((4.303 * 0.1 / 3**0.5) ** 2 + (2.772 * 9 / 1.96) ** 2) ** 0.5, rel=1e-3)
+    assert "as they were sampled from the same noise, the choice of images" in shared.covers
     del values[1000, 2], values[1000, 1]
     alone = compare(made_up(rescaled(values)), "fid", "ddim-50")
-    assert alone.means == pytest.approx({500: 1.0, 1000: 3.0})  # of seed 0, though T = 500 has three
+    assert alone.means == pytest.approx({500: 1.0, 1000: 3.1})  # of seed 0, though T = 500 has three
     assert compare(made_up(rescaled({(500, 0): (1.0, 0.1)})), "fid", "ddim-50") is None
 
 
@@ -103,8 +116,28 @@ def test_the_interval_holds_for_the_largest_of_the_differences():
     generator, called = random.Random(0), 0
     for _ in range(400):
         values = rescaled({(T, 0): (generator.gauss(5, 0.2), 0.392) for T in (500, 1000, 2000)})
-        called += "scores better" in answer(made_up(values, seeds=(0,)))
+        called += "scored better" in answer(made_up(values, seeds=(0,)))
     assert 6 <= called <= 36
+
+
+@pytest.mark.parametrize("lengths", [2, 3])
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("shared_noise", [0.0, 1.0])
+def test_intervals_hold_in_simulated_studies(lengths, seeds, shared_noise):
+    """All differences lie within their intervals in 95 of 100 studies, with a true difference or without.
+
+    A score is that of its length, plus what training does to it, plus what the choice of images does: partly the same
+    for all lengths of one seed, for they start from the same noise.
+    """
+    generator = np.random.default_rng(lengths * 100 + seeds * 10 + int(shared_noise))
+    held, studies = 0, 2000
+    true = np.arange(lengths) * 0.3
+    for _ in range(studies):
+        values = true[:, None] + 0.1 * generator.standard_normal((lengths, seeds))  # training, and sampling of its own
+        values = values + shared_noise * generator.standard_normal((1, seeds))  # of all lengths alike
+        errors = values.mean(1) - true
+        held += float(errors.max() - errors.min()) <= half_interval(values.tolist(), None)
+    assert 0.93 <= held / studies <= 0.97
 
 
 @pytest.mark.parametrize("betas", [("rescaled", "cosine"), ("cosine", "rescaled"), ("fixed", "rescaled"), ("fixed",)])
@@ -152,8 +185,8 @@ def test_a_fixed_range_is_told_with_the_chain_that_both_betas_share():
     said = _other_answers(made_up(values, seeds=(0,)))
     assert any(line.endswith("5.00 for T = 500, 10.0 for T = 1000, 20.0 for T = 2000.") for line in said)
     # Deviations of 1 / 1.96, and the studentised range of three: 1.69
-    beginning = "With betas of a fixed range, at equal evaluations, T = 500 scores better than T = 2000 by 15 (95 % "
-    assert any(line.startswith(beginning + "interval 15 +- 1.7)") for line in said)
+    beginning = "With betas of a fixed range, at equal evaluations, the network of T = 500 scored better than "
+    assert any(line.startswith(beginning + "that of T = 2000 by 15 (95 % interval 15 +- 1.7)") for line in said)
 
 
 @pytest.mark.parametrize(
@@ -163,5 +196,13 @@ def test_the_answer_names_the_betas_it_is_about(betas, named):
     kind = betas[0]
     values = {(T, kind if T != 1000 else "rescaled", 0): (1.0 + T / 1000, 0.1) for T in (500, 1000, 2000)}
     results = made_up(values, betas, (0,))
-    assert f"and with {named}, T = 500 scores better than T = 2000" in answer(results)
+    assert f"and with {named}, the network of T = 500 scored better than that of T = 2000" in answer(results)
     assert not any("fixed range" in sentence for sentence in _other_answers(results))  # it is not said twice
+
+
+def test_each_training_seed_is_sampled_from_noise_of_its_own():
+    """And all lengths of one training seed from the same, by every sampler, ancestral and in continuous time, too."""
+    study = dataclasses.replace(DIGITS, grid=dataclasses.replace(DIGITS.grid, seeds=(0, 3)))
+    for cell in study.cells:
+        seeds = {sampling.seed for _, _, sampling in _scored(study, cell).values()}
+        assert seeds == {cell.config.training.seed}

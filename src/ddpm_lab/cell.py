@@ -123,16 +123,23 @@ def _scored(study: Study, cell: Cell) -> dict[str, tuple[int, int | None, Sampli
 
     A network of continuous time is sampled as each chain by the headline's sampler alone.
     """
-    measures, precision = study.measures, cell.config.training.precision
+    measures = study.measures
     if cell.sampled_as:
-        headline = parse_sampler(HEADLINE, precision)
+        headline = _sampling(cell, HEADLINE)
         return {f"{HEADLINE} as T={T}": (measures.final_images, T, headline) for T in cell.sampled_as}
     scored: dict[str, tuple[int, int | None, SamplingConfig]] = {
-        name: (measures.final_images, None, parse_sampler(name, precision)) for name in measures.samplers
+        name: (measures.final_images, None, _sampling(cell, name)) for name in measures.samplers
     }
     few = min(64, measures.ancestral_images)  # rows beyond those wanted would be computed for nothing
-    ancestral = SamplingConfig(sampler="ddpm", precision=precision, batch_size=few)
+    training = cell.config.training
+    ancestral = SamplingConfig(sampler="ddpm", precision=training.precision, seed=training.seed, batch_size=few)
     return scored | {"ancestral": (measures.ancestral_images, None, ancestral)}
+
+
+def _sampling(cell: Cell, name: str) -> SamplingConfig:
+    """A sampler by its name; all lengths of one training seed start from the same noise, each seed from its own."""
+    training = cell.config.training
+    return dataclasses.replace(parse_sampler(name, training.precision), seed=training.seed)
 
 
 def compute_cell(
@@ -259,7 +266,7 @@ def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_di
             table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)
             save_png(folder / f"{name}.png", framed(table))
     if not (folder / "reverse.gif").exists():
-        sampling = dataclasses.replace(parse_sampler(HEADLINE, cell.config.training.precision), batch_size=4)
+        sampling = dataclasses.replace(_sampling(cell, HEADLINE), batch_size=4)
         trajectory = record_trajectory(shown, sampling, 4, SHORT_FILM.frames or 2)
         named = dataclasses.replace(trajectory, label=cell.label)
         save_film(folder / "reverse.gif", reverse_frames([named], scale), SHORT_FILM)

@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -206,9 +207,9 @@ def compared_convention(study: Study) -> str:
 def compare(results: Results, score: str, key: str, convention: str | None = None) -> Compared | None:
     """Compare a score between the lengths of the chains of one kind of betas, over the seeds that all of them share.
 
-    The interval is that of the largest of all differences (Tukey's studentised range), for it is the largest that is
-    told. With several seeds it comes from their spread within each T, pooled over all; with one, from the intervals of
-    the scores themselves, which cover the choice of images and not the training seed.
+    The interval is that of the largest of all differences (see `half_interval`), for it is the largest that is told.
+    With several training seeds, each sampled from noise of its own, it covers both the training and the sampled images;
+    with one, the sampled images only.
 
     Args:
         convention: the kind of betas; None: that of `compared_convention`.
@@ -216,29 +217,59 @@ def compare(results: Results, score: str, key: str, convention: str | None = Non
         None where fewer than two lengths have the score.
     """
     convention = convention or compared_convention(results.study)
-    found: dict[int, dict[int, dict[str, float]]] = {}
+    found: dict[int, dict[int, dict[str, Any]]] = {}
     for result in results.cells:
         diffusion, record = result.cell.config.diffusion, result.at_end(key)
         both = diffusion.num_timesteps == 1000 and diffusion.schedule == "linear" and convention != "cosine"
         if result.cell.sampled_as or not record or not record.get(score):
             continue
         if both or diffusion.beta_convention == convention:
-            found.setdefault(diffusion.num_timesteps, {})[result.cell.config.training.seed] = record[score]
+            noise = {"noise": record.get("seed")}
+            found.setdefault(diffusion.num_timesteps, {})[result.cell.config.training.seed] = record[score] | noise
     shared = set.intersection(*(set(scores) for scores in found.values())) if found else set()
     if len(found) < 2 or not shared:
         return None
-    values = {T: [scores[seed]["value"] for seed in sorted(shared)] for T, scores in found.items()}
-    means = {T: statistics.fmean(of_T) for T, of_T in values.items()}
-    seeds, lengths = len(shared), len(found)
+    values = [[scores[seed]["value"] for seed in sorted(shared)] for scores in found.values()]
+    means = {T: statistics.fmean(of_T) for T, of_T in zip(found, values, strict=True)}
+    deviations = [(found[T][seed]["high"] - found[T][seed]["low"]) / 2 / 1.96 for T in found for seed in shared]
+    seeds, noises = len(shared), {found[T][seed]["noise"] for T in found for seed in shared}
+    own_noise = seeds > 1 and len(noises) == seeds
+    half = half_interval(values, None if own_noise else statistics.fmean(d * d for d in deviations))
+    covers = {
+        (True, True): f"{seeds} training seeds, each sampled from noise of its own",
+        (True, False): f"{seeds} training seeds and, as they were sampled from the same noise, the choice of images",
+        (False, False): "the choice of sampled images only: the training seed was not varied, so networks are compared "
+        "and not lengths",
+    }[seeds > 1, own_noise]
+    return Compared(means, half, seeds, covers)
+
+
+def half_interval(values: Sequence[Sequence[float]], sampling_variance: float | None) -> float:
+    """Half of the simultaneous 95 % interval of all differences between the means of several lengths of chain.
+
+    Tukey's studentised range for a two-way layout (lengths by training seeds): what a seed adds to all lengths alike,
+    such as the noise that they were sampled from, cancels in their differences and is taken out first; the spread that
+    remains holds what training and sampling do to each network.
+
+    Args:
+        values: a row for each length, a column for each training seed.
+        sampling_variance: of one score over the choice of sampled images, where the columns do not show it: with one
+            seed, or where all seeds were sampled from the same noise. It is then added, as if the noise of two lengths
+            had nothing in common. None: the columns show it.
+    """
+    lengths, seeds = len(values), len(values[0])
+    squared = 0.0
     if seeds > 1:
-        freedom = lengths * (seeds - 1)
-        variance = sum((value - means[T]) ** 2 for T, of_T in values.items() for value in of_T) / freedom
-        half = _largest_range(lengths, freedom) * (variance / seeds) ** 0.5
-        return Compared(means, half, seeds, f"{seeds} training seeds, their spread pooled over the lengths")
-    (seed,) = shared
-    deviations = [(scores[seed]["high"] - scores[seed]["low"]) / 2 / 1.96 for scores in found.values()]
-    half = _largest_range(lengths, 10_000) * (statistics.fmean(d * d for d in deviations)) ** 0.5
-    return Compared(means, half, 1, "the choice of sampled images, not the training seed, of which there is one")
+        of_length = [statistics.fmean(row) for row in values]
+        of_seed = [statistics.fmean(column) for column in zip(*values, strict=True)]
+        middle = statistics.fmean(of_length)
+        freedom = (lengths - 1) * (seeds - 1)
+        residuals = (values[i][j] - of_length[i] - of_seed[j] + middle for i in range(lengths) for j in range(seeds))
+        variance = sum(r * r for r in residuals) / freedom
+        squared = _largest_range(lengths, freedom) ** 2 * variance / seeds
+    if sampling_variance is not None:
+        squared += _largest_range(lengths, 10_000) ** 2 * sampling_variance
+    return math.sqrt(squared)
 
 
 @cache  # it is an integral, and takes a tenth of a second
@@ -261,20 +292,26 @@ def answer(results: Results) -> str:
 
 
 def told(compared: Compared, label: str) -> str:
-    """A comparison in words: the largest difference, with its interval or as the limit that it sets, and all means."""
+    """A comparison in words: the largest difference, with its interval or as the limit that it sets, and all means.
+
+    With one training seed it speaks of the networks, for which length is better cannot be told from them.
+    """
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
     listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(compared.means.items()))
     *first, last = sorted(compared.means)
     lengths = f"{', '.join(map(str, first))} and {last}"
+    one = compared.seeds == 1
+    measured, half = short(difference, 2), short(compared.half, 2)
     if difference > compared.half:
-        found = (
-            f"T = {least} scores better than T = {greatest} by {short(difference, 2)} (95 % interval "
-            f"{short(difference, 2)} +- {short(compared.half, 2)})"
-        )
+        names = f"the network of T = {least} scored", f"that of T = {greatest}"
+        names = names if one else (f"T = {least} scores", f"T = {greatest}")
+        found = f"{names[0]} better than {names[1]} by {measured} (95 % interval {measured} +- {half})"
     else:
+        between = "between the networks of" if one else "between"
+        limit = short(difference + compared.half, 2)
         found = (
-            f"between T = {lengths} there is no difference larger than {short(difference + compared.half, 2)} "
-            f"(largest measured {short(difference, 2)}, 95 % interval +- {short(compared.half, 2)})"
+            f"{between} T = {lengths} there is no difference larger than {limit} "
+            f"(largest measured {measured}, 95 % interval +- {half})"
         )
     return f"{found} in {label}: {listed}"

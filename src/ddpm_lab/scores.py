@@ -283,7 +283,8 @@ def training_scorer(
     network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
     replicates = 10 if evaluation.score_features == "inception" else 50  # of 2,048 features each takes seconds
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=replicates)
-    sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=config.training.precision)
+    training = config.training  # each training seed is sampled from noise of its own, or their spread would lack it
+    sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=training.precision, seed=training.seed)
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
     if processes.lead():
         features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
