@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from ddpm_lab import likelihood
 from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_float, to_uint8
 from ddpm_lab.generation import generate
-from ddpm_lab.likelihood import variational_bound
+from ddpm_lab.likelihood import strata, variational_bound
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.trained import load, with_timesteps
@@ -136,6 +137,34 @@ def test_few_timesteps_estimate_the_whole_sum(images):
         assert part.standard_error < 0.5
     again = variational_bound(model, schedule, images, prediction="x_0", num_drawn=20, seed=2, batch_size=64)
     assert again == part
+
+
+@pytest.mark.parametrize("num_terms", [1, 5, 49, 199, 1999, 9999])
+@pytest.mark.parametrize("parts", [1, 3, 4, 20, 50, 199, 1999])
+def test_strata_hold_each_term_once(num_terms, parts):
+    parts = min(parts, num_terms)
+    edges = strata(num_terms, parts)
+    assert (len(edges), int(edges[0]), int(edges[-1])) == (parts + 1, 0, num_terms)
+    widths = edges[1:] - edges[:-1]
+    assert int(widths.min()) >= 1
+    if parts < num_terms:
+        assert set(widths[: min(12, parts // 4)].tolist()) <= {1}
+        assert int(widths[-1]) == int(widths.max())
+
+
+def test_costs_that_lie_in_the_first_timesteps_are_not_missed(images, monkeypatch):
+    """Costs that fall as 1/t, of which half of the sum over T = 2000 lies in the first 25: the exact sum to 1 %."""
+
+    def costs(model, schedule, x_0, t, *rest):
+        return 1 / t.double()
+
+    monkeypatch.setattr(likelihood, "_step_costs", costs)
+    schedule = linear_schedule(2000)
+    bound = variational_bound(gaussian_model(schedule), schedule, images, prediction="x_0", num_drawn=50)
+    exact = float((1 / torch.arange(1, 2000).double()).sum())
+    estimate = bound.value - bound.decoder - bound.prior
+    assert abs(estimate - exact) < 4 * bound.standard_error
+    assert bound.standard_error < 0.01 * exact
 
 
 def test_impossible_bounds_are_refused(images):
