@@ -92,7 +92,7 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
     ):
         score = record[name]
         assert score["low"] <= score["value"] <= score["high"]
-    assert record["fid_label"] == "FD-classifier (n=360)"
+    assert record["fid_label"] == "FD-classifier (n=360 against 1,437)"
     assert record["reference"] == {
         "name": "digits:train", "dataset": "digits", "split": "train", "num_images": 1437,
         "sha256": open_images("digits:train").sha256,
@@ -250,6 +250,21 @@ def test_memorisation_is_one_percent_where_nothing_is_learned_by_heart():
     sampled, training, held_out = draws
     found, _ = memorisation(sampled, training, held_out)
     assert found["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
+
+
+@pytest.mark.parametrize(("num_images", "num_held_out"), [(300, 100), (1000, 1000)])
+def test_a_perfect_generator_has_the_share_expected_19_times_in_20(num_images, num_held_out):
+    """Also with few held-out images, whose nearest hundredth is known badly."""
+    generator, inside, shares = torch.Generator().manual_seed(0), 0, []
+    training = torch.zeros(1, 1)  # one training image, so that a distance is a size
+    for _ in range(400):
+        sampled, held_out = (torch.rand(n, 1, generator=generator) for n in (num_images, num_held_out))
+        found, _ = memorisation(sampled, training.expand(2, 1), held_out)
+        inside += found["expected_low"] <= found["nearer_than_test"] <= found["expected_high"]
+        shares.append(found["nearer_than_test"])
+    assert 0.92 <= inside / 400 <= 0.99
+    assert np.mean(shares) == pytest.approx(found["expected"], rel=0.1)
+    assert found["nearer_than_test_low"] <= found["nearer_than_test"] <= found["nearer_than_test_high"]
 
 
 def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, monkeypatch):
@@ -436,8 +451,8 @@ def test_the_command_prints_a_table_or_one_record(tiny_run, tmp_path, capsys, ca
     shutil.copytree(tiny_run, run)
     assert run_command(evaluate_command(run)) == 0
     table = capsys.readouterr().out
-    for words in ("FD-classifier (n=40)", "Inception Score, 10 splits", "floor: 40 images of digits:test", "seed 0",
-                  "ddim, 2 of 1000 steps (rescaled betas)"):  # fmt: skip
+    for words in ("FD-classifier (n=40 against 1,437)", "Inception Score, 10 splits", "seed 0",
+                  "floor: 40 images of digits:test", "ddim, 2 of 1000 steps (rescaled betas)"):  # fmt: skip
         assert words in table
     assert run_command(evaluate_command(run, "--json", "--metrics", "fid,is")) == 0
     out = capsys.readouterr().out

@@ -48,7 +48,13 @@ def test_a_run_has_the_documented_files(tiny_run):
     assert len(record["data"]["sha256"]) == 64
     assert {"ddpm-lab", "torch", "numpy", "python"} <= record["versions"].keys()
     here = resolve_precision("auto", torch.device("cpu"))
-    assert record["computed"] == {"device": "cpu", "dtype": str(here).removeprefix("torch.")}
+    assert record["computed"] == {
+        "device": "cpu",
+        "dtype": str(here).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "processes": 1,
+        "compiled": False,
+    }
     assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
     with Image.open(tiny_run / "samples" / "step_00000012.png") as grid:
@@ -431,10 +437,16 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     train(tiny(tiny_recipe, num_steps=12), tmp_path, device="cpu", say=said.append)
     assert written()["computed"] == here
     assert [told["dtype"] for told in written()["earlier_versions"]] == [here["dtype"], there]
-    assert f"from here in {here['dtype']}; until here it was trained in {there}" in said
+    assert any(
+        line.startswith(f"from here with dtype {here['dtype']} (was {there}): the weights will") for line in said
+    )
+    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"threads": 99, "processes": 3}}))
+    train(tiny(tiny_recipe, num_steps=13), tmp_path, device="cpu", say=said.append)
+    assert any(f"threads {here['threads']} (was 99), processes 1 (was 3)" in line for line in said)
+    said.clear()
     said.clear()
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=said.append)
-    assert not any("from here in" in line for line in said)
+    assert not any("from here with" in line for line in said)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written().items() if k != "computed"}))
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu")
     assert written()["computed"] == {}, "of what was computed elsewhere nothing is known"
@@ -563,7 +575,7 @@ def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_pa
     scores = read_lines(tmp_path / "scored" / "scores.jsonl")
     assert [line["step"] for line in scores] == [5, 10, 12]
     for line in scores:
-        assert line["fid_label"] == "FD-classifier (n=30)"
+        assert line["fid_label"] == "FD-classifier (n=30 against 1,437)"
         assert line["num_images"] == 30
         assert line["fid"]["value"] > line["floor"]["fid"]
     assert scores[-1]["weights_sha256"] == load(tmp_path / "scored", device="cpu").weights_sha256

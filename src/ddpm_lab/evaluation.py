@@ -48,6 +48,7 @@ SCORES = (
 )  # fmt: skip
 SURE = 0.9  # of its class: how probable the classifier must find it
 _floors: dict[tuple[Any, ...], dict[str, Any]] = {}  # one for all scores of a run, which differ in their images only
+PUBLISHED = 50_000  # images behind a published FID, and in its reference
 FEWEST_HELD_OUT = 100  # for memorisation, which asks how near the nearest hundredth of them lie
 
 
@@ -138,7 +139,8 @@ def evaluate(
             _floors[asked_for] = {name: interval and interval["value"] for name, interval in values.items()}
         floor_scores = _floors[asked_for] | {"images": floor.name, "num_images": floor.num_images}
     record: dict[str, Any] = _scores(found, against, known, config)
-    record["fid_label"] = fid_label(network, stream.num_images)
+    there_are = compared.images.num_images if compared is not None and compared.images is not None else None
+    record["fid_label"] = fid_label(network, stream.num_images, there_are)
     record["num_images"] = stream.num_images
     record["images"] = {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from}
     record["reference"] = compared and {
@@ -242,9 +244,16 @@ def check_scoring(
         raise InputError(f"--kid-subset-size of {config.kid_subset_size} exceeds the {limit} images there are")
 
 
-def fid_label(network: FeatureNetwork, num_images: int) -> str:
-    """What the Frechet distance is called: with the number of images wherever there are fewer than 50,000."""
-    return network.distance if num_images >= 50_000 else f"{network.distance} (n={num_images:,})"
+def fid_label(network: FeatureNetwork, num_images: int, num_reference: int | None) -> str:
+    """What the Frechet distance is called: with the number of images wherever there are fewer than 50,000.
+
+    Args:
+        num_reference: of the reference; None: not known, as of statistics that others published.
+    """
+    few = num_reference is not None and num_reference < PUBLISHED
+    if num_images >= PUBLISHED and not few:
+        return network.distance
+    return f"{network.distance} (n={num_images:,}{f' against {num_reference:,}' if few else ''})"
 
 
 def _scores(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm_lab.metrics import Interval, blocks, checked, mean_interval
 from ddpm_lab.settings import InputError
 
+HUNDREDTH = 0.01
 HELD = 2**22  # distances, 32 MiB of them
 OnRows = Callable[[int], object]  # called with how many images more were compared with all others
 
@@ -112,16 +113,33 @@ def memorisation(
         on_rows: called with the number of images after some were compared; 2 N + K in all.
     Returns:
         What the record says, and the 16 closest as [index, index of its nearest training image, distance].
+
+    The intervals of the two shares are of the generated images drawn (Wilson). The hundredth of K held-out images is
+    uncertain as well: images distributed as they are have the share `expected` in the mean, and in 95 of 100 draws of N
+    one from `expected_low` to `expected_high`. (What lies below the r-th of K draws is a share of the distribution
+    Beta(r, K + 1 - r), so the count of N is beta-binomial.)
     """
+    from scipy.stats import betabinom
+
     distances, neighbours = nearest(generated, training, on_rows=on_rows)
     usual = nearest(held_out, training, on_rows=on_rows)[0]
-    threshold = float(torch.quantile(usual, 0.01))
+    threshold = float(torch.quantile(usual, HUNDREDTH))
     lonely = radii(training[neighbours], training, 1, on_rows=on_rows)  # of each neighbour, to its own nearest one
     closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
+    nearer, much_nearer = (mean_interval(distances < limit) for limit in (threshold, lonely / 2))
+    N, K = len(distances), len(usual)
+    rank = 1 + HUNDREDTH * (K - 1)  # where `quantile` reads among the sorted, from 1
+    usual_share = betabinom(N, rank, K + 1 - rank)
     return {
-        "nearer_than_test": float((distances < threshold).double().mean()),
-        "expected": 0.01,  # for images distributed as the held-out ones
-        "much_nearer": float((distances < lonely / 2).double().mean()),
+        "nearer_than_test": nearer.value,
+        "nearer_than_test_low": nearer.low,
+        "nearer_than_test_high": nearer.high,
+        "expected": rank / (K + 1),
+        "expected_low": float(usual_share.ppf(0.025)) / N,
+        "expected_high": float(usual_share.ppf(0.975)) / N,
+        "much_nearer": much_nearer.value,
+        "much_nearer_low": much_nearer.low,
+        "much_nearer_high": much_nearer.high,
         "threshold": threshold,
         "median_distance": float(distances.median()),
         "median_distance_of_test": float(usual.median()),

@@ -41,7 +41,7 @@ from ddpm_lab.session import LOG, SCORES, Session
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.tracking import check_tracker
 from ddpm_lab.trained import load, packaged_names, read_run_record
-from ddpm_lab.training import TrainingState, falling_from, new_state, resolve_device, resolve_precision
+from ddpm_lab.training import TrainingState, falling_from, is_compiled, new_state, resolve_device, resolve_precision
 from ddpm_lab.unet import build_unet
 
 FREE_TO_CHANGE = {
@@ -109,7 +109,7 @@ def train(
     record = _run_record(config, training_set, on)
     if continued:
         record["continued_at"] = continued
-    before = None
+    before: dict[str, Any] = {}
     if processes.lead():
         before = _check_agreement(run_dir, record, start_from)
         if start_from is not None and not checkpoint_steps(run_dir):
@@ -129,8 +129,10 @@ def train(
             if state.begun and state.step == state.begun:
                 beginning += ", where its learning rate had fallen to 0 and begins anew,"
             say(f"{run_dir} {beginning}: {training_cost(config, state, schedule, training_set, on)}")
-            if before is not None:
-                say(f"from here in {record['computed']['dtype']}; until here it was trained in {before}")
+            if before:
+                now = record["computed"]
+                changed = ", ".join(f"{name} {now[name]} (was {was})" for name, was in before.items())
+                say(f"from here with {changed}: the weights will not be, bit for bit, those of a run in one sitting")
         session = Session(config, run_dir, state, schedule, held_out, training_set, record, seconds, scorer)
         try:
             session.catch_up()
@@ -269,7 +271,13 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
             "sha256": training_set.sha256,
         },
         "versions": versions(),
-        "computed": {"device": device.type, "dtype": str(dtype).removeprefix("torch.")},
+        "computed": {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processes": processes.count(),
+            "compiled": is_compiled(config.training, device),
+        },
     }
 
 
@@ -320,16 +328,16 @@ def _check_unchanged(run_dir: Path, begun_from: dict[str, Any]) -> None:
         )
 
 
-def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> str | None:
+def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | None) -> dict[str, Any]:
     """Refuse settings, data or a beginning other than the run's, except where changing them is harmless.
 
     Args:
         record: the run's to be, to which what it was trained with before is added.
     Returns:
-        The dtype that it was trained in so far, where it goes on in another.
+        Of what it was trained with so far, what is another now and may change bits: dtype, threads, and so on.
     """
     if not (run_dir / "config.json").exists():
-        return None
+        return {}
     old_record, old, _ = read_run_record(run_dir / "config.json")
     if "imported" in old_record:
         raise InputError(f"run {run_dir} was imported, without what its training needs; name another --run")
@@ -355,7 +363,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
                     f"run {run_dir} exists with {group}.{name} {json.dumps(there)}, not {json.dumps(value)}; "
                     f"{_as_typed(f'{group}.{name}', there)}, or another --run"
                 )
-    before = None
+    before: dict[str, Any] = {}
     if steps:  # trained with the versions and in the dtype of then; those of now are added where it is trained further
         earlier = old_record.get("earlier_versions", [])
         then, now = ({**of.get("versions", {}), **of.get("computed", {})} for of in (old_record, record))
@@ -363,7 +371,7 @@ def _check_agreement(run_dir: Path, record: dict[str, Any], start_from: str | No
             record |= {name: old_record.get(name, {}) for name in ("versions", "computed")}
         elif then != now:
             earlier = [*earlier, then]
-            before = then.get("dtype") if then.get("dtype") != now["dtype"] else None
+            before = {name: then[name] for name in record["computed"] if name in then and then[name] != now[name]}
         if earlier:
             record["earlier_versions"] = earlier
     if old_record["data"].get("sha256") != record["data"]["sha256"]:

@@ -80,10 +80,15 @@ def score_table(record: dict[str, Any]) -> list[str]:
         told = "" if agreed is None else f"; {agreed:.1%} are taken for the class that was asked for"
         lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure{told}")
     if "memorisation" in record:
-        memorisation = record["memorisation"]
+        found = record["memorisation"]
+
+        def share(name: str) -> str:
+            return f"{found[name]:.2%} ({found[f'{name}_low']:.2%} to {found[f'{name}_high']:.2%})"
+
         lines.append(
-            f"memorisation: {memorisation['nearer_than_test']:.2%} lie nearer to a training image than 1 % of the test "
-            f"images do; {memorisation['much_nearer']:.2%} at less than half that image's distance to its own nearest"
+            f"memorisation: {share('nearer_than_test')} lie nearer to a training image than 1 % of the test images do, "
+            f"of images distributed as those {found['expected_low']:.2%} to {found['expected_high']:.2%} would; "
+            f"{share('much_nearer')} at less than half that image's distance to its own nearest"
         )
     return lines
 

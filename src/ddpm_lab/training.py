@@ -240,10 +240,13 @@ def compiled(model: nn.Module) -> nn.Module:
 def engine(model: UNet, config: TrainingConfig, device: torch.device) -> nn.Module:
     """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
     the processes where there are several."""
-    network: nn.Module = model
-    if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
-        network = compiled(model)
+    network: nn.Module = compiled(model) if is_compiled(config, device) else model
     return processes.averaging(network)
+
+
+def is_compiled(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether a training step is computed by kernels of torch.compile."""
+    return config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
 
 
 def training_loop(
