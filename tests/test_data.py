@@ -330,7 +330,11 @@ def test_a_data_set_is_described_by_its_pixels():
         (lambda d: flip_a_bit_of_the_pixels(save(d, "b.png")), r"b\.png cannot be read"),
         (lambda d: save(d, "b.png", (5, 5)), "--data.image-size"),
         (lambda d: [save(d, n, (5, 6)) for n in ("a.png", "b.png", "c.png")], "one square size"),
-        (lambda d: Image.new("I;16", (6, 6)).save(d / "b.png"), "8 bits"),
+        (lambda d: Image.new("F", (6, 6)).save(d / "b.tif"), "floating-point numbers"),
+        (
+            lambda d: [(d / n).write_bytes(b"no") for n in ("a.png", "c.png")],
+            "2 of 3 files cannot be used: image .*a.png",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, break_it, words):

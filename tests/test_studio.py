@@ -1,5 +1,6 @@
 """What the studio opens, reads and refuses, below the page."""
 
+import io
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from ddpm_lab.drawing import image_table
 from ddpm_lab.log import append_line
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import chosen, drawn, fitted, noised, uploaded
+from ddpm_lab.studio.page import forget_other_formats
 from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
 from ddpm_lab.studio.scores import nearest, records, scored_runs, table, told
 from ddpm_lab.studio.sources import guide_names, model_names, open_model, source_of
@@ -39,6 +41,39 @@ def test_models_are_those_below_the_folder(studio_runs):
             open_model(studio_runs, name, "cpu")
     with pytest.raises(InputError, match="damaged"):
         open_model(studio_runs, "broken", "cpu")
+
+
+@pytest.mark.parametrize("what", ["data", "link in data", "log.jsonl", "checkpoints", "samples"])
+def test_what_a_stranger_s_run_points_to_elsewhere_is_not_read(tiny_run, tmp_path, what):
+    """A folder of images named in its config.json, or a link among its files, that leads out of the folder of runs."""
+    runs, outside = tmp_path / "runs", tmp_path / "outside"
+    shutil.copytree(tiny_run, runs / "a")
+    outside.mkdir()
+    for index in range(30):
+        Image.new("L", (8, 8), index).save(outside / f"{index}.png")
+    if what in ("data", "link in data"):
+        record = json.loads((runs / "a" / "config.json").read_text())
+        record["config"]["data"]["dataset"] = str(outside if what == "data" else runs / "a" / "images")
+        (runs / "a" / "config.json").write_text(json.dumps(record))
+        if what == "link in data":
+            (runs / "a" / "images").mkdir()
+            (runs / "a" / "images" / "more").symlink_to(outside)
+        with pytest.raises(InputError, match="outside the folder of runs"):
+            nearest(runs, "a", 20, 0, "cpu")
+        return
+    shutil.move(runs / "a" / what, outside / what)
+    (runs / "a" / what).symlink_to(outside / what)
+    assert model_names(runs) == ["mnist"]
+
+
+def test_the_server_itself_knows_no_other_formats(monkeypatch):
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    forget_other_formats()
+    assert {"EPS", "WMF"}.isdisjoint(Image.OPEN)
+    assert {"EPS", "WMF"}.isdisjoint(Image.ID)
+    assert Image.open(io.BytesIO(png(Image.new("L", (3, 3))))).size == (3, 3)
 
 
 def test_a_run_called_like_packaged_weights_is_not_taken_for_them(tiny_run, tmp_path):
@@ -183,13 +218,13 @@ def test_the_six_chains_are_told_as_their_formulas_say(monkeypatch):
     "content", [b"", b"not a picture", png(Image.new("L", (9, 9)))[:40], b"\x89PNG\r\n\x1a\n" + bytes(50)]
 )
 def test_what_is_no_picture_is_refused(content):
-    with pytest.raises(InputError, match="no picture that can be read"):
+    with pytest.raises(InputError, match="this picture cannot be read"):
         uploaded(content)
 
 
 def test_sixteen_bits_and_transparency_are_seen_as_they_are():
     grey = uploaded(png(Image.fromarray(np.full((9, 9), 30000, np.uint16))))
-    assert set(np.asarray(grey).ravel().tolist()) == {116}, "30000 of 65535"
+    assert set(np.asarray(grey).ravel().tolist()) == {117}, "30000 of 65535"
     ink = np.zeros((64, 64, 4), np.uint8)
     ink[:, :32, 3] = 255  # black on the left, nothing on the right
     seen = np.asarray(uploaded(png(Image.fromarray(ink))).convert("L"))

@@ -356,6 +356,12 @@ def test_nothing_else_can_be_read_and_nobody_else_can_ask(studio, studio_runs):
         urllib.request.urlopen(stranger, timeout=20)
     with refused.value as answer:
         assert answer.code == 400
+    for origin in ("http://elsewhere.example", "null", studio.replace("127.0.0.1", "127.0.0.1.example")):
+        request = urllib.request.Request(f"{studio}/gradio_api/upload", b"x", {"Origin": origin})
+        with pytest.raises(urllib.error.HTTPError) as refused:  # any page may have a browser post here
+            urllib.request.urlopen(request, timeout=20)
+        with refused.value as answer:
+            assert answer.code == 403
     kept = post_file(studio, "../../../escaped.png", png(Image.new("L", (9, 9))))
     assert Path(kept).name == "escaped.png"
     assert ".." not in kept, "a path in a file's name leads nowhere"

@@ -37,7 +37,9 @@ def test_tensorboard_gets_what_the_files_hold_once(tiny_recipe, tiny_run, tmp_pa
     band = {event.step: event.value for event in events.Scalars("loss_by_t/0")}
     assert band == pytest.approx({x["step"]: x["loss_by_t"][0] for x in log if x["loss_by_t"][0] is not None}, rel=1e-6)
     scores = {line["step"]: line["fid"]["value"] for line in read_lines(tmp_path / "scores.jsonl")}
-    assert {e.step: e.value for e in events.Scalars("scores/FD-classifier (n=24 against 1,437)")} == pytest.approx(scores, rel=1e-6)
+    assert {e.step: e.value for e in events.Scalars("scores/FD-classifier (n=24 against 1,437)")} == pytest.approx(
+        scores, rel=1e-6
+    )
     assert [image.step for image in events.Images("samples")] == [6, 12]
     (film,) = events.Images("reverse")
     assert film.encoded_image_string == (tmp_path / "samples" / "reverse.gif").read_bytes()

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -270,8 +271,17 @@ def _read(path: Path) -> bytes:
         raise InputError(f"Inception weights {path} cannot be read: {error.strerror}") from error
 
 
+def _refuse_bomb(content: bytes) -> None:
+    """A file of PyTorch holds its tensors as they are: one that unpacks to far more was made to fill the memory."""
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 4 * len(content):
+                raise ValueError("it unpacks to far more than its own size")
+
+
 def _build_inception(path: Path, content: bytes, layer: str) -> nn.Module:
     try:
+        _refuse_bomb(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever foreign bytes make the parser raise
         raise InputError(

@@ -24,6 +24,7 @@ from ddpm_lab.config import SamplingConfig
 from ddpm_lab.data import to_uint8
 from ddpm_lab.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
 from ddpm_lab.guidance import ClassModel, classes_in_turn, guidance_label, guided, guided_timesteps
+from ddpm_lab.image_folder import SAMPLING
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
 from ddpm_lab.interop import is_diffusers
 from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
@@ -40,7 +41,7 @@ from ddpm_lab.training import autocast, compiled, precision_of, resolve_device, 
 MAX_GRID_IMAGES = 16_384
 MOST_IMAGES = 10_000_000
 ABSENT = object()
-SAMPLING = "sampling.json"  # in a folder of samples
+
 UNSAID_BEFORE = ("code", "torch", "device")  # by folders of version 0.1.0 as it first was
 STEPS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm_steps,

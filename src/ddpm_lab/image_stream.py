@@ -1,6 +1,7 @@
 """Images to be scored or compared with, read in order and a batch at a time: memory does not grow with their number."""
 
 import hashlib
+import math
 import tokenize
 import zipfile
 import zlib
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from ddpm_lab.data import DATASETS, load_images
 from ddpm_lab.image_folder import ImageFolder, open_folder
+from ddpm_lab.pictures import MOST_PIXELS
 from ddpm_lab.settings import InputError
 
 ARRAYS = ("images", "arr_0")  # names under which an .npz holds images: ours, and the one other projects use
 MOST_IMAGES, MOST_BYTES = 500, 2**27  # that are read at a time
+MOST_COLUMN_MAJOR = 2**32  # bytes of an array that has to be in memory whole
 FAULTS = (  # what a damaged archive makes zipfile and numpy raise; the header of an array is parsed as Python
     OSError, EOFError, ValueError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError, zlib.error,
     zipfile.BadZipFile,
@@ -141,8 +144,8 @@ def open_images(
         name: 'mnist:train' and its like, an .npz that holds `images` (or `arr_0`), uint8 (N, H, W, C), or a folder.
         data_dir: see `data.load_images`.
         image_size: for folders: crop to the centre square and scale to this side in pixels.
-        channels: for folders: 1 or 3, what they are to be compared with; grey files become colour by repetition, and
-            colour files whose planes are equal become grey. None: as the files are.
+        channels: for folders and .npz: 1 or 3, what they are to be compared with; grey images become colour by
+            repetition, and colour images whose planes are equal become grey. None: grey where all are.
     Raises:
         InputError: no such images, or unreadable ones.
     """
@@ -161,7 +164,7 @@ def open_images(
         shape = (1 if folder.mode == "L" else 3, folder.image_size, folder.image_size)
         return ImageStream(name, len(folder), shape, partial(_read_folder, folder))
     if path.is_file() and path.suffix == ".npz":
-        return _open_npz(path)
+        return _open_npz(path, channels)
     if path.is_file():
         raise InputError(f"{name} is neither an .npz nor a folder of images")
     raise InputError(
@@ -175,47 +178,84 @@ def _read_folder(folder: ImageFolder, num_images: int) -> Iterator[Tensor]:
         yield torch.from_numpy(folder.read(range(first, min(first + size, num_images))))
 
 
-def _open_npz(path: Path) -> ImageStream:
-    with _readable(path), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        array = next((array for array in ARRAYS if f"{array}.npy" in names), None)
+def _open_npz(path: Path, channels: int | None) -> ImageStream:
+    with readable(path), zipfile.ZipFile(path) as archive:
+        array = image_array_of(archive)
         if array is None:
-            held = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
+            held = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:5]) or "nothing"
             raise InputError(f"{path} must hold `images`, uint8 (N, H, W, C); it holds {held}")
-        with archive.open(f"{array}.npy") as stream:
-            shape, column_major, dtype = _array_header(stream)
-            if archive.getinfo(f"{array}.npy").file_size - stream.tell() != dtype.itemsize * int(np.prod(shape)):
-                raise InputError(f"{path} is damaged: {array} is not as long as its shape {shape} says")
+        shape, column_major, dtype = array_header(archive, array, str(path))
     if dtype != np.uint8:
         raise InputError(
             f"{path} holds {array} of type {dtype}; images must be uint8, 0 .. 255 (round them as you mean it first)"
         )
-    if len(shape) != 4 or shape[3] not in (1, 3) or shape[1] != shape[2] or min(shape) < 1 or column_major:
+    if len(shape) != 4 or shape[3] not in (1, 3) or shape[1] != shape[2] or min(shape) < 1:
         raise InputError(f"{path} holds {array} of shape {shape}; images must be square, (N, H, W, 1 or 3)")
     N, H, W, C = shape
-    return ImageStream(str(path), N, (C, H, W), partial(_read_npz, path, f"{array}.npy", (H, W, C)))
+    if H * W > MOST_PIXELS:
+        raise InputError(f"{path} holds images of {W} x {H} pixels; {MOST_PIXELS:,} are the most")
+    if column_major and N * H * W * C > MOST_COLUMN_MAJOR:
+        raise InputError(f"{path} holds {array} in Fortran order, which cannot be read a part at a time; save it as C")
+    read = partial(_read_npz, path, f"{array}.npy", shape, column_major)
+    stream = ImageStream(str(path), N, (C, H, W), read)
+    if channels != 3 and C == 3:  # as in a folder: equal planes are grey, whatever holds them
+        if all(map(_is_grey, stream.batches())):
+            return replace(stream, shape=(1, H, W), read=lambda n: (batch[:, :1] for batch in read(n)))
+        if channels == 1:
+            raise InputError(f"{path} holds images in colour, and grey ones are asked for")
+    if channels == 3 and C == 1:
+        return replace(stream, shape=(3, H, W), read=lambda n: (batch.expand(-1, 3, -1, -1) for batch in read(n)))
+    return stream
 
 
-def _read_npz(path: Path, member: str, shape: tuple[int, int, int], num_images: int) -> Iterator[Tensor]:
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-        _array_header(stream)
-        H, W, C = shape
+def image_array_of(archive: zipfile.ZipFile) -> str | None:
+    """The array of an .npz that holds images, if one does."""
+    return next((array for array in ARRAYS if f"{array}.npy" in archive.namelist()), None)
+
+
+def _is_grey(batch: Tensor) -> bool:
+    return torch.equal(batch[:, 0], batch[:, 1]) and torch.equal(batch[:, 0], batch[:, 2])
+
+
+def _read_npz(path: Path, member: str, shape: tuple[int, ...], column_major: bool, num_images: int) -> Iterator[Tensor]:
+    with readable(path), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        _read_header(stream)
+        N, H, W, C = shape
         size = chunk_size((C, H, W))
+        whole = None
+        if column_major:  # the pixels of one image lie far apart
+            whole = np.frombuffer(stream.read(N * H * W * C), np.uint8).reshape(shape, order="F")
         for first in range(0, num_images, size):
             count = min(size, num_images - first)
-            content = stream.read(count * int(np.prod(shape)))
-            batch = np.frombuffer(content, np.uint8).reshape(count, *shape)
+            if whole is None:
+                content = stream.read(count * H * W * C)
+                batch = np.frombuffer(content, np.uint8).reshape(count, H, W, C)
+            else:
+                batch = whole[first : first + count]
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
 
-def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def array_header(archive: zipfile.ZipFile, array: str, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and type of an array of an .npz, whose data must be as long as they say.
+
+    Raises:
+        InputError: they do not fit each other.
+    """
+    with archive.open(f"{array}.npy") as stream:
+        shape, column_major, dtype = _read_header(stream)
+        if archive.getinfo(f"{array}.npy").file_size - stream.tell() != dtype.itemsize * math.prod(shape):
+            raise InputError(f"{name} is damaged: {array} is not as long as its shape {shape} says")
+    return shape, column_major, dtype
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if np.lib.format.read_magic(stream) == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)
     return np.lib.format.read_array_header_2_0(stream)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Any fault of the file met inside is told by its name."""
     try:
         yield

@@ -1,16 +1,18 @@
 """What generated images are compared with: real images, or statistics that others published."""
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ddpm_lab.image_stream import ImageStream, open_images
+from ddpm_lab.image_stream import ImageStream, array_header, image_array_of, open_images, readable
 from ddpm_lab.metrics import Statistics
 from ddpm_lab.settings import InputError
 
+MOST_FEATURES = 4096  # of statistics from a file: sigma grows with the square
 FEWEST = 4  # images that are compared: precision and recall look at the third neighbour of each
 
 
@@ -66,14 +68,20 @@ def open_reference(
 
 
 def _read_statistics(path: Path) -> Statistics | None:
-    """Statistics in an .npz, or None where it holds something else."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
-            if "mu" not in held or "sigma" not in held:
-                return None
-            mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
-    except Exception as error:  # whatever a damaged archive makes numpy raise
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    """Statistics in an .npz, or None where it holds something else, or images as well."""
+    with readable(path), zipfile.ZipFile(path) as archive:
+        if image_array_of(archive) is not None or not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
+            return None
+        (mean_shape, _, mean_type), (shape, _, dtype) = (array_header(archive, n, str(path)) for n in ("mu", "sigma"))
+        if {mean_type.kind, dtype.kind} != {"f"} or len(mean_shape) != 1 or shape != mean_shape * 2:
+            raise InputError(
+                f"{path}: mu must be (d,) and sigma (d, d), floating-point numbers, not {mean_type} {mean_shape} and "
+                f"{dtype} {shape}"
+            )
+        if mean_shape[0] > MOST_FEATURES:
+            raise InputError(f"{path} has statistics of {mean_shape[0]} features; {MOST_FEATURES} are the most")
+    with readable(path), np.load(path, allow_pickle=False) as held:
+        mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
     try:
         found = Statistics(None, mean, cov)
     except InputError as error:

@@ -105,7 +105,7 @@ class Tracking:
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
-        with Image.open(path) as film:
+        with Image.open(path, formats=("GIF",)) as film:
             width, height = film.size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         writer = self._told.writer._get_file_writer()  # SummaryWriter itself takes films only through another package

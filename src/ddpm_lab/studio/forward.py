@@ -17,15 +17,15 @@ from ddpm_lab.data import here, load_images, to_float, to_uint8
 from ddpm_lab.drawing import Picture, above, beside, framed, image_table, number
 from ddpm_lab.forward import Curves, Process, forward_states, processes, snr_at
 from ddpm_lab.images import visible_scale
+from ddpm_lab.pictures import as_seen, opened_picture
 from ddpm_lab.reverse import reconstruct
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.sources import model_names, open_model, whole
 from ddpm_lab.studio.sources import told as told_on_page
 
 CHAINS = (500, 1000, 2000)
-DRAWN, UPLOADED = 28, 64  # pixels a side of what is drawn, as MNIST's are, and of what is uploaded
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 30_000_000  # of an upload
+DRAWN, UPLOADED = 28, 64  # pixels a side of what is drawn, as MNIST's are, and of what is uploaded
 
 
 @lru_cache
@@ -61,29 +61,13 @@ def fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
 
 
 def uploaded(content: bytes) -> Image.Image:
-    """A picture from a file's bytes, 64 pixels wide and high; what is transparent is white.
+    """A picture from a file's bytes, 64 pixels wide and high, as `pictures.as_seen` has it.
 
     Raises:
         InputError: no picture, a damaged one, or one that is too large.
     """
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise InputError(
-                    f"this picture has {opened.width} x {opened.height} pixels; {MOST_PIXELS:,} are the most"
-                )
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):  # sixteen bits, which `convert` would cut off at 255
-                upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-            grey = upright.mode in ("1", "L", "LA")
-            if "A" in upright.mode or "transparency" in upright.info:
-                seen = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-            return ImageOps.fit(upright.convert("L" if grey else "RGB"), (UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
-    except InputError:
-        raise
-    except Exception as error:  # of as many kinds as there are formats and faults
-        raise InputError("this file is no picture that can be read") from error
+    with opened_picture(io.BytesIO(content), "this picture", MOST_PIXELS) as opened:
+        return ImageOps.fit(as_seen(opened), (UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
 
 
 def drawn(sketch: dict[str, Any] | None) -> Image.Image:

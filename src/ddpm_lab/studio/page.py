@@ -4,13 +4,19 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import gradio as gr
+from PIL import Image
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ddpm_lab.pictures import formats
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.forward import forward_tab
 from ddpm_lab.studio.generate import generate_tab
@@ -25,6 +31,28 @@ STYLE = """
 .pixels img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
+
+
+class OwnOrigin:
+    """Refuses what a page of another origin sends: a browser lets any page post to this machine."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        self.app, self.origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] in ("http", "websocket") else None
+        if origin is not None and origin not in self.origins:
+            await PlainTextResponse("another page's request is not served", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def forget_other_formats() -> None:
+    """Have Pillow know no other formats than ours in this process, for the server opens pictures on its own, too."""
+    known = formats()
+    for name in [name for name in Image.OPEN if name not in known]:
+        del Image.OPEN[name]
+    Image.ID[:] = [name for name in Image.ID if name in Image.OPEN]
 
 
 def build_page(runs: Path, device: str) -> gr.Blocks:
@@ -76,8 +104,12 @@ def serve(runs: Path, port: int, device: str) -> None:
         color_accent="*primary_600",  # of the chosen tab
         body_text_color_subdued="*neutral_500",
     )
-    # A name that a stranger's page has pointed at this machine is not ours.
-    known = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    # A name that a stranger's page has pointed at this machine is not ours, nor is what another page sends here.
+    known = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
+        Middleware(OwnOrigin, origins=(f"http://{HOST}:{port}", f"http://localhost:{port}")),
+    ]
+    forget_other_formats()
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))  # it asks itself
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell has jobs in the background ignore
         signal.signal(number, _end)
@@ -85,7 +117,7 @@ def serve(runs: Path, port: int, device: str) -> None:
     page.queue(default_concurrency_limit=4).launch(
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=False, max_file_size="10mb",
         theme=theme, css=STYLE, footer_links=[], prevent_thread_lock=True, pwa=False, ssr_mode=False,
-        mcp_server=False, app_kwargs={"middleware": [known]},
+        mcp_server=False, app_kwargs={"middleware": known},
     )  # fmt: skip
     print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
     try:

@@ -8,14 +8,13 @@ import gradio as gr
 
 from ddpm_lab.cell import MEASURES
 from ddpm_lab.config import SamplingConfig, ScoringConfig
-from ddpm_lab.data import DATASETS, here
 from ddpm_lab.guidance import guidance_label
 from ddpm_lab.score_table import class_count, floor_count, score_table
 from ddpm_lab.scores import evaluate_source
 from ddpm_lab.session import SCORES
 from ddpm_lab.settings import InputError
 from ddpm_lab.studio.runs import run_names
-from ddpm_lab.studio.sources import entries_of, model_names, new_folder, open_model, source_of, whole
+from ddpm_lab.studio.sources import check_data, entries_of, model_names, new_folder, open_model, source_of, whole
 from ddpm_lab.studio.sources import told as told_on_page
 
 COLUMNS = ("step", "images", "distance", "its value", "95 % interval", "floor", "Inception Score", "KID", "sampled by")
@@ -92,9 +91,7 @@ def nearest(runs: Path, name: str, num_images: float, seed: float | None, device
         InputError: no such model, or none whose training images and classifier are here.
     """
     trained, source = open_model(runs, name, device), source_of(runs, name)
-    dataset = trained.config.data.dataset
-    if dataset in DATASETS and dataset not in here():
-        raise InputError(f"{dataset} is not on this machine yet: ddpm data {dataset} fetches it")
+    check_data(runs, trained)
     sampling = SamplingConfig(sampler="dpmpp", num_steps=20, seed=whole(seed, "seed"))
     checkpoint = trained.step if trained.run_dir is not None else None
     folder = new_folder()

@@ -12,6 +12,8 @@ from typing import Any
 import gradio as gr
 
 from ddpm_lab.checkpoint import checkpoint_steps
+from ddpm_lab.data import DATASETS, here
+from ddpm_lab.image_folder import files_below
 from ddpm_lab.interop import is_diffusers
 from ddpm_lab.log import read_lines
 from ddpm_lab.settings import InputError, RunError, is_out_of_memory
@@ -40,13 +42,44 @@ def run_folders(runs: Path) -> list[Path]:
         try:
             entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
             held = [folder / name for name in ("config.json", "model_index.json") if (folder / name).is_file()]
+            away = held and not all(inside(runs, path) for path in _read_of(folder))
         except OSError:
             continue
-        if held and all(inside(runs, path) for path in held):
+        if held and not away:
             found.append(folder)
         elif depth < DEPTH:
             waiting += [(entry, depth + 1) for entry in entries if not entry.name.startswith(".")]
     return sorted(found)
+
+
+def _read_of(folder: Path) -> Iterator[Path]:
+    """What the page reads of a run or a pipeline, as far as it is there."""
+    yield from folder.iterdir()
+    for below in ("checkpoints", "averages", "samples", "unet", "scheduler"):
+        for path in (folder / below).glob("*"):
+            yield path
+            yield from path.glob("*") if path.is_dir() else ()
+
+
+def check_data(runs: Path, trained: TrainedModel) -> None:
+    """Refuse images that a run's config.json names and that are neither a known data set nor below the folder.
+
+    A run may be a stranger's, and this page shows what it finds.
+
+    Raises:
+        InputError: they are elsewhere, or not fetched yet.
+    """
+    dataset = trained.config.data.dataset
+    if dataset in DATASETS:
+        if dataset not in here():
+            raise InputError(f"{dataset} is not on this machine yet: ddpm data {dataset} fetches it")
+        return
+    folder = Path(dataset)
+    if not inside(runs, folder) or (folder.is_dir() and not all(inside(runs, file) for file in files_below(folder))):
+        raise InputError(
+            f"the images that {trained.name} was trained on lie outside the folder of runs, in {dataset}; "
+            "the studio reads nothing there"
+        )
 
 
 def entries_of(runs: Path, path: Path) -> list[dict[str, Any]]:
