@@ -364,6 +364,23 @@ def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "aut
 
 
 @app.command
+def cache(*, clear: tuple[str, ...] = (), older_than: float | None = None) -> None:
+    """Say what the cache holds (DDPM_CACHE_DIR, else the user's cache folder), by kind; or clear it.
+
+    Args:
+        clear: kinds to remove: generated, features, onnx, inception, data; or all. Whatever is needed again is made or
+            fetched again.
+        older_than: remove only what was written so many days ago or earlier; unset: whatever its age.
+    """
+    from ddpm_lab.cache import clear_cache, describe_cache
+
+    if older_than is not None and not clear:
+        raise InputError("--older-than goes with --clear")
+    for line in clear_cache(clear, older_than) if clear else describe_cache():
+        print(line)
+
+
+@app.command
 def info(source: Source, /, *, checkpoint: Checkpoint = None) -> None:
     """Say what a model is: settings, parameters, steps trained, losses and scores so far."""
     from ddpm_lab.trained import describe

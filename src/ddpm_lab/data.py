@@ -18,11 +18,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from ddpm_lab.download import download
-from ddpm_lab.files import NO_SPACE, cache_dir, replace_atomically
+from ddpm_lab.files import NO_SPACE, cache_dir, replace_atomically, waiting_for
 from ddpm_lab.image_folder import open_folder
 from ddpm_lab.progress import counted, progress
 from ddpm_lab.settings import InputError
@@ -254,7 +253,7 @@ def fetch(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # a second process waits, and finds the files there
+        with waiting_for(folder / ".lock"):  # a second process waits, and finds the files there
             missing = [
                 file for split in OFFICIAL_FILES[folder.name].values() for file in split if not _find(folder, file)
             ]

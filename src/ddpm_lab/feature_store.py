@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from ddpm_lab import processes
 from ddpm_lab.features import FeatureNetwork
-from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing
+from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing, waiting_for
 from ddpm_lab.image_stream import ImageStream, ahead, chunk_size
 from ddpm_lab.metrics import Statistics, statistics
 from ddpm_lab.progress import progress
@@ -85,7 +84,7 @@ def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True)
                 shutil.rmtree(left, ignore_errors=True)
     key = hashlib.sha256(f"{images.sha256} {network.key}".encode()).hexdigest()[:40]
     folder = store / key
-    with FileLock(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
+    with waiting_for(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
         try:
             return _open(folder, images.num_images)
         except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged

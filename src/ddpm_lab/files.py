@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from ddpm_lab.settings import InputError
 
 TEMPORARY_PREFIX = ".partial-"
+OTHER = "another process"
+SOON = 5.0  # seconds after which it is said who is waited for
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # nothing that the user typed is at fault
 
 
@@ -93,24 +97,77 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
         InputError: it cannot be written.
         OSError: the disk is full.
     """
-    from filelock import FileLock, Timeout
-
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{option} {folder} is a file; name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        raise InUse(f"{folder} is being written by another process; wait for it, or name another {option}") from error
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        release = _acquire(folder / ".lock", wait)
+    except Busy as error:
+        raise InUse(f"{folder} is being written by {error}; wait for it, or name another {option}") from error
+    except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) in NO_SPACE:
             raise
         raise InputError(f"{option} {folder} cannot be written: {getattr(error, 'strerror', error)}") from error
     try:
         yield
     finally:
-        lock.release()
+        release()
+
+
+@contextmanager
+def waiting_for(lock: Path) -> Iterator[None]:
+    """Hold a lock file, once no other process does."""
+    release = _acquire(lock, wait=True)
+    try:
+        yield
+    finally:
+        release()
+
+
+class Busy(Exception):
+    """Who holds a lock."""
+
+
+def _acquire(path: Path, wait: bool) -> Callable[[], None]:
+    """Take a lock; returns what lets go of it.
+
+    Where the file system has no locks that end with their process (some network mounts), the file itself is the lock,
+    which a machine that is gone leaves behind: that is said, and how to go on.
+
+    Raises:
+        Busy: another process holds it, and is not waited for.
+        OSError: it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            lock.acquire(timeout=SOON if wait else 0)
+        except Timeout as error:
+            if not wait:
+                raise Busy(_holder(path)) from error
+            holder = _holder(path)
+            if holder != OTHER:  # else the system lets go when that process ends
+                print(f"waiting for {holder}", file=sys.stderr)
+            lock.acquire()
+    if any("flock" in str(warning.message) for warning in caught):
+        warnings.warn(
+            f"the file system of {path.parent} has no locks of its own: {path.name} marks who writes there, and stays "
+            "where its machine is gone",
+            stacklevel=2,
+        )
+    return lock.release
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, in words: a lock that is a file says so, and how to go on where its holder is gone."""
+    try:
+        pid, host, *_ = path.read_text(errors="replace").splitlines()
+    except (OSError, ValueError):
+        return OTHER
+    return f"process {pid} on {host} (if that is gone, delete {path})"
 
 
 def write_durably(path: Path, content: bytes) -> None:

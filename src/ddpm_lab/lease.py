@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_lab.files import TEMPORARY_PREFIX
+from ddpm_lab.files import TEMPORARY_PREFIX, waiting_for
 from ddpm_lab.settings import RunError
 
 SECONDS = 120.0
@@ -87,11 +87,9 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
 
 
 def _acquire(path: Path, seconds: float) -> Lease | None:
-    from filelock import FileLock
-
     owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}"
     mine = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with FileLock(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
+    with waiting_for(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
         mine.write_text(json.dumps({"owner": owner}) + "\n")
         try:
             with contextlib.suppress(FileNotFoundError):

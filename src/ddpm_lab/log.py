@@ -18,11 +18,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add an entry; after a torn line it starts a new one."""
+    """Add an entry, confirmed by the disk: a checkpoint that follows must not outlive it.
+
+    After a torn line it starts a new one.
+    """
     with path.open("ab+") as stream:
         stream.seek(max(stream.seek(0, os.SEEK_END) - 1, 0))
         torn = stream.read() not in (b"", b"\n")
         stream.write(("\n" * torn + json.dumps(line) + "\n").encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
