@@ -4,8 +4,10 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +75,58 @@ def test_what_cannot_be_cleared_is_refused(filled, capsys, flags, words):
     assert run_command(["cache", *flags]) == 2
     assert words in capsys.readouterr().err
     assert (filled / "features" / "new" / "features.f32").is_file()
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    def no_home(name):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("DDPM_CACHE_DIR")
+    monkeypatch.setattr("platformdirs.user_cache_path", no_home)
+    assert files.cache_dir() == Path(tempfile.gettempdir()) / f"ddpm-lab-{os.getuid()}"
+
+
+EVALUATE = [
+    "digits:test",
+    "--reference",
+    "digits:train",
+    "--features",
+    "classifier",
+    "--metrics",
+    "fid",
+    "--bootstrap",
+    "0",
+]
+
+
+def refuse_writing(monkeypatch):
+    """As a folder of another user, or on a disk that is read-only: root may write anywhere but here."""
+
+    def refused(*arguments, **settings):
+        raise PermissionError(errno.EACCES, "Permission denied", str(arguments[0]))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+
+def test_what_is_in_another_user_s_cache_can_be_used(tmp_path, tiny_run, monkeypatch, capsys):
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
+    sampled = [str(tiny_run), "--features", "classifier", "--metrics", "is", "--num-images", "20", "--num-steps", "2"]
+    commands = [["evaluate", *EVALUATE], ["evaluate", *sampled, "--scores", str(tmp_path / "s.jsonl")]]
+    for command in commands:
+        assert run_command(command) == 0
+    refuse_writing(monkeypatch)
+    for command in commands:
+        assert run_command(command) == 0, capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
+    refuse_writing(monkeypatch)
+    assert run_command(["evaluate", *EVALUATE]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("cannot be written: Permission denied; DDPM_CACHE_DIR names another cache")
 
 
 def without_flock(monkeypatch):

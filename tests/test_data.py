@@ -222,6 +222,97 @@ def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
     assert (tmp_path / "test_batch.bin").read_bytes() == content
 
 
+@pytest.fixture
+def small_cifar10(monkeypatch) -> dict[str, bytes]:
+    """Official files of two pictures each, known to the module by their hashes; gives their contents."""
+    contents = {
+        f.name: bytes([i]) + bytes(3072) + bytes([i]) + bytes(range(256)) * 12
+        for i, f in enumerate((*data.CIFAR10_FILES["train"], *data.CIFAR10_FILES["test"]))
+    }
+    for split in ("train", "test"):
+        files = tuple(
+            data._File(f.name, len(contents[f.name]), hashlib.sha256(contents[f.name]).hexdigest())
+            for f in data.CIFAR10_FILES[split]
+        )
+        for table in (data.CIFAR10_FILES, data.OFFICIAL_FILES["cifar10"]):
+            monkeypatch.setitem(table, split, files)
+    return contents
+
+
+def cifar10_archive(path: Path, contents: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("place", ["cifar10/cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz"])
+def test_the_archive_put_there_by_hand_is_unpacked_and_kept(tmp_path, small_cifar10, place):
+    cifar10_archive(tmp_path / place, small_cifar10)
+    assert load_images("cifar10", "train", tmp_path).images.shape == (10, 3, 32, 32)
+    assert load_images("cifar10", "test", tmp_path).labels.tolist() == [5, 5]
+    assert (tmp_path / place).is_file()
+
+
+@pytest.mark.parametrize("place", ["cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", "."])
+def test_files_are_found_where_the_archive_lays_them(tmp_path, small_cifar10, place):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for name, content in small_cifar10.items():
+        (tmp_path / place / name).write_bytes(content)
+    assert load_images("cifar10", "train", tmp_path).images.shape == (10, 3, 32, 32)
+    assert "cifar10" in data.here(tmp_path)
+
+
+def test_files_are_found_where_torchvision_lays_them(tmp_path, small_mnist):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for name, content in small_mnist.items():
+        (tmp_path / "MNIST" / "raw" / name).write_bytes(content)
+        (tmp_path / "MNIST" / "raw" / f"{name}.gz").write_bytes(gzip.compress(content))
+    assert len(load_images("mnist", "train", tmp_path)) == 3
+
+
+def test_of_pickles_it_is_said_that_they_are_not_read(tmp_path, small_cifar10, server, monkeypatch):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setattr(data, "CIFAR10_ARCHIVE", f"{server}cifar-10-binary.tar.gz")
+    with pytest.raises(InputError, match=r"cifar-10-batches-py holds pickles, which are not read, .*binary version"):
+        load_images("cifar10", "train", tmp_path)
+
+
+def test_another_set_under_the_same_names_is_not_to_be_deleted(tmp_path, small_mnist, monkeypatch):
+    monkeypatch.setattr(data, "MNIST_NAMES", frozenset(data.MNIST_FILES["train"]))
+    small_mnist["images"] = small_mnist["images"][:-1] + b"x"
+    write_all(tmp_path, small_mnist, "", bytes)
+    with pytest.raises(
+        InputError, match=r"images is not MNIST's file: .* \(Fashion-MNIST, KMNIST\); name another"
+    ) as told:
+        load_images("mnist", "train", tmp_path)
+    assert "delete" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"REQUESTS_CA_BUNDLE": "/nonexistent"}, "this machine's settings: .*TLS CA certificate bundle"),
+        ({"HTTPS_PROXY": "http://127.0.0.1:9"}, "the proxy of HTTPS_PROXY refuses or cannot be reached"),
+    ],
+)
+def test_faults_of_the_way_out_are_told_as_they_are(tmp_path, monkeypatch, settings, words):
+    """And not as a folder that cannot be written, or with the advice to go online."""
+    monkeypatch.setattr(data, "MNIST_MIRRORS", ("https://mirror.invalid/",))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words) as told:
+        load_images("mnist", "train", tmp_path)
+    assert "go online" not in str(told.value)
+    assert "cannot be written" not in str(told.value)
+
+
+def test_an_untrusted_certificate_is_told_as_one():
+    assert "REQUESTS_CA_BUNDLE" in download._reason(download.requests.exceptions.SSLError("no"))
+
+
 def test_a_bar_names_a_folder_as_it_is_called(capsys):
     """What stands in brackets is no style of the text."""
     with progress._bar("reading [/red]", 2, "images", 0) as advance:

@@ -1,7 +1,9 @@
 """diffusers both ways: the same images from the same noise at every step, and refusals by name."""
 
 import json
+import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -95,6 +97,15 @@ def test_an_imported_pipeline_samples_the_same_images(tmp_path, monkeypatch, pre
     assert direct.image_shape == ours.image_shape == (3, 8, 8)
 
 
+def test_exported_files_have_the_rights_of_new_files(tiny_run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run_command(["export", str(tiny_run), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()} == {0o640}
+
+
 def test_an_exported_generator_is_a_pipeline_that_samples_ours(tiny_run, tmp_path, monkeypatch):
     """And comes back with the same weights, settings that matter to sampling, and bytes."""
     out, run = tmp_path / "out", tmp_path / "run"
@@ -155,13 +166,45 @@ def test_files_at_the_top_are_found_as_older_folders_have_them(theirs, tmp_path)
     assert load(flat, device="cpu").weights_sha256 == load(theirs, device="cpu").weights_sha256
 
 
-def test_a_network_alone_is_told_its_process_or_says_what_is_assumed(tmp_path):
+def test_a_network_alone_is_told_its_process_or_says_what_is_assumed(tmp_path, capsys):
+    """Also that of an average, or of a checkpoint, below its pipeline; an import goes on saying that it is a guess."""
     folder = save(tmp_path / "pipeline", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
-    inside = load(folder / "unet", device="cpu").config.diffusion
-    assert (inside.schedule, inside.prediction) == ("cosine", "v")
-    shutil.copytree(folder / "unet", tmp_path / "alone")
-    with pytest.warns(UserWarning, match="taken for linear betas of T = 1000 that predict eps"):
-        assert load(tmp_path / "alone", device="cpu").config.diffusion.prediction == "eps"
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder / "unet", folder / "checkpoint-500" / name)
+    for place in ("unet", "unet_ema", "checkpoint-500", "checkpoint-500/unet", "checkpoint-500/unet_ema"):
+        inside = load(folder / place, device="cpu").config.diffusion
+        assert (inside.schedule, inside.prediction) == ("cosine", "v"), place
+    shutil.copytree(folder / "unet", folder / "alone")
+    words = "taken for linear betas of T = 1000 that predict eps"
+    with pytest.warns(UserWarning, match=words):
+        assert load(folder / "alone", device="cpu").config.diffusion.prediction == "eps"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "filters", [])
+        assert run_command(["import", str(folder / "alone"), "--run", str(tmp_path / "run")]) == 0
+        assert run_command(["info", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count(words) == 2
+
+
+def test_a_long_setting_is_cut_in_a_message(theirs, tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    shutil.copytree(theirs, folder)
+    edit(SCHEDULER, trained_betas=[0.01] * 3000)(folder)
+    assert run_command(["info", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "trained_betas [0.01, 0.01" in err
+    assert len(err) < 400
+
+
+def test_the_advice_for_pickled_weights_works(theirs, tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    shutil.copytree(theirs, folder)
+    UNet2DModel.from_pretrained(folder / "unet").save_pretrained(folder / "unet", safe_serialization=False)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert run_command(["info", str(folder)]) == 2
+    advice = capsys.readouterr().err.partition("diffusers writes it there: ")[2]
+    exec(advice)
+    assert load(folder, device="cpu").weights_sha256 == load(theirs, device="cpu").weights_sha256
 
 
 @pytest.mark.filterwarnings("ignore:no scheduler")

@@ -324,6 +324,28 @@ def test_resuming_gives_the_same_bits_with_every_new_option(tmp_path, tiny_recip
         assert sigma_data == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
 
 
+def test_a_run_goes_on_where_its_data_moved_and_with_no_other_images(tmp_path, tiny_recipe):
+    """The hash of the images decides, not how the folder is called."""
+    for index in range(24):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 10 * index).save(tmp_path / "pictures" / f"{index:02d}.png")
+    config = tiny(tiny_recipe, num_steps=2)
+
+    def of(folder, num_steps):
+        data = dataclasses.replace(config.data, dataset=str(folder))
+        return dataclasses.replace(
+            config, data=data, training=dataclasses.replace(config.training, num_steps=num_steps)
+        )
+
+    train(of(tmp_path / "pictures", 2), tmp_path / "run", device="cpu")
+    shutil.copytree(tmp_path / "pictures", tmp_path / "moved")
+    train(of(f"{tmp_path}/./moved/", 4), tmp_path / "run", device="cpu")
+    assert load(tmp_path / "run", device="cpu").step == 4
+    Image.new("L", (8, 8), 255).save(tmp_path / "moved" / "00.png")
+    with pytest.raises(InputError, match="was begun on other images"):
+        train(of(tmp_path / "moved", 6), tmp_path / "run", device="cpu")
+
+
 def test_another_process_is_refused(tmp_path, tiny_recipe):
     with locked(tmp_path, "--run"), pytest.raises(InputError, match="being written by another process"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")

@@ -45,8 +45,9 @@ def served(studio_runs, tmp_path_factory):
         "cpu",
     ]
     serving = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"TMPDIR": str(scratch)}
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"TMPDIR": str(scratch), "ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": "[::1]:x,*.foo,,"},
+    )  # fmt: skip
     assert serving.stdout.readline().startswith(f"http://127.0.0.1:{port}")
     yield f"http://127.0.0.1:{port}", serving
     serving.send_signal(signal.SIGINT)

@@ -21,6 +21,7 @@ from ddpm_lab.commands import app
 from ddpm_lab.settings import InputError, Interrupted, RunError, is_out_of_memory
 from ddpm_lab.telling import hold_warnings, tell_warnings
 
+LONGEST = 2000  # characters of an error
 SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
 LONG = ("train", "study", "demo", "classifier")  # commands whose lines are not what one calls them for
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
@@ -102,6 +103,8 @@ def _run_failure(error: RuntimeError | MemoryError) -> int:
 def _fail(code: int, message: str) -> int:
     rank = os.environ.get("RANK", "0")
     which = f"process {rank}: " if rank.isdecimal() and int(rank) else ""
+    line = " ".join(message.split())
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST]}... ({len(line):,} characters)"
     with suppress(OSError):  # whoever read it has gone
-        print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {which}{line}", file=sys.stderr)
     return code

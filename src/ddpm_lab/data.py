@@ -50,6 +50,7 @@ MNIST_FILES: dict[str, tuple[_File, ...]] = {
         _File("t10k-labels-idx1-ubyte", 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
     ),
 }
+MNIST_NAMES = frozenset(file for files in MNIST_FILES.values() for file in files)
 CIFAR10_FILES: dict[str, tuple[_File, ...]] = {
     "train": tuple(
         _File(f"data_batch_{i + 1}.bin", 30_730_000, digest)
@@ -217,7 +218,10 @@ def _official_files(folder: Path, files: tuple[_File, ...]) -> list[bytes]:
 
 
 def _find(folder: Path, file: _File) -> Path | None:
-    candidates = (folder / (file.name + ending) for ending in ("", ".gz", ".xz"))
+    """Where a file lies: in its own folder, or as torchvision or the official archive lay it out beside or below it."""
+    beside = {"mnist": ("MNIST/raw", "."), "cifar10": ("cifar10/cifar-10-batches-bin", "cifar-10-batches-bin", ".")}
+    places = [folder, *(folder.parent / place for place in beside[folder.name])]
+    candidates = (place / (file.name + ending) for place in places for ending in ("", ".gz", ".xz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -237,6 +241,11 @@ def _read_verified(path: Path, file: _File) -> bytes:
 def _verify(content: bytes, file: _File, where: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != file.sha256:
+        if len(content) == file.num_bytes and file in MNIST_NAMES:
+            raise InputError(
+                f"{where} is not MNIST's file: it is damaged, or of another data set that has the same file names "
+                "(Fashion-MNIST, KMNIST); name another --data-dir for MNIST"
+            )
         raise InputError(
             f"{where} does not hold the official {file.name}: {len(content)} bytes of SHA-256 {found[:16]}..., "
             f"expected {file.num_bytes} of {file.sha256[:16]}...; delete it and fetch it again"
@@ -245,6 +254,8 @@ def _verify(content: bytes, file: _File, where: str) -> None:
 
 def fetch(folder: Path) -> None:
     """Download what `mnist/` or `cifar10/` lacks from its official places; files that are there stay as they are.
+
+    CIFAR-10's archive, put there by hand, is unpacked.
 
     A download that broke off goes on where it stopped. Nothing gets its final name before its content is verified.
 
@@ -263,14 +274,30 @@ def fetch(folder: Path) -> None:
                     download(urls, folder / f"{file.name}.gz", partial(_read_verified, file=file), ADVICE)
             elif missing:
                 archive = folder / CIFAR10_ARCHIVE.rpartition("/")[2]
-                download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder), ADVICE)
-                archive.unlink()
+                by_hand = next((path for path in (archive, folder.parent / archive.name) if path.is_file()), None)
+                if by_hand is not None:
+                    _unpack(by_hand, missing, folder)
+                else:
+                    advice = ADVICE + _pickles_there(folder)
+                    download([CIFAR10_ARCHIVE], archive, lambda path: _unpack(path, missing, folder), advice)
+                    archive.unlink()
     except OSError as error:
         if error.errno in NO_SPACE:
             raise
         raise InputError(
             f"data folder {folder} cannot be written: {error.strerror or error}; give another --data-dir"
         ) from error
+
+
+def _pickles_there(folder: Path) -> str:
+    """What to say where CIFAR-10 is there in its version for Python."""
+    for place in (folder, folder.parent):
+        if (place / "cifar-10-batches-py").is_dir():
+            return (
+                f"; {place / 'cifar-10-batches-py'} holds pickles, which are not read, for they can run any program: "
+                "the binary version is needed"
+            )
+    return ""
 
 
 def _unpack(archive: Path, files: list[_File], folder: Path) -> None:

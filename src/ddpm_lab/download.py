@@ -12,6 +12,7 @@ from ddpm_lab.progress import progress
 from ddpm_lab.settings import InputError
 
 ANSWER_SECONDS = 15.0  # for all mirrors together to begin to answer, name look-up included
+UNREACHED = ("(cannot be reached)", "(no answer in time)")
 STALL_SECONDS = 20.0  # between two pieces of a download that has begun
 
 T = TypeVar("T")
@@ -48,17 +49,16 @@ def download(urls: list[str], path: Path, verify: Callable[[Path], object], advi
             reasons.append(f"{url} ({error})")
         except (requests.RequestException, TimeoutError) as error:
             reasons.append(f"{url} ({_reason(error)})")
+    online = "go online, or " if any(reason.endswith(UNREACHED) for reason in reasons) else ""
     raise InputError(
-        f"{path.name} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; go online, or {advice}"
+        f"{path.name} is not in {path.parent} and cannot be fetched: {'; '.join(reasons)}; {online}{advice}"
     )
 
 
 def _download(url: str, part: Path, description: str, answer_seconds: float) -> None:
     start = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    response = _within(
-        answer_seconds, lambda: requests.get(url, headers=headers, stream=True, timeout=(10.0, STALL_SECONDS))
-    )
+    response = _within(answer_seconds, lambda: _get(url, headers))
     with response:
         if response.status_code == 416:  # nothing after what is there
             if response.headers.get("Content-Range") == f"bytes */{start}":
@@ -82,6 +82,16 @@ def _download(url: str, part: Path, description: str, answer_seconds: float) -> 
         )
 
 
+def _get(url: str, headers: dict[str, str]) -> requests.Response:
+    """An answer; settings of this machine that no request can be made with are told as the request's fault."""
+    try:
+        return requests.get(url, headers=headers, stream=True, timeout=(10.0, STALL_SECONDS))
+    except requests.RequestException:
+        raise
+    except (OSError, ValueError, ImportError) as error:  # no bundle of certificates, a proxy that is none
+        raise requests.exceptions.InvalidProxyURL(f"this machine's settings: {error}") from error
+
+
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """Run a call that may hang (a name look-up has no time-out of its own) and give up on it in time."""
     outcome: Future[T] = Future()
@@ -97,8 +107,12 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, requests.HTTPError):
-        return " ".join(str(error).split())[:120]
+    if isinstance(error, requests.HTTPError | requests.exceptions.InvalidProxyURL | requests.exceptions.InvalidSchema):
+        return " ".join(str(error).split())[:160]
+    if isinstance(error, requests.exceptions.SSLError):
+        return "its certificate is not trusted here; REQUESTS_CA_BUNDLE names a file of those that are"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy of HTTPS_PROXY refuses or cannot be reached"
     if isinstance(error, TimeoutError | requests.Timeout):
         return "no answer in time"
     if "broke off" in str(error):

@@ -21,7 +21,7 @@ from ddpm_lab.config import SamplingConfig, ScoringConfig
 from ddpm_lab.feature_store import Features, features_of
 from ddpm_lab.features import FeatureNetwork, classifier_network, describe_shape, inception_network
 from ddpm_lab.files import cache_dir
-from ddpm_lab.generation import sample_to_folder, sampling_identity
+from ddpm_lab.generation import is_sampled, sample_to_folder, sampling_identity
 from ddpm_lab.image_folder import unreadable
 from ddpm_lab.image_stream import ImageStream, open_images, tensor_stream
 from ddpm_lab.images import image_grid, save_png, visible_scale
@@ -83,7 +83,8 @@ def generated_images(trained: TrainedModel, num_images: int, config: SamplingCon
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
     sample = partial(sample_to_folder, trained, folder, num_images, config, wait=True, option="DDPM_CACHE_DIR")
-    sample()
+    if not is_sampled(trained, folder, num_images, config):  # also from a cache that this user cannot write
+        sample()
     if damaged := unreadable(folder):
         for path in damaged:
             path.unlink()

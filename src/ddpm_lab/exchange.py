@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from ddpm_lab.config import DataConfig, SamplingConfig
 from ddpm_lab.files import appearing
 from ddpm_lab.generation import Sampler, build_sampler
 from ddpm_lab.guidance import guided_timesteps
-from ddpm_lab.interop import is_diffusers, read_diffusers, save_diffusers
+from ddpm_lab.interop import is_diffusers, process_is_told, read_diffusers, save_diffusers
 from ddpm_lab.model_card import write_card
 from ddpm_lab.onnx_export import Guidance, LoopSampler, save_onnx
 from ddpm_lab.run import versions
@@ -45,6 +46,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "data": {"name": dataset, "image_shape": list(image_shape)},
         "versions": versions(),
         "imported": folder.resolve().name,
+        **({} if process_is_told(folder) else {"process_assumed": True}),
         "variance": variance,
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -104,6 +106,7 @@ def export_generator(
         else:
             save_onnx(trained, sampler, num_steps, _guidance(resolved, trained), partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
+        _let_umask_decide(partial)
         guiding = "" if guidance is None else f", guidance {guidance:g}"
         if resolved.guide is not None:
             guiding += f" by {resolved.guide.name} at step {resolved.guide.step}"
@@ -112,6 +115,15 @@ def export_generator(
         write_card(trained, form, licence, f"{num_steps} steps of {sampler}{guiding}", partial)
     reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]
     return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"
+
+
+def _let_umask_decide(folder: Path) -> None:
+    """Give files the rights that any new file has: some libraries write weights that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _guidance(sampler: Sampler, trained: TrainedModel) -> Guidance | None:

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from ddpm_lab import processes
 from ddpm_lab.features import FeatureNetwork
-from ddpm_lab.files import TEMPORARY_PREFIX, cache_dir, replace_atomically, replacing, waiting_for
+from ddpm_lab.files import (
+    TEMPORARY_PREFIX,
+    cache_dir,
+    cache_writable,
+    replace_atomically,
+    replacing,
+    waiting_for,
+)
 from ddpm_lab.image_stream import ImageStream, ahead, chunk_size
 from ddpm_lab.metrics import Statistics, statistics
 from ddpm_lab.progress import progress
@@ -55,7 +62,7 @@ class Features:
                 return found
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or damaged: made anew
             made = statistics(self.values)
-            if not self.folder.is_dir():
+            if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
                 return made
             with replacing(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, mean=made.mean.numpy(), cov=made.cov.numpy(), factor=made.factor.numpy())
@@ -71,7 +78,16 @@ def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True)
         InputError: images the network was not made for, or features that are not finite.
     """
     network.check(images.name, images.shape)
+    with cache_writable():
+        return _features_of(images, network, keep)
+
+
+def _features_of(images: ImageStream, network: FeatureNetwork, keep: bool) -> Features:
     store = cache_dir() / "features"
+    key = hashlib.sha256(f"{images.sha256} {network.key}".encode()).hexdigest()[:40]
+    if keep and network.persistent:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return _open(store / key, images.num_images)  # also from a cache that this user cannot write
     store.mkdir(parents=True, exist_ok=True)
     if not (keep and network.persistent):
         _sweep(store)
@@ -82,7 +98,6 @@ def features_of(images: ImageStream, network: FeatureNetwork, keep: bool = True)
         finally:  # what is mapped stays readable without its name
             for left in store.glob(f"*{passing.name}"):
                 shutil.rmtree(left, ignore_errors=True)
-    key = hashlib.sha256(f"{images.sha256} {network.key}".encode()).hexdigest()[:40]
     folder = store / key
     with waiting_for(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
         try:

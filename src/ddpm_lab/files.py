@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,10 +26,37 @@ class InUse(InputError):
 
 
 def cache_dir() -> Path:
-    """DDPM_CACHE_DIR where it is set, else the user's cache folder; all in it can be deleted, and is made again."""
+    """DDPM_CACHE_DIR where it is set, else the user's cache folder; all in it can be deleted, and is made again.
+
+    A user without a home, as in many containers, has a folder of temporary files.
+    """
+    if named := os.environ.get("DDPM_CACHE_DIR"):
+        return Path(named)
     from platformdirs import user_cache_path
 
-    return Path(os.environ.get("DDPM_CACHE_DIR") or user_cache_path("ddpm-lab"))
+    try:
+        return user_cache_path("ddpm-lab")
+    except (RuntimeError, KeyError):
+        return Path(tempfile.gettempdir()) / f"ddpm-lab-{os.getuid()}"
+
+
+@contextmanager
+def cache_writable() -> Iterator[None]:
+    """Within it, a cache that cannot be written is told with the way out.
+
+    Raises:
+        InputError: so it is.
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        place = error.filename or cache_dir()
+        raise InputError(
+            f"{place} cannot be written: {error.strerror or error}; DDPM_CACHE_DIR names another cache"
+        ) from error
 
 
 def temporary_path(path: Path) -> Path:

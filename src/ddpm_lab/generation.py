@@ -352,6 +352,16 @@ def sample_to_folder(
     return done
 
 
+def is_sampled(trained: TrainedModel, folder: Path, num_images: int, config: SamplingConfig) -> bool:
+    """Whether a folder holds these images already, all of them."""
+    try:
+        held = read_json(folder / SAMPLING)
+    except InputError:
+        return False
+    there = {path.name for path in folder.glob("*.png")}
+    return held == sampling_identity(trained, config) and all(_png_name(i) in there for i in range(num_images))
+
+
 def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
     for index, image in enumerate(images, first):
         save_png(folder / _png_name(index), image_array(image))

@@ -23,6 +23,7 @@ from ddpm_lab.unet import UNet, build_unet
 
 Choice = TypeVar("Choice")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+LONGEST = 80  # characters of a setting in a message
 UNKNOWN = "unknown"  # the data set that an imported generator was trained on
 # What diffusers' network and process must say for ours to compute the same; entries of the second table in each pair
 # are younger than some folders, which mean by their silence what diffusers does by default.
@@ -158,8 +159,8 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder is a pipeline of diffusers, or one of its networks."""
-    if (folder / "model_index.json").is_file():
+    """Whether a folder is a pipeline of diffusers, one of its networks, or a checkpoint of its training."""
+    if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
         return True
     try:
         config = read_json(folder / "config.json")
@@ -190,11 +191,31 @@ def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tu
     return config, model.eval().requires_grad_(False), (channels, size, size), variance
 
 
+def process_is_told(folder: Path) -> bool:
+    """Whether a scheduler says what process a folder's network is of."""
+    return _scheduler_of(folder) is not None
+
+
+def warn_of_assumed_process() -> None:
+    """Warn that a network's process is a guess, whenever it is opened: images of the wrong process look plausible."""
+    warnings.warn("no scheduler beside the network: taken for linear betas of T = 1000 that predict eps", stacklevel=3)
+
+
 def _scheduler_of(folder: Path) -> Path | None:
-    """Where the process is told: in the pipeline, beside the network, or in the pipeline that a network lies in."""
-    name = "scheduler_config.json"
-    places = [folder / "scheduler" / name, folder / name, folder.resolve().parent / "scheduler" / name]
-    found = next((path for path in places[: 3 if folder.resolve().name == "unet" else 2] if path.exists()), None)
+    """Where the process is told: in the pipeline, beside the network, or in the pipeline that it lies in.
+
+    `unet` and `unet_ema` lie one folder below their pipeline, those of a checkpoint in training two.
+    """
+    name, place = "scheduler_config.json", folder.resolve()
+    places = [folder / "scheduler" / name, folder / name]
+    for inner in (
+        "unet",
+        "checkpoint-",
+    ):  # a folder of another name may lie beside a pipeline it has nothing to do with
+        if place.name.startswith(inner):
+            place = place.parent
+            places.append(place / "scheduler" / name)
+    found = next((path for path in places if path.exists()), None)
     return places[0] if found is None and (folder / "model_index.json").is_file() else found  # a pipeline must have one
 
 
@@ -209,7 +230,13 @@ def _covered(path: Path, said: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     """Refuse the first setting that says anything else than what is wanted."""
     for name, value in wanted.items():
         if said.get(name) != value:
-            raise InputError(f"{path}: {name} {json.dumps(said.get(name))} is not covered; {json.dumps(value)} is")
+            raise InputError(f"{path}: {name} {_short(said.get(name))} is not covered; {_short(value)} is")
+
+
+def _short(value: Any) -> str:
+    """A value as JSON, cut where it is long: a thousand betas need not be read."""
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _one_of(path: Path, name: str, said: Mapping[str, Any], known: Mapping[str, Choice]) -> Choice:
@@ -220,7 +247,7 @@ def _one_of(path: Path, name: str, said: Mapping[str, Any], known: Mapping[str, 
     """
     found = known.get(str(said.get(name)))
     if found is None:
-        raise InputError(f"{path}: {name} {json.dumps(said.get(name))} is not covered; {' and '.join(known)} are")
+        raise InputError(f"{path}: {name} {_short(said.get(name))} is not covered; {' and '.join(known)} are")
     return found
 
 
@@ -269,9 +296,7 @@ def _model_config(folder: Path) -> tuple[ModelConfig, int, int]:
 def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
     """What a scheduler's file says of the chain, and of the variance of a step back."""
     if path is None:
-        warnings.warn(
-            "no scheduler beside the network: taken for linear betas of T = 1000 that predict eps", stacklevel=2
-        )
+        warn_of_assumed_process()
         return DiffusionConfig(), "beta"
     said = YOUNGER_PROCESS | {"prediction_type": "epsilon"} | _table(path)
     _covered(path, said, PROCESS | YOUNGER_PROCESS)
@@ -289,8 +314,8 @@ def _their_parameters(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise InputError(
-            f"{folder} holds no diffusion_pytorch_model.safetensors but {held}; diffusers writes it so: "
-            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+            f"{folder} holds no diffusion_pytorch_model.safetensors but {held}; diffusers writes it there: "
+            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     try:
         tensors = load_file(path)

@@ -45,6 +45,7 @@ from ddpm_lab.training import TrainingState, falling_from, is_compiled, new_stat
 from ddpm_lab.unet import build_unet
 
 FREE_TO_CHANGE = {
+    "data": ("dataset",),  # a folder may have moved; the hash of the images decides
     "training": ("num_steps", "compile", "log_every", "checkpoint_every", "keep_checkpoints"),
     "evaluation": None,
 }

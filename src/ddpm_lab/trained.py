@@ -16,7 +16,7 @@ from ddpm_lab.config import Config, Predicted, Variance
 from ddpm_lab.diffusion import input_scale
 from ddpm_lab.files import read_json
 from ddpm_lab.guidance import guidance_label
-from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers
+from ddpm_lab.interop import UNKNOWN, is_diffusers, read_diffusers, warn_of_assumed_process
 from ddpm_lab.log import read_lines
 from ddpm_lab.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.settings import InputError, fits
@@ -210,6 +210,8 @@ def load(
     if weights == "raw" and str(source) in packaged_names():
         raise InputError(f"{source} comes with averaged weights only; leave --weights out")
     record, config, image_shape = read_run_record(config_path)
+    if record.get("process_assumed"):
+        warn_of_assumed_process()
     step = int(read_meta(folder)["step"])
     with torch.device("meta"):
         model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)

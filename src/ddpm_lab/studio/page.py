@@ -1,6 +1,5 @@
 """The page whole: its tabs, its look, and how it is served: to this machine only, with nothing from elsewhere."""
 
-import os
 import signal
 import socket
 import threading
@@ -110,7 +109,6 @@ def serve(runs: Path, port: int, device: str) -> None:
         Middleware(OwnOrigin, origins=(f"http://{HOST}:{port}", f"http://localhost:{port}")),
     ]
     forget_other_formats()
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))  # it asks itself
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell has jobs in the background ignore
         signal.signal(number, _end)
     page = build_page(runs.resolve(), device)
