@@ -13,7 +13,7 @@ from ddpm_lab import checkpoint, files
 from ddpm_lab.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
-    load_optimizer,
+    load_kept,
     load_parameters,
     remove_old_checkpoints,
     save_checkpoint,
@@ -40,7 +40,7 @@ def trained(tiny_recipe):
 
 
 def save(run_dir, state, step=None):
-    at, files = step or state.step, snapshot(state.model, state.ema, state.optimizer)
+    at, files = step or state.step, snapshot(state.model, state.ema, state.kept())
     return save_checkpoint(checkpoint_path(run_dir, at), at, files)
 
 
@@ -50,7 +50,7 @@ def test_saving_and_loading_gives_the_same_state(trained, tmp_path):
     fresh = new_state(build_unet(config.model, 1, 8, 1000), config.training)
     load_parameters(fresh.model, folder, "model.safetensors")
     load_parameters(fresh.ema, folder, "ema.safetensors")
-    load_optimizer(fresh.optimizer, fresh.model, folder, state.step)
+    fresh.restore(state.step, load_kept(folder, fresh.kept_shapes()))
     fresh.step = state.step
     again = save(tmp_path / "again", fresh)
     assert tree_hash(folder) == tree_hash(again)

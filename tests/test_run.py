@@ -305,8 +305,9 @@ def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_stay(tmp_path, tiny_rec
         {"diffusion": {"prediction": "edm"}, "training": {"noise_levels": "lognormal", "adam_beta2": 0.99}},
         {"training": {"weighting": "learned", "decay": "linear", "decay_share": 0.5}},
         {"training": {"weighting": "min_snr"}, "model": {"time_conditioning": "scale_shift"}},
+        {"training": {"optimizer": "muon"}},
     ],
-    ids=["edm", "learned", "min_snr"],
+    ids=["edm", "learned", "min_snr", "muon"],
 )
 def test_resuming_gives_the_same_bits_with_every_new_option(tmp_path, tiny_recipe, monkeypatch, settings):
     config = load_recipe(str(tiny_recipe))

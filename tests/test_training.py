@@ -1,6 +1,5 @@
 """Laws of training: what each step sees, the rates, the average, and that steps are functions of (seed, k)."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from ddpm_lab.config import TrainingConfig, load_recipe
 from ddpm_lab.data import load_images
 from ddpm_lab.diffusion import timestep_probabilities
+from ddpm_lab.optimizer import hidden_kernels
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.training import (
     LOSS_BANDS,
@@ -130,21 +130,57 @@ def test_average_follows_its_recursion(tiny_recipe):
         torch.testing.assert_close(parameters(state.ema), expected)
 
 
-def test_a_step_depends_on_its_number_and_nothing_before(tiny_recipe):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_depends_on_its_number_and_nothing_before(tiny_recipe, optimizer):
     """Two steps of one state, the second from a copy with another random state around it, end in the same bits."""
-    config, images = config_of(tiny_recipe, num_steps=4), load_images("digits").images
-    whole = state_of(config)
+    config, images = config_of(tiny_recipe, num_steps=4, optimizer=optimizer), load_images("digits").images
+    whole, resumed = state_of(config), state_of(config)
     for step in training_loop(whole, linear_schedule(), images, config):
         if step.step == 2:
-            resumed = copy.deepcopy(whole)
-            resumed.optimizer = torch.optim.Adam(resumed.model.parameters(), fused=True)
-            resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+            for ours, theirs in ((resumed.model, whole.model), (resumed.ema, whole.ema)):
+                ours.load_state_dict(theirs.state_dict())
+            resumed.restore(2, {name: tensor.clone() for name, tensor in whole.kept().items()})
     torch.manual_seed(12345)
     torch.randn(7)
     for _ in training_loop(resumed, linear_schedule(), images, config):
         pass
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
     assert torch.equal(parameters(whole.ema), parameters(resumed.ema))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_muon_is_its_definition(tiny_recipe, channels_last):
+    """A hidden kernel moves by rate * 0.2 sqrt(max(rows, columns)) times an orthogonal matrix; all else as by Adam."""
+    states = {}
+    for name in ("muon", "adam"):
+        config = config_of(tiny_recipe, optimizer=name)
+        torch.manual_seed(0)
+        model = build_unet(config.model, 1, 8, 1000)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        states[name] = new_state(model, config.training)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+    before = {name: p.detach().clone() for name, p in states["muon"].model.named_parameters()}
+    for state in states.values():
+        state.optimizer.step(1e-3)
+    hidden = hidden_kernels(states["muon"].model)
+    assert {"down.0.blocks.0.conv1.weight", "middle_attention.query_key_value.weight"} <= hidden.keys()
+    assert not any("embedding" in name or name.startswith(("conv_in", "conv_out")) for name in hidden)
+    by_adam = dict(states["adam"].model.named_parameters())
+    for name, parameter in states["muon"].model.named_parameters():
+        if name not in hidden:
+            assert torch.equal(parameter, by_adam[name]), name
+            continue
+        step = (before[name] - parameter.detach()).flatten(1) / 1e-3
+        # five iterations in bfloat16 leave them near 1
+        singular = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+        assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.3, name
+        rms = float(step.square().mean().sqrt())
+        assert rms == pytest.approx(0.2, rel=0.3), "as large as Adam's steps are"
+    assert states["muon"].kept().keys() == states["muon"].kept_shapes().keys()
+    assert all(tensor.shape == states["muon"].kept_shapes()[name] for name, tensor in states["muon"].kept().items())
 
 
 def test_seeds_differ(tiny_recipe):
@@ -161,7 +197,7 @@ def test_gradients_are_clipped_and_their_norm_reported(tiny_recipe):
     """Plain gradient descent of rate 1 moves the weights by the clipped norm exactly."""
     config = config_of(tiny_recipe, num_steps=2, max_grad_norm=1e-3, learning_rate=1.0, warmup_steps=0)
     state = state_of(config)
-    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    state.optimizer._adam = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = parameters(state.model)
     step = next(training_loop(state, linear_schedule(), load_images("digits").images, config))
     assert float(step.grad_norm) > 1e-3

@@ -25,9 +25,6 @@ from torch import Tensor, nn
 from ddpm_lab.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
 from ddpm_lab.settings import InputError, RunError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
-MEAN_LOSSES = "mean_losses"  # beside them, where weights of the loss are learned
-
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """`checkpoints/step_00010000` of a run folder."""
@@ -62,19 +59,16 @@ def average_path(run_dir: Path, step: int) -> Path:
     return run_dir / "averages" / f"step_{step:08d}"
 
 
-def snapshot(
-    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, mean_losses: Tensor | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """The training state as it is now, by file and name: copies on the CPU, which no later step changes."""
-    moments = {
-        f"{moment}.{name}": optimizer.state[parameter][moment]  # under the name of the parameter they belong to
-        for moment in MOMENTS
-        for name, parameter in model.named_parameters()
-    } | ({} if mean_losses is None else {MEAN_LOSSES: mean_losses})
+def snapshot(model: nn.Module, ema: nn.Module, kept: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The training state as it is now, by file and name: copies on the CPU, which no later step changes.
+
+    Args:
+        kept: what the training keeps beside its networks, see `training.TrainingState.kept`.
+    """
     return {
         "model.safetensors": _copies(dict(model.named_parameters())),
         "ema.safetensors": _copies(dict(ema.named_parameters())),
-        "optimizer.safetensors": _copies(moments),
+        "optimizer.safetensors": _copies(kept),
     }
 
 
@@ -242,38 +236,18 @@ def load_parameters(module: nn.Module, folder: Path, name: str) -> None:
             parameter.copy_(tensors[key])
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, step: int, mean_losses: Tensor | None = None
-) -> None:
-    """Restore Adam's moments, its count of steps, which is the checkpoint's, and the mean losses, in place.
+def load_kept(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """What the training kept beside its networks, see `snapshot`.
 
+    Args:
+        shapes: what there must be, see `training.TrainingState.kept_shapes`.
     Raises:
-        InputError: as `load_tensors`, or moments of another network.
+        InputError: as `load_tensors`, or tensors of another network or another optimiser.
     """
     name = "optimizer.safetensors"
-    tensors, parameters = load_tensors(folder, name), dict(model.named_parameters())
-    shapes = {f"{m}.{key}": p.shape for m in MOMENTS for key, p in parameters.items()}
-    _same_names(folder / name, tensors, shapes | ({} if mean_losses is None else {MEAN_LOSSES: mean_losses.shape}))
-    set_moments(optimizer, model, step, tensors)
-    if mean_losses is not None:
-        mean_losses.copy_(tensors[MEAN_LOSSES])
-
-
-def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, tensors: dict[str, Tensor]) -> None:
-    """Give Adam its moments, named as in `snapshot` and zero where there are none, and its count of steps."""
-    state = {
-        index: {
-            "step": torch.tensor(float(step)),
-            **{
-                m: torch.zeros_like(parameter)
-                if (held := tensors.get(f"{m}.{key}")) is None
-                else torch.empty_like(parameter).copy_(held)
-                for m in MOMENTS
-            },
-        }
-        for index, (key, parameter) in enumerate(model.named_parameters())
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    tensors = load_tensors(folder, name)
+    _same_names(folder / name, tensors, shapes)
+    return tensors
 
 
 def parameters_sha256(module: nn.Module) -> str:

@@ -18,6 +18,7 @@ Weighting = Literal["simple", "min_snr", "learned"]
 Conditioning = Literal["shift", "scale_shift"]
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "yes", "no"]
+OptimizerName = Literal["adam", "muon"]
 Decay = Literal["constant", "linear", "cosine"]
 Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]
@@ -206,8 +207,10 @@ class TrainingConfig(SettingsGroup):
     """optimiser steps in all"""
     batch_size: int = 128
     """images per step"""
+    optimizer: OptimizerName = "adam"
+    """adam, or muon (Jordan et al. 2024) for the hidden kernels with Adam for the rest, at one learning rate"""
     learning_rate: float = 2e-4
-    """Adam's, after the warm-up"""
+    """after the warm-up"""
     warmup_steps: int = 5_000
     """steps over which the learning rate rises linearly from 0; cut to num_steps"""
     decay: Decay = "constant"

@@ -19,14 +19,12 @@ import torch
 
 from ddpm_lab import processes
 from ddpm_lab.checkpoint import (
-    MOMENTS,
     checkpoint_path,
     checkpoint_steps,
     last_step,
-    load_optimizer,
+    load_kept,
     load_parameters,
     read_meta,
-    set_moments,
 )
 from ddpm_lab.config import Config
 from ddpm_lab.cost import training_cost
@@ -187,8 +185,8 @@ def _agree(state: TrainingState) -> None:
     processes.as_leader([*state.model.parameters(), *state.ema.parameters()])
     if state.step:
         if not processes.lead():
-            set_moments(state.optimizer, state.model, state.step, {})
-        processes.as_leader(state.optimizer.state[p][m] for p in state.model.parameters() for m in MOMENTS)
+            state.restore(state.step, {})
+        processes.as_leader(state.optimizer.tensors().values())
         processes.as_leader([] if state.mean_losses is None else [state.mean_losses])
 
 
@@ -197,8 +195,7 @@ def _restore(state: TrainingState, folder: Path, step: int) -> None:
         raise InputError(f"{folder} says in its meta.json that it is of step {read_meta(folder)['step']}")
     load_parameters(state.model, folder, "model.safetensors")
     load_parameters(state.ema, folder, "ema.safetensors")
-    load_optimizer(state.optimizer, state.model, folder, step, state.mean_losses)
-    state.step = step
+    state.restore(step, load_kept(folder, state.kept_shapes()))
 
 
 def _with_sigma_data(config: Config, training_set: ImageSet) -> Config:

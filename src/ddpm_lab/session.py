@@ -153,7 +153,7 @@ class Session:
 
     def _save(self) -> None:
         state = self.state
-        self.checkpoints.save(state.step, snapshot(state.model, state.ema, state.optimizer, state.mean_losses))
+        self.checkpoints.save(state.step, snapshot(state.model, state.ema, state.kept()))
 
     def _summary(self, interval: Interval) -> dict[str, Any]:
         """A line of the log; stops the run where a loss or a gradient was not finite."""

@@ -22,10 +22,12 @@ from ddpm_lab.config import Config, Precision, Predicted, TrainingConfig
 from ddpm_lab.data import to_float, training_batch
 from ddpm_lab.diffusion import Model, denoising_losses, min_snr_weights, per_image, timestep_probabilities
 from ddpm_lab.guidance import guided, told, withhold
+from ddpm_lab.optimizer import Optimizer
 from ddpm_lab.schedule import NoiseSchedule
 from ddpm_lab.settings import InputError
 from ddpm_lab.unet import UNet
 
+MEAN_LOSSES = "mean_losses"
 LOSS_BANDS = 32  # of noise levels, each drawn equally often, in which learned weights are constant
 PERMUTATION, STEP, VALIDATION = 0, 1, 2  # what a random stream is for; with the seed and an index it names the stream
 
@@ -42,10 +44,26 @@ class TrainingState:
 
     model: UNet
     ema: UNet
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     mean_losses: Tensor | None = None
     begun: int = 0
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the networks, by name: the optimiser's tensors, and the mean losses."""
+        return self.optimizer.tensors() | ({} if self.mean_losses is None else {MEAN_LOSSES: self.mean_losses})
+
+    def kept_shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of `kept`, known before any step."""
+        losses = {} if self.mean_losses is None else {MEAN_LOSSES: self.mean_losses.shape}
+        return self.optimizer.shapes() | losses
+
+    def restore(self, step: int, kept: dict[str, Tensor]) -> None:
+        """Take what was `kept` after so many steps; the optimiser's tensors are zero where there are none."""
+        self.step = step
+        self.optimizer.restore(step, kept)
+        if self.mean_losses is not None and MEAN_LOSSES in kept:
+            self.mean_losses.copy_(kept[MEAN_LOSSES])
 
 
 @dataclass(frozen=True)
@@ -120,18 +138,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
-    """A state at step 0: Adam (beta 0.9 and the configured one), the average equal to the network."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        fused=device.type in ("cpu", "cuda"),
-        foreach=False,
-    )
+    """A state at step 0: the average equal to the network."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    device = next(model.parameters()).device
     learned = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
-    return TrainingState(model, ema, optimizer, mean_losses=learned)
+    return TrainingState(model, ema, Optimizer(model, config), mean_losses=learned)
 
 
 def falling_from(config: TrainingConfig, begun: int = 0) -> int:
@@ -303,9 +314,7 @@ def training_loop(
         )  # among processes gradients are averaged on the way
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         rate = learning_rate(training, k, state.begun)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        state.optimizer.step()
+        state.optimizer.step(rate)
 
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
