@@ -17,9 +17,11 @@ import random
 import resource
 import shutil
 import signal
+import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,6 +180,61 @@ def any_toml(chance: random.Random, content: bytes) -> bytes:
     return "\n".join(lines).encode()
 
 
+def any_header(chance: random.Random, content: bytes) -> bytes:
+    """An .npz whose arrays say they are larger, of another type or order, or otherwise shaped; consistent or not."""
+    with np.load(io.BytesIO(content)) as held:
+        arrays = dict(held)
+    chosen, packed = chance.choice(sorted(arrays)), io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
+            data = array.tobytes()
+            if name == chosen:
+                sides = [chance.choice([0, 1, 2, 3, 7, 300, 5000, 2**31, 2**62]) for _ in range(chance.randint(0, 5))]
+                kept = [chance.choice([side, *sides]) if sides else side for side in array.shape]
+                header["shape"] = tuple(chance.choice([sides, kept]))
+                header["descr"] = chance.choice([array.dtype.str, "|u1", "<f8", "<f2", "|O", "<U9", "<M8[s]", "|V3"])
+                header["fortran_order"] = chance.random() < 0.5
+                size = int(np.prod([float(side) for side in header["shape"]])) if header["shape"] else 1
+                if chance.random() < 0.5 and size < 2**26:
+                    data = bytes(size * np.dtype(header["descr"]).itemsize)
+            with archive.open(f"{name}.npy", "w") as stream:
+                np.lib.format.write_array_header_2_0(stream, header)
+                stream.write(data)
+    return packed.getvalue()
+
+
+def save_as_people_have_them(sound: Path, images: torch.Tensor) -> None:
+    """Pictures of every named format and mode, arrays of the field, and CIFAR-10's archive as one puts it there."""
+    rng = np.random.default_rng(1)
+    colour = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+    for place, made in {
+        "rgba/a.png": (colour, {}),
+        "palette/a.png": (colour.convert("RGB").quantize(16), {"transparency": 3}),
+        "gif/a.gif": (colour.convert("RGB").quantize(16), {}),
+        "webp/a.webp": (colour, {"lossless": True}),
+        "tiff/a.tif": (Image.fromarray(rng.integers(0, 65536, (8, 8), dtype=np.uint16)), {}),
+        "jpeg/a.jpg": (colour.convert("RGB"), {}),
+        "ppm/a.ppm": (colour.convert("RGB"), {}),
+        "avif/a.avif": (colour.convert("RGB"), {}),
+    }.items():
+        (sound / "formats" / place).parent.mkdir(parents=True)
+        made[0].save(sound / "formats" / place, **made[1])
+        for index in range(3):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                (sound / "formats" / place).parent / f"{index}.png"
+            )
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    np.savez(sound / "fortran.npz", images=np.asfortranarray(pixels))
+    np.savez(sound / "batch.npz", arr_0=pixels, mu=np.zeros(64), sigma=np.eye(64))
+    (sound / "data" / "cifar10").mkdir(parents=True, exist_ok=True)
+    with tarfile.open(sound / "data" / "cifar10" / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = 3073 * 4
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+
+
 def prepare(sound: Path) -> list[Target]:
     """Make one sound file of each kind, and say what reads it."""
     (sound / "recipe.toml").write_text(RECIPE)
@@ -196,7 +253,8 @@ def prepare(sound: Path) -> list[Target]:
     for index, image in enumerate(images[:20]):
         Image.fromarray(image[0].numpy()).save(sound / "pictures" / f"{index:02d}.png")
     Image.fromarray(images[0, 0].numpy()).save(sound / "pictures" / "20.bmp")
-    (sound / "data" / "mnist").mkdir(parents=True)
+    save_as_people_have_them(sound, images)
+    (sound / "data" / "mnist").mkdir(parents=True, exist_ok=True)
     for part, count in (("train", 60), ("t10k", 10)):  # not the official ones, which are told by their hash
         head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
         held = head + bytes(count * 784)
@@ -234,8 +292,30 @@ def prepare(sound: Path) -> list[Target]:
     train = ["train", "SOUND/recipe.toml", "--run", "SOUND/run", *device]
     cell = "study/cells/T50-rescaled-seed0"
     taken = ["import", "SOUND/pipeline", "--run", "SOUND/new"]
+    checkpoint = sound / "pipeline" / "checkpoint-500" / "unet_ema"
+    shutil.copytree(sound / "pipeline" / "unet", checkpoint)
+    shutil.copytree(sound / "run" / "checkpoints", sound / "run" / "averages", dirs_exist_ok=True)
+    guided = [*drawn, "--guide", "SOUND/run/averages/step_00000002", "--guidance", "2"]
+    of_average = ["sample", "SOUND/pipeline/checkpoint-500/unet_ema", "--num-steps", "1", "--num-images", "2", *device]
+    of_average += ["--out", "SOUND/x.png"]
+    shown = ["--num-images", "2", "--columns", "2", "--out", "SOUND/x.png"]
+    formats = [
+        Target(name, ["forward", "--dataset", f"SOUND/{Path(name).parent}", *shown], any_bytes)
+        for name in sorted(str(path.relative_to(sound)) for path in (sound / "formats").glob("*/a.*"))
+    ]
+    reference = ["evaluate", "digits:test", "--reference", "SOUND/batch.npz", "--features", "classifier", *device]
     of_pipeline = ["sample", "SOUND/pipeline", "--num-images", "2", "--num-steps", "1", *device, "--out", "SOUND/x.png"]
     return [
+        *formats,
+        Target("fortran.npz", ["evaluate", "SOUND/fortran.npz", *score], any_bytes),
+        Target("images.npz", ["evaluate", "SOUND/images.npz", *score], any_header),
+        Target("fortran.npz", ["evaluate", "SOUND/fortran.npz", *score], any_header),
+        Target("batch.npz", [*reference, "--metrics", "fid", "kid"], any_header),
+        Target("statistics.npz", ["evaluate", "digits:test", "--reference", "SOUND/statistics.npz", "--features", "classifier", "--metrics", "fid", *device], any_header),
+        Target("data/cifar10/cifar-10-binary.tar.gz", ["data", "cifar10", "--data-dir", "SOUND/data"], any_bytes),
+        Target("pipeline/scheduler/scheduler_config.json", of_average, any_json),
+        Target("run/averages/step_00000002/meta.json", guided, any_json),
+        Target("run/averages/step_00000002/ema.safetensors", guided, any_bytes, "ema.safetensors"),
         Target("pipeline/model_index.json", taken, any_json),
         Target("pipeline/unet/config.json", taken, any_json),
         Target("pipeline/unet/config.json", of_pipeline, any_json),
