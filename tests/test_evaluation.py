@@ -151,7 +151,7 @@ def test_folders_are_cropped_and_scaled_on_demand(tmp_path):
         wide[:, 10:30] = 40 * i + 50
         Image.fromarray(wide).save(tmp_path / f"{i}.png")
     stream = open_images(str(tmp_path), image_size=8)
-    assert (stream.num_images, stream.shape) == (4, (3, 8, 8))
+    assert (stream.num_images, stream.shape) == (4, (1, 8, 8)), "three equal planes are grey"
     (batch,) = stream.batches()
     assert [int(image.float().mean()) for image in batch] == [50, 90, 130, 170], "the middle, in the order of the names"
     with pytest.raises(InputError, match="--image-size"):
@@ -396,7 +396,8 @@ def test_grey_images_saved_in_colour_are_grey(digits, tmp_path):
         Image.fromarray(image[0].numpy()).convert("RGB").save(tmp_path / f"{i:03}.png")
     stream = open_images(str(tmp_path), channels=1)
     assert torch.equal(torch.cat(list(stream.batches())), images)
-    assert open_images(str(tmp_path)).shape == (3, 8, 8)
+    assert open_images(str(tmp_path)).shape == (1, 8, 8)
+    assert open_images(str(tmp_path), channels=3).shape == (3, 8, 8)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "zzz.png")
     with pytest.raises(InputError, match=r"zzz\.png"):
         list(open_images(str(tmp_path), channels=1).batches())

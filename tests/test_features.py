@@ -85,7 +85,7 @@ def test_fewer_images_than_features_have_a_closed_form(inception):
     truth -= 2 * torch.linalg.svdvals(x @ y.T).sum()
     assert a.shape[1] == 2048
     assert record["fid"]["value"] == pytest.approx(float(truth), rel=1e-3)
-    assert record["fid_label"] == "FID, unofficial weights (n=12)"
+    assert record["fid_label"] == "FID, unofficial weights (n=12 against 15)"
     assert record["features"]["name"].startswith("inception (unofficial, sha256 ")
 
 
@@ -138,7 +138,7 @@ def test_any_module_is_a_feature_network():
 
     network = module_network(Moments(), "moments")
     record = evaluate(pictures(40, 1), reference_of(pictures(50, 2)), network, ScoringConfig(metrics=("fid", "kid")))
-    assert record["fid_label"] == "FD-moments (n=40)"
+    assert record["fid_label"] == "FD-moments (n=40 against 50)"
     assert record["features"]["num_features"] == 2
     with pytest.raises(InputError, match="gives logits"):
         evaluate(pictures(40, 1), None, network, ScoringConfig(metrics=("is",)))

@@ -144,7 +144,7 @@ def test_all_samplers_are_drawn_at_their_cost_and_scores_keep_their_label(finish
     assert "heun-5, 9 evaluations: " in page
     assert "crosses: heun" in page
     label = measured["fid_label"]
-    assert label.endswith("(n=20)")
+    assert label.endswith("(n=20 against 1,437)")
     assert page.count(f"{label}, ddim-50</th>") == 1
     assert f"<h3>{label} by sampler</h3>" in page
     (said,) = re.findall(r"With betas of a fixed range, at equal evaluations, ([^<]*)", page)

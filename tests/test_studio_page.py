@@ -271,7 +271,7 @@ def test_the_forward_tab(page, tmp_path):
     changes(lambda: page.locator("#upload input[type=file]").set_input_files(good))
     clear_upload(page)
     page.locator("#upload input[type=file]").set_input_files(bad)
-    page.get_by_text("no picture that can be read").first.wait_for(timeout=60_000)
+    page.get_by_text("this picture cannot be read").first.wait_for(timeout=60_000)
     clear_upload(page)
     huge = tmp_path / "huge.png"
     huge.write_bytes(bytes(11 * 2**20))

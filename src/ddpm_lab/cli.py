@@ -104,7 +104,8 @@ def _fail(code: int, message: str) -> int:
     rank = os.environ.get("RANK", "0")
     which = f"process {rank}: " if rank.isdecimal() and int(rank) else ""
     line = " ".join(message.split())
-    line = line if len(line) <= LONGEST else f"{line[:LONGEST]}... ({len(line):,} characters)"
+    if code == 2 and len(line) > LONGEST:  # one of a run that failed may hold its record
+        line = f"{line[:LONGEST]}... ({len(line):,} characters)"
     with suppress(OSError):  # whoever read it has gone
         print(f"error: {which}{line}", file=sys.stderr)
     return code

@@ -75,8 +75,8 @@ def _read_statistics(path: Path) -> Statistics | None:
         (mean_shape, _, mean_type), (shape, _, dtype) = (array_header(archive, n, str(path)) for n in ("mu", "sigma"))
         if {mean_type.kind, dtype.kind} != {"f"} or len(mean_shape) != 1 or shape != mean_shape * 2:
             raise InputError(
-                f"{path}: mu must be (d,) and sigma (d, d), floating-point numbers, not {mean_type} {mean_shape} and "
-                f"{dtype} {shape}"
+                f"{path}: mu and sigma are no statistics: they must be (d,) and (d, d), floating-point numbers, not "
+                f"{mean_type} {mean_shape} and {dtype} {shape}"
             )
         if mean_shape[0] > MOST_FEATURES:
             raise InputError(f"{path} has statistics of {mean_shape[0]} features; {MOST_FEATURES} are the most")
