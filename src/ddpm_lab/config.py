@@ -329,7 +329,7 @@ class SamplingConfig(SettingsGroup):
     variety and a second evaluation a step, 0 leaves the class out; with a guide: how far to go away from its answer"""
     guide: str | None = None
     """autoguidance (Karras et al. 2024) in place of the classifier-free kind: a worse network of the same process, such
-    as an average that the run kept early (RUN/averages/step_...); give guidance too"""
+    as an average that the run kept early (a folder in RUN/averages); give guidance too"""
     guidance_interval: tuple[float, ...] = ()
     """the lowest and the highest noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) at which guidance acts
     (Kynkaanniemi et al. 2024); unset: at all"""
