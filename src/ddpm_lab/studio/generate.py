@@ -163,11 +163,9 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
                 asked = gr.Dropdown(["all in turn"], value="all in turn", label="Class", elem_id="class")
             with gr.Row():
                 guide = gr.Dropdown(
-                    [NO_GUIDE, *guide_names(runs)], value=NO_GUIDE, label="Guide: a worse model", elem_id="guide"
+                    [NO_GUIDE, *guide_names(runs)], value=NO_GUIDE, label="Guide (a worse model)", elem_id="guide"
                 )
-                guidance = gr.Slider(
-                    0, 8, value=1, step=0.25, label="Guidance: away from it, or from no class", elem_id="guidance"
-                )
+                guidance = gr.Slider(0, 8, value=1, step=0.25, label="Guidance", elem_id="guidance")
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", elem_id="stop")
