@@ -186,8 +186,7 @@ def _agree(state: TrainingState) -> None:
     if state.step:
         if not processes.lead():
             state.restore(state.step, {})
-        processes.as_leader(state.optimizer.tensors().values())
-        processes.as_leader([] if state.mean_losses is None else [state.mean_losses])
+        processes.as_leader(state.kept().values())
 
 
 def _restore(state: TrainingState, folder: Path, step: int) -> None:
