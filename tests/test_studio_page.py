@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,9 +55,9 @@ def served(studio_runs, tmp_path_factory):
     said = serving.communicate(timeout=30)[0]
     assert serving.returncode == 130, said
     assert [path.name for path in scratch.iterdir()] == []
-    assert "ddpm_lab" not in said, (
-        "nothing of ours failed; the server itself complains of browsers that close in the midst"
-    )
+    # The server itself complains of browsers that close in the midst, and OwnOrigin.__call__ is on its way to all.
+    ours = [line for line in said.splitlines() if "ddpm_lab" in line and not re.search(r"page.py.* in __call__$", line)]
+    assert ours == [], said
 
 
 @pytest.fixture(scope="module")
