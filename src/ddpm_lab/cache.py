@@ -19,7 +19,7 @@ WRITING = 1 / 24  # days that what is not whole yet may be in the writing
 KINDS = {
     "generated": "sampled images that were scored",
     "features": "features of images, and their statistics",
-    "onnx": "graphs of networks for ONNX Runtime",
+    "onnx": "graphs that earlier versions kept",
     "inception": "the weights of the FID network",
     "data": "data sets that were fetched",
 }

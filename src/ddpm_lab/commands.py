@@ -1,6 +1,5 @@
 """The commands of `ddpm`: typed arguments in, a call of what does the work. What is heavy is imported inside them."""
 
-import os
 import re
 import typing
 from json import dumps
@@ -250,46 +249,6 @@ def report(folder: Path, /) -> None:
     from ddpm_lab.run_report import write_run_report
 
     print(write_report(folder) if (folder / "study.json").is_file() else write_run_report(folder))
-
-
-@app.command
-def bench(
-    *,
-    cases: tuple[
-        Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak", "scaling"], ...
-    ] = ("evaluation", "training", "sampling", "statistics", "scoring", "input", "peak"),
-    network: str = "small",
-    repeats: int = 5,
-    batch_size: int | None = None,
-    out: Path | None = None,
-    device: Device = "auto",
-) -> None:
-    """Measure speed beside the peers that are installed, in turns and in one run: ratios first, then rates.
-
-    Figures are medians of the turns, with quartiles. Minutes on two CPU cores for the small network.
-
-    Args:
-        cases: what is measured: one evaluation of the network, one training step, sampling, statistics of features,
-            scoring by Inception (about five minutes on two CPU cores), the input path, the share of the machine's peak
-            that evaluation and step reach, and, where asked for, scaling: time and memory of whole commands as images,
-            features and processes grow (another quarter of an hour).
-        network: small (1.7 million parameters), or that of a recipe: cifar10 is the paper's.
-        repeats: turns of each.
-        batch_size: images in an evaluation or training step; unset: one that suits the network.
-        out: FILE.json for the record.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler speaks to stderr of GPUs that are not there
-
-    from ddpm_lab.contests import run_bench
-    from ddpm_lab.files import replace_atomically
-    from ddpm_lab.images import check_writable
-
-    if out is not None:
-        check_writable(out, (".json",), "--out")
-    record = run_bench(cases, network, repeats, batch_size, device, say=say)
-    if out is not None:
-        replace_atomically(out, (dumps(record, indent=2) + "\n").encode())
-        print(f"record: {out}")
 
 
 @app.command(name="import")

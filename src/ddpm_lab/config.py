@@ -24,7 +24,7 @@ Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
-Engine = Literal["torch", "compile", "onnx"]
+Engine = Literal["torch", "compile"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
@@ -341,8 +341,7 @@ class SamplingConfig(SettingsGroup):
     """bf16 computes convolutions, products and attention in bfloat16, faster where the device has it, and images differ
     a little; auto: where the device is fast at it"""
     engine: Engine = "torch"
-    """compile: kernels made by torch.compile, which takes a minute or more first and pays on a GPU; onnx: ONNX Runtime,
-    on the CPU and in float32 (pip install 'ddpm-lab[onnx]')"""
+    """compile: kernels made by torch.compile, which takes a minute or more first and pays on a GPU"""
 
     def _check(self) -> None:
         self._at_least(1, "num_steps", "batch_size")
@@ -378,10 +377,6 @@ class SamplingConfig(SettingsGroup):
         require(
             not self.singlestep or self.sampler == "dpmpp",
             f"singlestep applies to the dpmpp sampler, not to {self.sampler}",
-        )
-        require(
-            self.engine != "onnx" or self.precision == "float32",
-            f"the onnx engine computes in float32; precision {self.precision} is for the torch engine",
         )
 
 

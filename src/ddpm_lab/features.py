@@ -3,7 +3,6 @@
 Invariant: images enter as files hold them, uint8; what a network does to them first (scaling, resizing) is part of it.
 """
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from ddpm_lab.classifier import WEIGHTS, load_classifier, packaged_classifiers, packaged_path
 from ddpm_lab.download import download
 from ddpm_lab.files import cache_dir, locked
-from ddpm_lab.onnx_engine import OnnxNetwork
 from ddpm_lab.settings import InputError
 from ddpm_lab.source_version import source_sha256
 
@@ -108,23 +106,6 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
     """(C, H, W) as a person says it: grey 28x28."""
     kind = {1: "grey", 3: "colour"}.get(shape[0], f"{shape[0]} channels,")
     return f"{kind} {shape[1]}x{shape[2]}"
-
-
-def onnx_features(network: FeatureNetwork, shape: tuple[int, int, int]) -> FeatureNetwork:
-    """The same network computed by ONNX Runtime, for images of one (C, H, W); its records and its cache say so.
-
-    Raises:
-        InputError: a network from Python, of which a kept graph could be out of date.
-        RunError: it cannot be exported.
-    """
-    if not network.persistent:
-        raise InputError(f"features {network.name} come from a module in Python; give engine torch")
-    example = [torch.zeros(2, *shape, dtype=torch.uint8)]
-    return dataclasses.replace(
-        network,
-        module=OnnxNetwork(network.module, example, network.key),
-        version=f"{network.version}, onnxruntime {version('onnxruntime')}",
-    )
 
 
 def module_network(module: nn.Module, name: str = "module", batch_size: int = 100) -> FeatureNetwork:

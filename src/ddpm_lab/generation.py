@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from ddpm_lab.guidance import ClassModel, classes_in_turn, guidance_label, guide
 from ddpm_lab.image_folder import SAMPLING
 from ddpm_lab.images import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
 from ddpm_lab.interop import is_diffusers
-from ddpm_lab.onnx_engine import OnnxNetwork, resolve_engine
 from ddpm_lab.progress import duration, progress
 from ddpm_lab.samplers import Step, ddim_steps, ddpm_steps
 from ddpm_lab.schedule import NoiseSchedule, build_schedule, sampling_timesteps
@@ -90,7 +89,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     """Resolve a sampler's settings.
 
     Raises:
-        InputError: more steps than the network has timesteps; ONNX Runtime away from the CPU; classes or guidance of a
+        InputError: more steps than the network has timesteps; classes or guidance of a
             network that has none, or others than it has; a guide that does not fit.
     """
     _check_classes(trained, config)
@@ -120,7 +119,6 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         config,
         num_steps=num_steps,
         precision=precision_of(dtype),
-        engine=resolve_engine(config.engine, device),
         guidance=(1.0 if config.guidance is None else config.guidance) if told or guide is not None else None,
         **settings,
     )
@@ -128,17 +126,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     if config.sampler == "dpmpp":
         settings["singlestep"] = config.singlestep
 
-    @cache  # built when first used
-    def network() -> ClassModel:
-        if resolved.engine == "torch":
-            return trained.model
-        if resolved.engine == "compile":
-            return compiled(trained.model)
-        example = [torch.zeros(2, *trained.image_shape), torch.zeros(2, dtype=torch.int64)]
-        example += [torch.zeros(2, dtype=torch.int64)] * told
-        settings_of = f"{trained.config.model} {trained.config.diffusion}"
-        identity = f"{trained.weights_sha256} {settings_of} {source_sha256('generation')}"
-        return cast(ClassModel, OnnxNetwork(trained.model, example, identity))
+    network: ClassModel = trained.model if resolved.engine == "torch" else compiled(trained.model)
 
     def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
         guidance = resolved.guidance or 1.0
@@ -146,7 +134,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             y = torch.full((len(x_T),), trained.num_classes, device=device)
             guidance = guidance if guide is not None else 1.0
         worse = None if guide is None else guided(guide.model, y if guide.num_classes else None, guide.num_classes)
-        asked = guided(network(), y, trained.num_classes, guidance, guide=worse, timesteps=acting)
+        asked = guided(network, y, trained.num_classes, guidance, guide=worse, timesteps=acting)
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             with autocast(device, dtype):

@@ -6,11 +6,16 @@ off the sampler itself, which is run once on a made-up network in float64, so th
 drive an ONNX `Loop` around the network's graph: a graph of 50 steps is as small as one of 5.
 """
 
-from collections.abc import Callable, Iterator
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,7 +24,6 @@ from torch import Tensor, nn
 from ddpm_lab.config import Predicted, Spacing
 from ddpm_lab.diffusion import Model
 from ddpm_lab.guidance import guided
-from ddpm_lab.onnx_engine import export, missing_packages
 from ddpm_lab.progress import progress
 from ddpm_lab.samplers import Step, ddim_steps
 from ddpm_lab.schedule import NoiseSchedule
@@ -28,6 +32,7 @@ from ddpm_lab.solvers import dpmpp_steps
 from ddpm_lab.trained import TrainedModel
 from ddpm_lab.unet import UNet
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LoopSampler = Literal["ddim", "dpmpp"]
 SPACING: dict[LoopSampler, Spacing] = {"ddim": "uniform", "dpmpp": "logsnr"}
 IMAGE_OF_OUTPUT: dict[str, str] = {  # in the example's words
@@ -269,3 +274,31 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
     made.functions.extend(model.functions)
     onnx.checker.check_model(made)
     return bytes(made.SerializeToString())
+
+
+def missing_packages() -> list[str]:
+    """Those of the extra `onnx` that are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+
+
+def export(
+    module: nn.Module, example: Sequence[Tensor], inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> bytes:
+    """The ONNX graph of a network, weights included, for any batch size.
+
+    Args:
+        module: in evaluation mode, on the CPU.
+        example: tensors it takes, of batch size 2.
+        inputs, outputs: their names in the graph; none: made up.
+    """
+    names = list(inputs) or [f"input_{index}" for index in range(len(example))]
+    batch = torch.export.Dim("batch", min=1)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter's own parts, about which a user can do nothing
+        program = torch.onnx.export(
+            module, tuple(example), dynamo=True, input_names=names, output_names=list(outputs) or None, verbose=False,
+            dynamic_shapes=tuple({0: batch} for _ in example),
+        )  # fmt: skip
+    assert program is not None
+    return cast(bytes, program.model_proto.SerializeToString())

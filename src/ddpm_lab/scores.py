@@ -16,13 +16,12 @@ from ddpm_lab.config import Config, SamplingConfig, ScoringConfig
 from ddpm_lab.data import DATASETS, ImageSet, here, load_images
 from ddpm_lab.evaluation import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.feature_store import features_of
-from ddpm_lab.features import FeatureNetwork, onnx_features
+from ddpm_lab.features import FeatureNetwork
 from ddpm_lab.generation import MOST_IMAGES, asked_classes, build_sampler, generate, guidance_record, sampling_task
 from ddpm_lab.image_stream import open_images, tensor_stream
 from ddpm_lab.images import check_writable
 from ddpm_lab.interop import UNKNOWN, is_diffusers
 from ddpm_lab.log import append_line
-from ddpm_lab.onnx_engine import resolve_engine
 from ddpm_lab.reference import Reference, open_reference
 from ddpm_lab.settings import InputError, RunError
 from ddpm_lab.telling import tell_warnings
@@ -61,7 +60,7 @@ def evaluate_source(
         reference: see `reference.open_reference`; None: the images a model was trained on.
         features: 'inception', 'classifier', or the folder of a classifier.
         num_images: how many; None: 1,000 of a model, all of a collection.
-        scoring, sampling: settings; those of sampling are for models, but for the engine.
+        scoring, sampling: settings; those of sampling are for models.
         weights, checkpoint: of a model.
         inception_weights, image_size, pairs, data_dir: see `evaluation`.
         scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
@@ -73,7 +72,6 @@ def evaluate_source(
     begun = time.monotonic()
     on = str(resolve_device(device))
     processes.join(torch.device(on))
-    engine = resolve_engine(sampling.engine, torch.device(on))
     if pairs is not None and processes.lead():
         check_writable(pairs, (".png",), "--pairs")
         if "memorisation" not in scoring.metrics:
@@ -99,7 +97,6 @@ def evaluate_source(
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
         _check_floor(compared, data_dir)
         tell_warnings()
-        network = onnx_features(network, images.shape) if engine == "onnx" else network
         record = processes.led(
             lambda: evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs), features=network
         )
@@ -120,7 +117,6 @@ def evaluate_source(
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         _check_floor(compared, data_dir)
         tell_warnings()
-        network = onnx_features(network, trained.image_shape) if engine == "onnx" else network
         record = processes.led(
             lambda: score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs),
             sample=sampling_task(trained, sampling),
@@ -177,7 +173,7 @@ def _is_images(source: str) -> bool:
 
 
 def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Weights, checkpoint: int | None) -> None:
-    """Refuse settings that would have no effect on images that exist; of those of sampling, ONNX Runtime has one.
+    """Refuse settings that would have no effect on images that exist.
 
     Raises:
         InputError: naming them.
@@ -185,7 +181,6 @@ def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Wei
     usual = SamplingConfig()
     given = [field.name for field in fields(sampling) if getattr(sampling, field.name) != getattr(usual, field.name)]
     given += ["weights"] * (weights != "ema") + ["checkpoint"] * (checkpoint is not None)
-    given = [name for name in given if name != "engine" or sampling.engine != "onnx"]
     flags = ["--" + name.rstrip("_").replace("_", "-") for name in given]
     if flags:
         raise InputError(f"{', '.join(flags)}: for a model, and {source} holds images")

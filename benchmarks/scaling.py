@@ -1,4 +1,4 @@
-"""`ddpm bench --cases scaling`: how time and memory grow with images, features and processes.
+"""`python -m benchmarks --cases scaling`: how time and memory grow with images, features and processes.
 
 Each figure is of whole commands, started anew as users start them, so time counts from the shell and memory is the
 largest resident set that the system saw of any of their processes.

@@ -1,6 +1,6 @@
 """Train a peer on MNIST for some minutes, and sample 2,000 images with 50 evaluations: what is compared at equal time.
 
-    python scripts/equal_time.py diffusers|denoising-diffusion-pytorch --seed 0 --minutes 30 --out DIR
+    python -m benchmarks.equal_time diffusers|denoising-diffusion-pytorch --seed 0 --minutes 30 --out DIR
 
 counts the steps of a minute while nothing else runs, and takes the steps of so many minutes at that speed, so that a
 peer loses nothing if other work comes in between. It leaves DIR/images.npz and DIR/record.json; `ddpm evaluate
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.peers import Peer, denoising_peer, diffusers_peer
 from ddpm_lab.config import ModelConfig, load_recipe
 from ddpm_lab.data import load_images, to_float
 from ddpm_lab.images import save_npz
-from ddpm_lab.peers import Peer, denoising_peer, diffusers_peer
 from ddpm_lab.unet import build_unet
 
 BATCH, SHAPE, NUM_STEPS = 16, (1, 28, 28), 50

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_lab import bench, contests, scaling
-from ddpm_lab.bench import Contest, hold, installed_peers, share_of_peak, table
-from ddpm_lab.cli import run_command
-from ddpm_lab.config import ModelConfig
-from ddpm_lab.contests import (
+import benchmarks.contest
+from benchmarks import cases, scaling
+from benchmarks.__main__ import main
+from benchmarks.cases import (
     Subject,
     evaluation_contest,
     input_contest,
@@ -24,6 +23,8 @@ from ddpm_lab.contests import (
     subject,
     training_contest,
 )
+from benchmarks.contest import Contest, installed_peers, run_contest, share_of_peak, table
+from ddpm_lab.config import ModelConfig
 from ddpm_lab.cost import forward_flops
 from ddpm_lab.log import append_line
 from ddpm_lab.settings import RunError
@@ -36,7 +37,7 @@ TINY = Subject("tiny", ModelConfig(base_channels=16, channel_multipliers=(1, 2),
 def test_turns_are_taken_alternately_and_ratios_are_of_one_turn(monkeypatch):
     """A machine that is twice as slow from the second counted turn on leaves the ratios as they are."""
     clock, order = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(benchmarks.contest.time, "perf_counter", lambda: clock[0])
 
     def contestant(name, seconds):
         def act():
@@ -45,7 +46,7 @@ def test_turns_are_taken_alternately_and_ratios_are_of_one_turn(monkeypatch):
 
         return act
 
-    record = hold(
+    record = run_contest(
         Contest("case", "images", 6, {"ours": contestant("ours", 2.0), "theirs": contestant("theirs", 3.0)}), 4
     )
     assert order == ["ours", "theirs"] * 5
@@ -56,14 +57,14 @@ def test_turns_are_taken_alternately_and_ratios_are_of_one_turn(monkeypatch):
 
 
 def test_one_turn_is_its_own_spread():
-    record = hold(Contest("case", "images", 1, {"ours": lambda: None}), 1)
+    record = run_contest(Contest("case", "images", 1, {"ours": lambda: None}), 1)
     assert len(set(record["seconds"]["ours"].values())) == 1
 
 
 def test_the_convolutions_are_all_found_and_their_operations_counted():
     model, x_t, t = TINY.build(CPU).eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
     counted = 0
-    for layer, shape, count in bench._convolutions(model, x_t, t):
+    for layer, shape, count in benchmarks.contest._convolutions(model, x_t, t):
         out = layer(torch.zeros(shape))
         counted += count * 2 * layer.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -74,15 +75,17 @@ def test_the_convolutions_are_all_found_and_their_operations_counted():
 
 def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
     model, x_t, t = TINY.build(CPU).eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
-    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: (act(), 1.0)[1])
-    step = bench.evaluation_step(model, x_t, t, torch.float32)
+    monkeypatch.setattr(benchmarks.contest, "_fastest", lambda act, repeats=5: (act(), 1.0)[1])
+    step = benchmarks.contest.evaluation_step(model, x_t, t, torch.float32)
     found = share_of_peak(model, x_t, t, torch.float32, step, training=False)
-    layers = sum(count for *_, count in bench._convolutions(model, x_t, t))
+    layers = sum(count for *_, count in benchmarks.contest._convolutions(model, x_t, t))
     assert found["convolutions_alone_milliseconds"] == 1000 * layers
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x_t, t)
     convolutions = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
-    assert found["share"] == pytest.approx(2 * bench.forward_flops(model, (3, 8, 8)) * layers / convolutions)
+    assert found["share"] == pytest.approx(
+        2 * benchmarks.contest.forward_flops(model, (3, 8, 8)) * layers / convolutions
+    )
     assert found["by_kind_milliseconds"]["convolutions"] > 0
     assert "the rest" in found["by_kind_milliseconds"]
 
@@ -104,7 +107,7 @@ def test_share_of_peak_is_the_ratio_of_two_rates(monkeypatch):
     ],
 )
 def test_operators_are_of_the_kind_of_their_work_on_the_way_back_and_in_place_too(operator, kind):
-    assert bench._kind(operator) == kind
+    assert benchmarks.contest._kind(operator) == kind
 
 
 def test_operations_are_counted_as_by_hand(monkeypatch):
@@ -120,9 +123,9 @@ def test_operations_are_counted_as_by_hand(monkeypatch):
     attention = pixels * 16 * 48 + pixels * 16 * 16 + 2 * pixels * pixels * 16
     by_hand = 2 * (convolutions + linear + attention)
     assert forward_flops(model, (3, 4, 4)) == by_hand
-    monkeypatch.setattr(bench, "_fastest", lambda act, repeats=5: (act(), 0.5)[1])
+    monkeypatch.setattr(benchmarks.contest, "_fastest", lambda act, repeats=5: (act(), 0.5)[1])
     for training in (False, True):
-        step = bench.evaluation_step(model, x_t, t, torch.float32)
+        step = benchmarks.contest.evaluation_step(model, x_t, t, torch.float32)
         found = share_of_peak(model, x_t, t, torch.float32, step, training)
         assert found["step_flops_per_second"] == 2 * by_hand * (3 if training else 1) / 0.5
 
@@ -131,7 +134,7 @@ def test_operations_are_counted_as_by_hand(monkeypatch):
 def test_contestants_are_peers_of_the_same_size():
     contest = evaluation_contest(TINY, CPU, torch.float32)
     assert list(contest.contestants) == ["ddpm-lab", "diffusers", "denoising-diffusion-pytorch"]
-    from ddpm_lab.contests import _peer_networks
+    from benchmarks.cases import _peer_networks
 
     model = TINY.build(CPU).eval()
     for parameter in model.parameters():  # as built, the last layer is zero
@@ -158,7 +161,7 @@ def test_every_contest_runs():
     ]
     with input_contest(TINY, CPU, batches=2) as reading:
         for contest in (*held, reading):
-            record = hold(contest, 1)
+            record = run_contest(contest, 1)
             assert set(record["seconds"]) == set(contest.contestants)
             assert all(spread["median"] > 0 for spread in record["seconds"].values())
             assert len(contest.contestants) >= 1 + len(installed_peers()) * (contest.case[:10] != "statistics")
@@ -185,7 +188,7 @@ def test_a_training_step_moves_the_weights(name, monkeypatch):
             return optimizer(trained[-1], *args, **kwargs)
 
         monkeypatch.setattr(f"torch.optim.{optimizer.__name__}", note)
-    act = getattr(contests, name)(TINY, CPU, torch.float32)
+    act = getattr(cases, name)(TINY, CPU, torch.float32)
     before = [parameter.detach().clone() for parameter in trained[0]]
     act()
     act()
@@ -193,15 +196,15 @@ def test_a_training_step_moves_the_weights(name, monkeypatch):
 
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ddpm_lab.contests.statistics_contest", lambda: statistics_contest(8, 32))
-    monkeypatch.setattr("ddpm_lab.contests.scoring_contest", lambda on: nullcontext(statistics_contest(8, 32)))
+    monkeypatch.setattr("benchmarks.cases.statistics_contest", lambda: statistics_contest(8, 32))
+    monkeypatch.setattr("benchmarks.cases.scoring_contest", lambda on: nullcontext(statistics_contest(8, 32)))
     out = tmp_path / "bench.json"
     flags = ["--network", "digits", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--out", str(out)]
-    assert run_command(["bench", *flags]) == 0
+    assert main(flags) == 0
     record, said = json.loads(out.read_text()), capsys.readouterr().out
-    cases = [contest["case"].split(",")[0] for contest in record["contests"]]
-    assert {"evaluation", "training step", "sampling", "input path"} <= set(cases)
-    assert cases.count("statistics and Frechet distance") == 2, "in place of the long scoring, too"
+    held = [contest["case"].split(",")[0] for contest in record["contests"]]
+    assert {"evaluation", "training step", "sampling", "input path"} <= set(held)
+    assert held.count("statistics and Frechet distance") == 2, "in place of the long scoring, too"
     assert set(record["peak"]) == {"evaluation", "training step"}
     assert record["network"]["name"] == "digits"
     assert record["conditions"]["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -210,13 +213,28 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_absent_peers_are_left_out_and_named(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "PEERS", {})
-    monkeypatch.setattr("ddpm_lab.contests.PEERS", {"diffusers": "diffusers"})
+    monkeypatch.setattr(benchmarks.contest, "PEERS", {})
+    monkeypatch.setattr("benchmarks.cases.PEERS", {"diffusers": "diffusers"})
     flags = ["--network", "digits", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--cases", "evaluation"]
-    assert run_command(["bench", *flags]) == 0
+    assert main(flags) == 0
     said = capsys.readouterr().out
     assert "not installed, and so left out: diffusers" in said
     assert "times as fast" not in said
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    ("--network nothing", "--network must be small or one of the recipes"),
+    ("--repeats 0", "--repeats must be from 1 to 1000"),
+    ("--batch-size 0", "--batch-size must be from 1 to 65536"),
+    ("--out nowhere/b.json", "does not exist"),
+    ("--out b.txt", "must end in .json"),
+])  # fmt: skip
+def test_wrong_input_is_told_in_one_line(flags, told, capsys):
+    assert main(flags.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert told in said
 
 
 def test_a_command_is_measured_with_its_processes():
@@ -267,9 +285,8 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
 
 @pytest.mark.slow
 def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
-    """One part of `scripts/gpu.py` on the CPU; what is there already is not measured again."""
-    script = Path(__file__).parent.parent / "scripts" / "gpu.py"
-    command = [sys.executable, str(script), "--dry-run", "--out", str(tmp_path), "--only", "profile"]
+    """One part of `benchmarks.gpu` on the CPU; what is there already is not measured again."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), "--only", "profile"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "profile.json: " in first.stdout
     record = json.loads((tmp_path / "profile.json").read_text())

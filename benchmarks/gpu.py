@@ -1,8 +1,8 @@
 """Everything there is to measure on a GPU, in one command that goes on where it was stopped.
 
-    python scripts/gpu.py --out gpu/              # the paper's network and CIFAR-10: about 25 minutes of a fast GPU
-    python scripts/gpu.py --out gpu/ --only training
-    python scripts/gpu.py --out dry/ --dry-run    # the same parts on a CPU with 8x8 digits, to see that all of it works
+    python -m benchmarks.gpu --out gpu/              # the paper's network and CIFAR-10: about 25 minutes of a fast GPU
+    python -m benchmarks.gpu --out gpu/ --only training
+    python -m benchmarks.gpu --out dry/ --dry-run    # the same parts on a CPU with 8x8 digits, to try them
 
 Each part leaves gpu/PART.json; parts that are there are not measured again.
 
@@ -13,7 +13,7 @@ Each part leaves gpu/PART.json; parts that are there are not measured again.
     sampling    images/s of 20 evaluations by DPM-Solver++: plain, compiled, with CUDA graphs; then 50,000 images from
                 the shell
     profile     where a training step's time goes, by kernel
-    bench       `ddpm bench` whole
+    bench       `python -m benchmarks`, every case that fits
 """
 
 import argparse
@@ -28,15 +28,16 @@ from typing import Any
 
 import torch
 
-from ddpm_lab import contests, generation, training
-from ddpm_lab.bench import OURS, Contest, conditions, hold, installed_peers, table
+from benchmarks import cases
+from benchmarks.contest import OURS, Contest, conditions, installed_peers, run_contest, table
+from benchmarks.peers import diffusers_peer
+from benchmarks.scaling import DDPM, cost_of
+from ddpm_lab import generation, training
 from ddpm_lab.checkpoint import checkpoint_steps
 from ddpm_lab.config import Config, SamplingConfig, load_recipe
 from ddpm_lab.data import load_images
 from ddpm_lab.files import replace_atomically
 from ddpm_lab.log import read_lines
-from ddpm_lab.peers import diffusers_peer
-from ddpm_lab.scaling import DDPM, cost_of
 from ddpm_lab.schedule import build_schedule
 from ddpm_lab.settings import RunError
 from ddpm_lab.trained import TrainedModel
@@ -121,7 +122,9 @@ class Measurements:
         if "diffusers" in installed_peers() and self.config.model.patch_size == 1:
             contestants["diffusers"] = theirs(torch.bfloat16)
             contestants["diffusers in float32, its default"] = theirs(torch.float32)
-        record = hold(Contest(f"training, {self.recipe}", "images", batch * self.steps, contestants), 3, wait=wait)
+        record = run_contest(
+            Contest(f"training, {self.recipe}", "images", batch * self.steps, contestants), 3, wait=wait
+        )
         print("\n".join(table(record)), flush=True)
         return record | {"mebibytes": self._memory()}
 
@@ -159,7 +162,7 @@ class Measurements:
 
         engines = {OURS: "torch", f"{OURS}, compiled": "compile", f"{OURS}, CUDA graphs": "graphs"}
         contestants = {name: ours(engine) for name, engine in engines.items()}
-        record = hold(Contest("sampling, 20 evaluations", "images", size, contestants), 3, wait=wait)
+        record = run_contest(Contest("sampling, 20 evaluations", "images", size, contestants), 3, wait=wait)
         print("\n".join(table(record)), flush=True)
         run = self.out / "run"
         if not checkpoint_steps(run):
@@ -201,10 +204,10 @@ class Measurements:
     def bench(self) -> dict[str, Any]:
         small = self.recipe == "digits"
         network = "digits" if small else "cifar10"
-        cases: tuple[contests.Case, ...] = ("evaluation", "training", "sampling", "input")
-        cases += () if small else ("statistics", "scoring", "scaling")
+        chosen: tuple[cases.Case, ...] = ("evaluation", "training", "sampling", "input")
+        chosen += () if small else ("statistics", "scoring", "scaling")
         batch = self.config.training.batch_size
-        return contests.run_bench(cases, network, 3, batch, self.on.type, say=lambda line: print(line, flush=True))
+        return cases.run_cases(chosen, network, 3, batch, self.on.type, say=lambda line: print(line, flush=True))
 
     def _memory(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20 if self.on.type == "cuda" else None

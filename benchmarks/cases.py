@@ -1,4 +1,4 @@
-"""What `ddpm bench` compares: each thing as we do it and as the peers' own examples and trainers do it.
+"""What `python -m benchmarks` compares: each thing as we do it and as the peers' own examples and trainers do it.
 
 A peer that is not installed is left out; what the peers do is in `peers`. diffusers' network has our very weights,
 denoising-diffusion-pytorch's has another design and as nearly as many parameters as its width allows.
@@ -18,18 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.bench import (
+from benchmarks.contest import (
     OURS,
     PEERS,
     Contest,
     conditions,
     evaluation_step,
-    hold,
     installed_peers,
     peak_table,
+    run_contest,
     share_of_peak,
     table,
 )
+from benchmarks.peers import denoising_diffusion, denoising_images, denoising_peer, diffusers_images, diffusers_peer
+from benchmarks.scaling import scaling
 from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe
 from ddpm_lab.data import to_uint8, training_batch
 from ddpm_lab.feature_store import features_of
@@ -38,10 +40,8 @@ from ddpm_lab.image_stream import tensor_stream
 from ddpm_lab.interop import diffusers_network
 from ddpm_lab.metrics import frechet_distance, inception_score
 from ddpm_lab.metrics import statistics as feature_statistics
-from ddpm_lab.peers import denoising_diffusion, denoising_images, denoising_peer, diffusers_images, diffusers_peer
 from ddpm_lab.progress import progress
 from ddpm_lab.samplers import ddim_sample
-from ddpm_lab.scaling import scaling
 from ddpm_lab.schedule import linear_schedule
 from ddpm_lab.settings import InputError, packaged
 from ddpm_lab.training import batch_indices, new_state, precision_of, resolve_device, resolve_precision, training_loop
@@ -96,7 +96,7 @@ def subject(name: str, batch_size: int | None = None) -> Subject:
     return Subject(name, recipe.model, shape, batch_size or (8 if name == "cifar10" else 128))
 
 
-def run_bench(
+def run_cases(
     cases: Sequence[Case],
     network: str,
     repeats: int,
@@ -145,7 +145,7 @@ def run_bench(
 
     def meet(contest: Contest, turns: int = repeats) -> None:
         with progress(contest.case, (turns + 1) * len(contest.contestants), "turns") as advance:
-            found = hold(contest, turns, lambda: advance(1), wait)
+            found = run_contest(contest, turns, lambda: advance(1), wait)
         record["contests"].append(found)
         say("\n".join(table(found)))
 

@@ -1,7 +1,7 @@
-"""`ddpm bench`: speed beside the peers that are installed, in one run.
+"""A contest: one thing done by several in turns; and the share of the machine's peak that a step reaches.
 
 Machines are shared and noisy, so no number stands alone: what is compared runs in turns, and the ratio of each turn is
-what is summed up. A `Contest` is one thing done by several contestants; who they are is in `contests`.
+what is summed up. Who the contestants are is in `cases`.
 """
 
 import importlib.util
@@ -53,7 +53,7 @@ def installed_peers() -> dict[str, str]:
     return {name: version(name) for name, module in PEERS.items() if importlib.util.find_spec(module) is not None}
 
 
-def hold(
+def run_contest(
     contest: Contest,
     repeats: int,
     on_turn: Callable[[], object] = lambda: None,
