@@ -16,9 +16,9 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler writes of GPUs that are not there
 
 from benchmarks.cases import Case, run_cases
-from ddpm_lab.files import replace_atomically
-from ddpm_lab.images import check_writable
-from ddpm_lab.settings import InputError
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.files import replace_atomically
+from ddpm_lab.sampling.image_files import check_writable
 
 CASES: tuple[Case, ...] = typing.get_args(Case)
 

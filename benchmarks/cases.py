@@ -32,20 +32,21 @@ from benchmarks.contest import (
 )
 from benchmarks.peers import denoising_diffusion, denoising_images, denoising_peer, diffusers_images, diffusers_peer
 from benchmarks.scaling import scaling
-from ddpm_lab.config import Config, DataConfig, ModelConfig, TrainingConfig, load_recipe
-from ddpm_lab.data import to_uint8, training_batch
-from ddpm_lab.feature_store import features_of
-from ddpm_lab.features import inception_network
-from ddpm_lab.image_stream import tensor_stream
-from ddpm_lab.interop import diffusers_network
-from ddpm_lab.metrics import frechet_distance, inception_score
-from ddpm_lab.metrics import statistics as feature_statistics
-from ddpm_lab.progress import progress
-from ddpm_lab.samplers import ddim_sample
-from ddpm_lab.schedule import linear_schedule
-from ddpm_lab.settings import InputError, packaged
-from ddpm_lab.training import batch_indices, new_state, precision_of, resolve_device, resolve_precision, training_loop
-from ddpm_lab.unet import UNet, build_unet
+from ddpm_lab.core.config import RECIPES, Config, DataConfig, ModelConfig, TrainingConfig, load_recipe
+from ddpm_lab.core.device import precision_of, resolve_device, resolve_precision
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.progress import progress
+from ddpm_lab.data.datasets import to_uint8, training_batch
+from ddpm_lab.data.image_stream import tensor_stream
+from ddpm_lab.diffusion.samplers import ddim_sample
+from ddpm_lab.diffusion.schedule import linear_schedule
+from ddpm_lab.diffusion.unet import UNet, build_unet
+from ddpm_lab.evaluation.feature_store import features_of
+from ddpm_lab.evaluation.features import inception_network
+from ddpm_lab.evaluation.metrics import frechet_distance, inception_score
+from ddpm_lab.evaluation.metrics import statistics as feature_statistics
+from ddpm_lab.models.diffusers_format import diffusers_network
+from ddpm_lab.training.loop import batch_indices, new_state, training_loop
 
 Case = Literal["evaluation", "training", "sampling", "statistics", "scoring", "input", "peak", "scaling"]
 SMALL = "small"
@@ -81,10 +82,8 @@ def subject(name: str, batch_size: int | None = None) -> Subject:
     Raises:
         InputError: another name.
     """
-    if name not in (SMALL, *packaged("recipe")):
-        raise InputError(
-            f"--network must be {SMALL} or one of the recipes {', '.join(packaged('recipe'))}, not {name!r}"
-        )
+    if name not in (SMALL, *RECIPES):
+        raise InputError(f"--network must be {SMALL} or one of the recipes {', '.join(RECIPES)}, not {name!r}")
     if name == SMALL:
         config = ModelConfig(
             base_channels=32, channel_multipliers=(1, 2, 2), attention_levels=(1, 2), attention_head_channels=8,

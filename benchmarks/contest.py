@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.cost import forward_flops
-from ddpm_lab.training import autocast
+from ddpm_lab.core.device import autocast
+from ddpm_lab.training.cost import forward_flops
 
 OURS = "ddpm-lab"
 PEERS = {"diffusers": "diffusers", "denoising-diffusion-pytorch": "denoising_diffusion_pytorch"}

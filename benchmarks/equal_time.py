@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers import Peer, denoising_peer, diffusers_peer
-from ddpm_lab.config import ModelConfig, load_recipe
-from ddpm_lab.data import load_images, to_float
-from ddpm_lab.images import save_npz
-from ddpm_lab.unet import build_unet
+from ddpm_lab.core.config import ModelConfig, load_recipe
+from ddpm_lab.data.datasets import load_images, to_float
+from ddpm_lab.diffusion.unet import build_unet
+from ddpm_lab.sampling.image_files import save_npz
 
 BATCH, SHAPE, NUM_STEPS = 16, (1, 28, 28), 50
 NETWORK = ModelConfig(

@@ -32,17 +32,19 @@ from benchmarks import cases
 from benchmarks.contest import OURS, Contest, conditions, installed_peers, run_contest, table
 from benchmarks.peers import diffusers_peer
 from benchmarks.scaling import DDPM, cost_of
-from ddpm_lab import generation, training
-from ddpm_lab.checkpoint import checkpoint_steps
-from ddpm_lab.config import Config, SamplingConfig, load_recipe
-from ddpm_lab.data import load_images
-from ddpm_lab.files import replace_atomically
-from ddpm_lab.log import read_lines
-from ddpm_lab.schedule import build_schedule
-from ddpm_lab.settings import RunError
-from ddpm_lab.trained import TrainedModel
-from ddpm_lab.training import TrainingStep, autocast, new_state, resolve_device, training_loop
-from ddpm_lab.unet import UNet, build_unet
+from ddpm_lab.core.config import Config, SamplingConfig, load_recipe
+from ddpm_lab.core.device import autocast, resolve_device
+from ddpm_lab.core.errors import RunError
+from ddpm_lab.core.files import replace_atomically
+from ddpm_lab.core.log import read_lines
+from ddpm_lab.data.datasets import load_images
+from ddpm_lab.diffusion.schedule import build_schedule
+from ddpm_lab.diffusion.unet import UNet, build_unet
+from ddpm_lab.models.checkpoint import checkpoint_steps
+from ddpm_lab.models.trained import TrainedModel
+from ddpm_lab.sampling import generation
+from ddpm_lab.training import loop as training
+from ddpm_lab.training.loop import TrainingStep, new_state, training_loop
 
 GRAPHS = functools.partial(torch.compile, dynamic=False, mode="reduce-overhead")  # with CUDA graphs
 
@@ -150,7 +152,8 @@ class Measurements:
 
         def ours(engine: str) -> Callable[[], object]:
             sampling = SamplingConfig(
-                sampler="dpmpp", num_steps=20, batch_size=size, precision="auto", engine="torch" if engine == "torch" else "compile"
+                sampler="dpmpp", num_steps=20, batch_size=size, precision="auto",
+                engine="torch" if engine == "torch" else "compile",
             )  # fmt: skip
             before = generation.compiled
             if engine == "graphs":

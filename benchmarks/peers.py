@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.interop import diffusers_network
-from ddpm_lab.training import autocast
-from ddpm_lab.unet import UNet
+from ddpm_lab.core.device import autocast
+from ddpm_lab.diffusion.unet import UNet
+from ddpm_lab.models.diffusers_format import diffusers_network
 
 
 @dataclass(frozen=True)

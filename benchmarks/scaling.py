@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from ddpm_lab.log import read_lines
-from ddpm_lab.progress import progress
-from ddpm_lab.settings import RunError
-from ddpm_lab.training import resolve_device
+from ddpm_lab.core.device import resolve_device
+from ddpm_lab.core.errors import RunError
+from ddpm_lab.core.log import read_lines
+from ddpm_lab.core.progress import progress
 
 IMAGES = (64, 1_000, 10_000, 50_000)
 PROCESSES = (1, 2)

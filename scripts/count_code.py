@@ -1,6 +1,6 @@
 """Count the lines of code under a folder: those that are neither blank, nor comment, nor docstring.
 
-    python scripts/count_code.py [src/ddpm_lab]
+python scripts/count_code.py [src/ddpm_lab]
 """
 
 import ast
@@ -27,7 +27,11 @@ def code_lines(source: str) -> int:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return len(lines)
 

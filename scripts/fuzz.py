@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_lab.cli import run_command
-from ddpm_lab.data import load_images
+from ddpm_lab.cli.main import run_command
+from ddpm_lab.data.datasets import load_images
 
 RECIPE = """
 [data]
@@ -262,7 +262,7 @@ def prepare(sound: Path) -> list[Target]:
         labels = (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(count)
         (sound / "data" / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     (sound / "classifier").mkdir()
-    from ddpm_lab.classifier import packaged_path
+    from ddpm_lab.evaluation.classifier import packaged_path
 
     shutil.copy(packaged_path("digits"), sound / "classifier" / "classifier.safetensors")
 

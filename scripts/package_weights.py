@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ddpm_lab.trained import load
+from ddpm_lab.models.trained import load
 
 
 def main(run: str, name: str) -> None:
     trained = load(run, device="cpu")
-    folder = Path(__file__).parent.parent / "src" / "ddpm_lab" / "weights" / name
+    folder = Path(__file__).parent.parent / "src" / "ddpm_lab" / "models" / "weights" / name
     folder.mkdir(parents=True, exist_ok=True)
     content = save({key: p.detach().to(torch.float16).contiguous() for key, p in trained.model.named_parameters()})
     meta = {"step": trained.step, "sha256": {"ema.safetensors": hashlib.sha256(content).hexdigest()}}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_lab.cli import run_command
-from ddpm_lab.config import load_recipe
-from ddpm_lab.grid import read_study
-from ddpm_lab.run import train
-from ddpm_lab.study import run_study
+from ddpm_lab.cli.main import run_command
+from ddpm_lab.core.config import load_recipe
+from ddpm_lab.studies.grid import read_study
+from ddpm_lab.studies.study import run_study
+from ddpm_lab.training.run import train
 
 TINY_RECIPE = """
 [data]

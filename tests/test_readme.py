@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_lab.cli import app
+from ddpm_lab.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

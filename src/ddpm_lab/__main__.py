@@ -1,5 +1,5 @@
 """`python -m ddpm_lab` is `ddpm`."""
 
-from ddpm_lab.cli import main
+from ddpm_lab.cli.main import main
 
 main()

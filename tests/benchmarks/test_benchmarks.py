@@ -24,10 +24,10 @@ from benchmarks.cases import (
     training_contest,
 )
 from benchmarks.contest import Contest, installed_peers, run_contest, share_of_peak, table
-from ddpm_lab.config import ModelConfig
-from ddpm_lab.cost import forward_flops
-from ddpm_lab.log import append_line
-from ddpm_lab.settings import RunError
+from ddpm_lab.core.config import ModelConfig
+from ddpm_lab.core.errors import RunError
+from ddpm_lab.core.log import append_line
+from ddpm_lab.training.cost import forward_flops
 
 CPU = torch.device("cpu")
 TINY = Subject("tiny", ModelConfig(base_channels=16, channel_multipliers=(1, 2), num_blocks=1, attention_levels=(1,),

@@ -1,4 +1,8 @@
-"""`ddpm studio`: a page on this machine over what the commands do; it calls their functions and holds no maths."""
+"""`ddpm studio`: a local page over what the commands do; it calls their functions and holds no mathematics.
+
+May import `core` to `exchange`.
+Start with `page.build_page`.
+"""
 
 import os
 import tempfile

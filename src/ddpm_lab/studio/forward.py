@@ -12,14 +12,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddpm_lab.config import SamplingConfig
-from ddpm_lab.data import here, load_images, to_float, to_uint8
-from ddpm_lab.drawing import Picture, above, beside, framed, image_table, number
-from ddpm_lab.forward import Curves, Process, forward_states, processes, snr_at
-from ddpm_lab.images import visible_scale
-from ddpm_lab.pictures import as_seen, opened_picture
-from ddpm_lab.reverse import reconstruct
-from ddpm_lab.settings import InputError
+from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
+from ddpm_lab.data.image_formats import as_seen, opened_picture
+from ddpm_lab.pictures.drawing import Picture, above, beside, framed, image_table, number
+from ddpm_lab.pictures.forward import Curves, Process, forward_states, processes, snr_at
+from ddpm_lab.pictures.reverse import reconstruct
+from ddpm_lab.sampling.image_files import visible_scale
 from ddpm_lab.studio.sources import model_names, open_model, whole
 from ddpm_lab.studio.sources import told as told_on_page
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.config import SamplingConfig
-from ddpm_lab.data import to_uint8
-from ddpm_lab.drawing import Picture
-from ddpm_lab.film import save_film
-from ddpm_lab.generation import build_sampler, trajectory
-from ddpm_lab.images import image_grid, save_png, visible_scale
-from ddpm_lab.look import SHORT_FILM
-from ddpm_lab.reverse import Trajectory, describe_generator, reverse_frames
+from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.data.datasets import to_uint8
+from ddpm_lab.models.trained import TrainedModel
+from ddpm_lab.pictures.drawing import Picture
+from ddpm_lab.pictures.film import save_film
+from ddpm_lab.pictures.picture_settings import SHORT_FILM
+from ddpm_lab.pictures.reverse import Trajectory, describe_generator, reverse_frames
+from ddpm_lab.sampling.generation import build_sampler, trajectory
+from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
 from ddpm_lab.studio.sources import guide_names, model_names, new_folder, open_model, source_of, whole
 from ddpm_lab.studio.sources import told as told_on_page
-from ddpm_lab.trained import TrainedModel
 
 MOST_IMAGES, KEPT_STATES = 64, 41
 LEAST_SECONDS = 0.12  # between two pictures: more often nobody can see, and the page would lag behind

@@ -15,13 +15,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ddpm_lab.pictures import formats
-from ddpm_lab.settings import InputError
+from ddpm_lab.core.device import resolve_device
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.data.image_formats import formats
 from ddpm_lab.studio.forward import forward_tab
 from ddpm_lab.studio.generate import generate_tab
 from ddpm_lab.studio.runs import runs_tab
 from ddpm_lab.studio.scores import scores_tab
-from ddpm_lab.training import resolve_device
 
 HOST = "127.0.0.1"  # this machine alone
 LOOKS = 5.0  # seconds between looks at the disk

@@ -11,15 +11,15 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ddpm_lab.checkpoint import checkpoint_steps
-from ddpm_lab.curves import RunLog, read_runs, training_figure
-from ddpm_lab.drawing import Picture, rendered
-from ddpm_lab.interop import is_diffusers
-from ddpm_lab.session import LOG, SCORES
-from ddpm_lab.settings import InputError
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.log import LOG, SCORES
+from ddpm_lab.models.checkpoint import checkpoint_steps
+from ddpm_lab.models.diffusers_format import is_diffusers
+from ddpm_lab.models.trained import read_run_record
+from ddpm_lab.pictures.curves import RunLog, read_runs, training_figure
+from ddpm_lab.pictures.drawing import Picture, rendered
 from ddpm_lab.studio.sources import entries_of, inside, run_folders
 from ddpm_lab.studio.sources import told as told_on_page
-from ddpm_lab.trained import read_run_record
 
 COLUMNS = ("run", "steps", "loss", "T", "betas", "predicts", "last score, or what is wrong")
 MOST_CURVES = 7  # as many as there are colours

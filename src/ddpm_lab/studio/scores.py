@@ -6,13 +6,13 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_lab.cell import MEASURES
-from ddpm_lab.config import SamplingConfig, ScoringConfig
-from ddpm_lab.guidance import guidance_label
-from ddpm_lab.score_table import class_count, floor_count, score_table
-from ddpm_lab.scores import evaluate_source
-from ddpm_lab.session import SCORES
-from ddpm_lab.settings import InputError
+from ddpm_lab.core.config import SamplingConfig, ScoringConfig
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.log import SCORES
+from ddpm_lab.diffusion.guidance import guidance_label
+from ddpm_lab.evaluation.score_table import class_count, floor_count, score_table
+from ddpm_lab.evaluation.scores import evaluate_source
+from ddpm_lab.studies.cell import MEASURES
 from ddpm_lab.studio.runs import run_names
 from ddpm_lab.studio.sources import check_data, entries_of, model_names, new_folder, open_model, source_of, whole
 from ddpm_lab.studio.sources import told as told_on_page

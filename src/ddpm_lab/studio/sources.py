@@ -11,14 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_lab.checkpoint import checkpoint_steps
-from ddpm_lab.data import DATASETS, here
-from ddpm_lab.image_folder import files_below
-from ddpm_lab.interop import is_diffusers
-from ddpm_lab.log import read_lines
-from ddpm_lab.settings import InputError, RunError, is_out_of_memory
+from ddpm_lab.core.errors import InputError, RunError, is_out_of_memory
+from ddpm_lab.core.log import read_lines
+from ddpm_lab.data.datasets import DATASETS, here
+from ddpm_lab.data.image_folder import files_below
+from ddpm_lab.models.checkpoint import checkpoint_steps
+from ddpm_lab.models.diffusers_format import is_diffusers
+from ddpm_lab.models.trained import TrainedModel, load, packaged_names
 from ddpm_lab.studio import HELD
-from ddpm_lab.trained import TrainedModel, load, packaged_names
 
 DEPTH = 4  # of folders below that of the runs: a cell of a study is at runs/STUDY/cells/NAME
 

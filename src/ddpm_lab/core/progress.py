@@ -1,0 +1,109 @@
+"""Progress of long work on stderr: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from ddpm_lab.core import processes
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+Advance = Callable[..., None]  # advance(amount, note="text shown behind the bar")
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
+    """The items, each counted once it has been used."""
+    for item in items:
+        yield item
+        advance(1)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str, start: int = 0) -> Iterator[Advance]:
+    """Show how far work has come, and how long it will still take.
+
+    Args:
+        description: what is done, a word or two.
+        total: the count that ends it; start: the count it begins at.
+        unit: what is counted, in the plural.
+    Yields:
+        A function: call it with how many more are done, and optionally a note.
+    """
+    if not processes.lead():
+        yield lambda amount, note=None: None
+    elif sys.stderr.isatty():
+        with _bar(description, total, unit, start) as advance:
+            yield advance
+    else:
+        yield _plain(description, total, unit, start)
+
+
+@contextmanager
+def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advance]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("{task.description}", markup=False),  # it may name a folder, [/and/so/on]
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn(unit),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[note]}", markup=False),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task = bar.add_task(description, total=total, completed=start, note="")
+
+        def advance(amount: int, note: str | None = None) -> None:
+            if note is not None:
+                bar.update(task, note=note)
+            bar.update(task, advance=amount)
+
+        yield advance
+
+
+def _plain(description: str, total: int, unit: str, start: int) -> Advance:
+    """Lines without a terminal: none for short work, then one every interval, and one at the end of long work."""
+    begun = shown = time.monotonic()
+    done, last_note = start, ""
+
+    def advance(amount: int, note: str | None = None) -> None:
+        nonlocal shown, done, last_note
+        done += amount
+        last_note = last_note if note is None else note
+        now = time.monotonic()
+        ended = done >= total and now - begun > PLAIN_INTERVAL_SECONDS
+        if now - shown < PLAIN_INTERVAL_SECONDS and not ended:
+            return
+        shown = now
+        left = (now - begun) * (total - done) / max(done - start, 1)
+        with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+            print(f"{description}: {done}/{total} {unit}, {duration(left)} left  {last_note}".rstrip(), file=sys.stderr)
+
+    return advance
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them: 8 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, min_ = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if hours:
+        return f"{h} h {min_} min"
+    return f"{min_} min {s} s" if minutes else f"{s} s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: 940 kB, 17.9 MB, 1.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

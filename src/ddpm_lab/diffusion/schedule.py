@@ -1,0 +1,138 @@
+"""Noise schedules: beta_t and what follows from it.
+
+Symbols: T is `num_timesteps`; t = 0 .. T-1 in code, where t = 0 is already one step of noise (papers and figures count
+1 .. T, and call the clean image 0). beta[t] is the variance added at step t, alpha = 1 - beta, alpha_bar its product.
+Invariant: tables are float64 on the CPU, computed once, cast when used; alpha_bar falls strictly inside (0, 1).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ddpm_lab.core.config import DiffusionConfig, Spacing, check_chain
+from ddpm_lab.core.errors import InputError
+
+LEAST_LOG_SNR = -10.2  # where the linear chain of T = 1000 ends, and nothing of the image is left
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020, eq. 2).
+
+    Args:
+        beta: variances, (T,) float64 in (0, 1).
+    Raises:
+        InputError: another shape or dtype, or a value outside (0, 1).
+    """
+
+    beta: Tensor
+
+    def __post_init__(self) -> None:
+        if self.beta.ndim != 1 or len(self.beta) < 2 or self.beta.dtype != torch.float64:
+            raise InputError(f"beta must be (T,) float64 with T >= 2, not {tuple(self.beta.shape)} {self.beta.dtype}")
+        if not bool(((self.beta > 0) & (self.beta < 1)).all()):
+            raise InputError("every beta must lie in (0, 1)")
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the length of the chain."""
+        return len(self.beta)
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """1 - beta, (T,) float64."""
+        return 1 - self.beta
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """Cumulative product of alpha, (T,) float64: the share of the image's variance that is left at t."""
+        return torch.cumprod(self.alpha, dim=0)
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), (T,) float64."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    def alpha_bar_at(self, t: int) -> float:
+        """alpha_bar[t], and 1 for t = -1, the clean image."""
+        return 1.0 if t < 0 else float(self.alpha_bar[t])
+
+
+def linear_schedule(num_timesteps: int = 1000, rescale_betas: bool = True) -> NoiseSchedule:
+    """Betas evenly spaced from 1e-4 to 0.02 (Ho et al. 2020, section 4).
+
+    That range is the paper's for T = 1000. For another T there are two conventions, and results differ by it:
+
+    Args:
+        num_timesteps: T, from 2 to 10,000.
+        rescale_betas: multiply the range by 1000 / T, so that every T is nearly the same process and T is its
+            resolution (needs T > 20); False keeps 1e-4 .. 0.02 for every T, so that a short chain ends before the
+            image is gone (sqrt(alpha_bar) ends at 0.0797 for T = 500) and a long one wastes its end.
+    Raises:
+        InputError: T out of range, or too small to rescale.
+    """
+    check_chain(num_timesteps, "linear", rescale_betas)
+    scale = 1000 / num_timesteps if rescale_betas else 1.0
+    return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64))
+
+
+def cosine_schedule(num_timesteps: int = 1000) -> NoiseSchedule:
+    """alpha_bar(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008, betas clipped at 0.999 (arXiv:2102.09672, eq. 17).
+
+    Args:
+        num_timesteps: T, from 2 to 10,000.
+    Raises:
+        InputError: T out of range.
+    """
+    check_chain(num_timesteps, "cosine", None)
+    s = 0.008
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
+    return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+
+def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The schedule that a configuration describes."""
+    if config.schedule == "cosine":
+        return cosine_schedule(config.num_timesteps)
+    return linear_schedule(config.num_timesteps, rescale_betas=config.rescale_betas is not False)
+
+
+def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "uniform") -> list[int]:
+    """The timesteps a sampler visits, from noise to image; after the last comes the clean image.
+
+    Args:
+        schedule: of T timesteps.
+        num_steps: how many, from 1 to T.
+        spacing: 'uniform' (every T / num_steps, the first T-1), 'quadratic' (denser near the image; Song et al. 2020,
+            arXiv:2010.02502, appendix D.2), or 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1
+            to 0; Lu et al. 2022, arXiv:2206.00927; of a chain that goes on in pure noise, as the cosine one does, that
+            part is one step); indices that would coincide move to the next free one.
+    Returns:
+        `num_steps` distinct integers, decreasing, the first T-1.
+    Raises:
+        InputError: num_steps outside 1 .. T, or an unknown spacing.
+    """
+    T = schedule.num_timesteps
+    if not 1 <= num_steps <= T:
+        raise InputError(f"num_steps must be from 1 to the {T} timesteps the network was trained on, not {num_steps}")
+    fractions = [(i + 1) / num_steps for i in range(num_steps)]  # (0, 1], increasing
+    if spacing == "uniform":
+        wanted = [round(T * fraction) - 1 for fraction in fractions]
+    elif spacing == "quadratic":
+        wanted = [round(T * fraction**2) - 1 for fraction in fractions]
+    elif spacing == "logsnr":
+        falling = -schedule.snr.log()  # increasing in t
+        last = min(float(falling[-1]), -LEAST_LOG_SNR)
+        targets = torch.linspace(float(falling[0]), last, num_steps, dtype=torch.float64)
+        wanted = [int((falling - target).abs().argmin()) for target in targets[:-1]] + [T - 1]
+    else:
+        raise InputError(f"spacing must be uniform, quadratic or logsnr, not {spacing!r}")
+    increasing: list[int] = []
+    for index, nearest in enumerate(wanted):
+        free = max(nearest, increasing[-1] + 1) if increasing else max(nearest, 0)
+        increasing.append(min(free, T - num_steps + index))  # and leave room for those that follow
+    return increasing[::-1]

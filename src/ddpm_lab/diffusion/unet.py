@@ -1,0 +1,361 @@
+"""The network: the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), eps_theta(x_t, t).
+
+It knows x_t and t, not the schedule. Levels go down by strided convolutions and up by nearest-neighbour doubling; every
+state on the way down is kept on a stack and joined on the way up. Shape comments: (B, channels, height, width), E the
+width of the time embedding.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_lab.core.config import Conditioning, ModelConfig
+from ddpm_lab.core.errors import InputError
+
+NORM_EPS = 1e-6
+NARROW_HEAD = 16  # channels
+CACHED_WEIGHTS = 2**21
+
+
+def timestep_embedding(position: Tensor, channels: int) -> Tensor:
+    """Sines then cosines of a position at frequencies 1 .. 1/10000 (Vaswani et al. 2017; Ho et al.'s spacing).
+
+    Args:
+        position: (B,) float32, on the scale of 0 .. 999.
+        channels: even, at least 4.
+    Returns:
+        (B, channels) float32.
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=position.device) / (half - 1)
+    angle = position[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    """nn.Embedding with its usual first values; none on the meta device, where drawing them imports for seconds."""
+    weight = torch.empty(rows, columns)
+    return nn.Embedding(rows, columns, _weight=weight if weight.is_meta else weight.normal_())
+
+
+def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    return cast(nn.Conv2d, _initialise(layer, scale))
+
+
+def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
+    """Uniform with variance scale / fan_avg, as Ho et al.; scale 0 makes a block start as the identity."""
+    if scale > 0:
+        nn.init.xavier_uniform_(layer.weight, gain=scale**0.5)
+    else:
+        nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; 1x1 shortcut where channels change.
+
+    The embedding of time and class is added before the second normalisation (Ho et al. 2020), or scales and shifts what
+    comes out of it (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 3, "AdaGN").
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        norm_groups, embedding_channels = config.norm_groups, 4 * config.base_channels
+        self.scale_shift = config.time_conditioning == "scale_shift"
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.conv1 = _convolution(in_channels, out_channels)
+        self.embedding = _initialise(nn.Linear(embedding_channels, out_channels * (1 + self.scale_shift)))
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _convolution(out_channels, out_channels, scale=0)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else _convolution(in_channels, out_channels, kernel_size=1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        projected = self.embedding(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projected.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h += projected
+            h = self.norm2(h)
+        h = self.conv2(self.dropout(F.silu(h)))
+        h += self.shortcut(x)
+        return cast(Tensor, h)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for each image and head.
+
+    Args:
+        q, k, v: (B, heads, positions, d).
+    Returns:
+        (B, heads, positions, d).
+    """
+    d = q.shape[-1]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        if q.device.type == "cpu" and d < NARROW_HEAD:  # a kernel made for wider heads is faster on zeros than without
+            q, k, v = (F.pad(x, (0, NARROW_HEAD - d)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+    # On the CPU bfloat16 has fast products but no fast fused kernel: products, with as many images at a time as leave
+    # the weights in the cache.
+    images = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    parts = zip(*(torch.split(x, images) for x in (q * d**-0.5, k, v)), strict=True)
+    return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in parts])
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to every other: softmax(q k^T / sqrt(channels per head)) v, added to the input."""
+
+    def __init__(self, channels: int, head_channels: int | None, norm_groups: int) -> None:
+        super().__init__()
+        self.heads = channels // head_channels if head_channels else 1
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.query_key_value = _initialise(nn.Linear(channels, 3 * channels))
+        self.out = _initialise(nn.Linear(channels, channels), scale=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        qkv = self.query_key_value(tokens).view(B, H * W, 3, self.heads, C // self.heads)
+        attended = attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(B, H * W, C)
+        return x + cast(Tensor, self.out(attended)).transpose(1, 2).reshape(B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution, padded at the right and the bottom only (as Ho et al.)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        _initialise(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _convolution(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, attention after each where the level has it, and the step to the next level."""
+
+    def __init__(
+        self, channels: Sequence[tuple[int, int]], config: ModelConfig, attention: bool, resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, config) for i, o in channels)
+        self.attentions = nn.ModuleList(
+            SelfAttention(o, config.attention_head_channels, config.norm_groups) if attention else nn.Identity()
+            for _, o in channels
+        )
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t) of Ho et al. 2020; the default arguments are their CIFAR-10 network (35,746,307 parameters).
+
+    Args:
+        image_channels: 1 or 3 (any number works).
+        base_channels: channels of the first level, a multiple of 4 and of norm_groups.
+        channel_multipliers: one per level; a level after the first has half the height and width of the one before.
+        num_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_levels: levels with self-attention, from 0; the middle always has it.
+        attention_head_channels: channels per head; None: one head.
+        dropout: in the residual blocks, while training.
+        norm_groups: of the normalisations. Warns where a level has one channel a group: what the time embedding adds
+            to a channel is then taken away by the next normalisation, and the level cannot see t.
+        patch_size: side of the patches that are folded into channels first and unfolded last.
+        time_conditioning: 'shift' or 'scale_shift', see `ResidualBlock`.
+        num_classes: classes it can be told; None: none.
+        num_timesteps: T; the network takes integer t and scales it itself.
+    Raises:
+        InputError: what cannot be built.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 3,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_levels: Sequence[int] = (1,),
+        attention_head_channels: int | None = None,
+        dropout: float = 0.1,
+        norm_groups: int = 32,
+        patch_size: int = 1,
+        time_conditioning: Conditioning = "shift",
+        num_classes: int | None = None,
+        num_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.config = ModelConfig(
+            base_channels=base_channels,
+            channel_multipliers=tuple(channel_multipliers),
+            num_blocks=num_blocks,
+            attention_levels=tuple(attention_levels),
+            attention_head_channels=attention_head_channels,
+            dropout=dropout,
+            norm_groups=norm_groups,
+            patch_size=patch_size,
+            time_conditioning=time_conditioning,
+            num_classes=num_classes,
+        )
+        if time_conditioning == "shift" and norm_groups in (
+            base_channels * multiplier for multiplier in channel_multipliers
+        ):
+            warnings.warn(
+                f"a level of {norm_groups} channels in {norm_groups} groups cannot see t; give model.norm_groups less",
+                stacklevel=2,
+            )
+        self.image_channels, self.num_timesteps = image_channels, num_timesteps
+        self.patch_size, self.base_channels = patch_size, base_channels
+        embedding_channels = 4 * base_channels
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        last = len(widths) - 1
+
+        self.time_embedding = nn.Sequential(
+            _initialise(nn.Linear(base_channels, embedding_channels)),
+            nn.SiLU(),
+            _initialise(nn.Linear(embedding_channels, embedding_channels)),
+        )
+        # the last row stands for no class
+        self.class_embedding = None if num_classes is None else _table(num_classes + 1, embedding_channels)
+        self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
+
+        # Down: the channels of every state kept are noted, for the way up joins them in reverse.
+        kept = [base_channels]
+        down: list[Level] = []
+        for index, width in enumerate(widths):
+            blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
+            resample = Downsample(width) if index < last else None
+            down.append(Level(blocks, self.config, index in attention_levels, resample))
+            kept += [width] * (num_blocks + (index < last))
+
+        self.down = nn.ModuleList(down)
+
+        middle = widths[-1]
+        self.middle_in = ResidualBlock(middle, middle, self.config)
+        self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
+        self.middle_out = ResidualBlock(middle, middle, self.config)
+
+        up: list[Level] = []
+        current = middle
+        for index, width in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(num_blocks + 1):
+                blocks.append((current + kept.pop(), width))
+                current = width
+            up.append(Level(blocks, self.config, index in attention_levels, Upsample(width) if index > 0 else None))
+        self.up = nn.ModuleList(up)
+        assert not kept
+
+        self.norm_out = nn.GroupNorm(norm_groups, base_channels * channel_multipliers[0], eps=NORM_EPS)
+        self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
+        self.input_scale: Tensor | None
+        self.register_buffer("input_scale", None)
+
+    def scale_input(self, scale: Tensor | None) -> None:
+        """Multiply x_t by scale[t] first, (T,); None: leave it as it is (see `diffusion.input_scale`)."""
+        device = self.conv_out.weight.device
+        self.register_buffer("input_scale", None if scale is None else scale.float().to(device), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it can be told, 0 where it is told none."""
+        return self.config.num_classes or 0
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of images must be multiples of this."""
+        return int(self.patch_size * 2 ** (len(self.down) - 1))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from noised images.
+
+        Args:
+            x_t: (B, C, H, W) float32; H and W multiples of `size_multiple`.
+            t: (B,) int64 in [0, T).
+            y: (B,) int64, each image's class, or num_classes for none; None: none for all.
+        Returns:
+            (B, C, H, W), in the dtype the last convolution computes in.
+        Raises:
+            InputError: channels or size that do not fit the network.
+        """
+        if (
+            x_t.shape[1] != self.image_channels
+            or x_t.shape[2] % self.size_multiple
+            or x_t.shape[3] % self.size_multiple
+        ):
+            raise InputError(
+                f"this network takes (B, {self.image_channels}, H, W) with H and W multiples of {self.size_multiple}, "
+                f"not {tuple(x_t.shape)}"
+            )
+        # Position means noise level whatever T is; float32 throughout, for bfloat16 cannot tell 998 from 999.
+        position = 1000 * (t.float() + 1) / self.num_timesteps - 1
+        embedding = self.time_embedding(timestep_embedding(position, self.base_channels))  # (B, E)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
+        elif y is not None:
+            raise InputError("this network is told no classes; give no y")
+        embedding = F.silu(embedding)
+
+        if self.input_scale is not None:
+            x_t = x_t * self.input_scale[t][:, None, None, None]
+        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
+        states = [h]
+        for level in cast(Iterable[Level], self.down):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, embedding))
+                states.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                states.append(h)
+        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
+        for level in cast(Iterable[Level], self.up):
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, states.pop()], dim=1), embedding))
+            if level.resample is not None:
+                h = level.resample(h)
+        assert not states
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else cast(Tensor, h)
+
+
+def build_unet(
+    config: ModelConfig, image_channels: int, image_size: int, num_timesteps: int, input_scale: Tensor | None = None
+) -> UNet:
+    """The network that a configuration describes, for square images of one size.
+
+    Args:
+        input_scale: see `UNet.scale_input`.
+    Raises:
+        InputError: the size is not a multiple of what the levels and patches need.
+    """
+    model = UNet(image_channels, **dataclasses.asdict(config), num_timesteps=num_timesteps)
+    if image_size % model.size_multiple:
+        raise InputError(
+            f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "
+            f"and patches of {config.patch_size}: the size must be a multiple of {model.size_multiple}"
+        )
+    model.scale_input(input_scale)
+    return model

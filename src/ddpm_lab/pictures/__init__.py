@@ -1,0 +1,5 @@
+"""What is drawn: grids, films, the forward process, reverse trajectories, curves, charts.
+
+May import `core` to `evaluation`.
+Start with `forward` and `reverse`.
+"""

@@ -1,0 +1,103 @@
+"""Images to files: grids as PNG, sets as .npz, each put in place whole.
+
+Images are uint8 (N, C, H, W) here as everywhere; files hold them channels last, as the field's tools expect.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.files import replacing, temporary_path
+
+
+def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """Arrange images in rows.
+
+    Args:
+        images: (N, C, H, W) uint8, C of 1 or 3.
+        columns: per row; None: the smallest square that holds all.
+        scale: whole number by which pixels are repeated, without blur.
+        gap: pixels of white between images, before scaling.
+    Returns:
+        (height, width) uint8 for grey, (height, width, 3) for colour.
+    """
+    N, C, H, W = images.shape
+    columns = min(columns or int(np.ceil(N**0.5)), N)
+    rows = -(-N // columns)
+    canvas = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, C), 255, np.uint8)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = index // columns * (H + gap), index % columns * (W + gap)
+        canvas[top : top + H, left : left + W] = image
+    canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
+    return canvas[:, :, 0] if C == 1 else canvas
+
+
+def image_array(image: Tensor) -> np.ndarray:
+    """One image, (C, H, W) uint8, as a picture: (H, W) for grey, (H, W, 3) for colour."""
+    picture = image.permute(1, 2, 0).cpu().numpy()
+    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture, (H, W) or (H, W, 3) uint8, as PNG; the old file stays until the new one is whole."""
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
+
+
+def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Tensor | None = None) -> None:
+    """Write batches as they come into an .npz of one array `images`, (N, H, W, C) uint8; memory holds one batch.
+
+    Args:
+        batches: (B, C, H, W) uint8, `num_images` in all.
+        labels: (N,) int64, a second array `labels`.
+    """
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        written = 0
+        with archive.open("images.npy", "w", force_zip64=True) as stream:
+            for batch in batches:
+                array = np.ascontiguousarray(batch.permute(0, 2, 3, 1).cpu().numpy())
+                if written == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(array.tobytes())
+                written += len(array)
+        if labels is not None:
+            with archive.open("labels.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels.cpu().numpy(), allow_pickle=False)
+        if written != num_images:
+            raise ValueError(f"{written} images came, {num_images} were announced")
+
+
+def check_writable(path: Path, endings: tuple[str, ...], option: str = "--out") -> None:
+    """Refuse an output path before any work is done for it.
+
+    Raises:
+        InputError: another ending than those known, a folder that does not exist or cannot be written, or a folder
+            where a file should be.
+    """
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{option} {path} must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: folder {path.parent} does not exist")
+    try:
+        probe = temporary_path(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
+def visible_scale(image_size: int, at_least: int = 56) -> int:
+    """The smallest whole factor that brings images to a size one can look at, in pixels."""
+    return max(1, -(-at_least // image_size))

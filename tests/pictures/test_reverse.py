@@ -1,0 +1,263 @@
+"""The reverse process as shown: it ends in the very images that are sampled."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.data.datasets import to_uint8
+from ddpm_lab.models.trained import load
+from ddpm_lab.pictures.curves import norm_figure, read_runs, schedule_figure, state_norms, training_figure
+from ddpm_lab.pictures.drawing import enlarged, rendered
+from ddpm_lab.pictures.forward import chosen_images, processes
+from ddpm_lab.pictures.picture_settings import PictureConfig
+from ddpm_lab.pictures.reverse import (
+    interpolate,
+    reconstruct,
+    record_trajectory,
+    reverse_frames,
+    reverse_picture,
+    show_interpolation,
+    show_reconstruction,
+    show_reverse,
+)
+from ddpm_lab.sampling.generation import generate
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return load(tiny_run, device="cpu")
+
+
+class Knows(torch.nn.Module):
+    """A network of x_0 prediction that knows the images, and notes where it is asked."""
+
+    def __init__(self, x_0):
+        super().__init__()
+        self.x_0 = torch.nn.Parameter(x_0, requires_grad=False)
+        self.asked = []
+
+    def forward(self, x_t, t):
+        self.asked.append(int(t[0]))
+        return self.x_0.expand_as(x_t)
+
+
+def knowing(trained, x_0):
+    """The trained model with its network replaced by one that knows."""
+    config = dataclasses.replace(
+        trained.config, diffusion=dataclasses.replace(trained.config.diffusion, prediction="x_0")
+    )
+    return dataclasses.replace(trained, model=Knows(x_0), config=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(num_steps=6, batch_size=4),
+        SamplingConfig(sampler="ddpm", num_steps=5, batch_size=4, seed=3),
+        SamplingConfig(sampler="dpmpp", num_steps=4, eta=1.0, batch_size=4),
+        SamplingConfig(sampler="heun", num_steps=3, batch_size=4),
+    ],
+    ids=lambda config: config.sampler,
+)
+def test_a_trajectory_ends_in_the_sampled_images(trained, config):
+    shown = record_trajectory(trained, config, 6, 4)  # six images are two batches
+    images = torch.cat(list(generate(trained, 6, config)))
+    assert torch.equal(shown.x_t[-1], images)
+    assert torch.equal(shown.x_0_hat[-1], images)
+    assert shown.x_t.shape == (4, 6, 1, 8, 8)
+    assert (shown.timesteps[0], shown.timesteps[-1]) == (1000, 0)
+    assert shown.timesteps == sorted(shown.timesteps, reverse=True)
+    assert not torch.equal(shown.x_t[1], shown.x_0_hat[1])
+
+
+def test_every_state_is_shown_beside_its_prediction(trained):
+    x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
+    shown = record_trajectory(knowing(trained, x_0), SamplingConfig(num_steps=5, batch_size=2), 2, 6)
+    for predicted in shown.x_0_hat:
+        assert torch.equal(predicted, to_uint8(x_0).expand(2, -1, -1, -1))
+    assert shown.timesteps == [1000, 800, 600, 400, 200, 0]
+
+
+def test_generators_of_different_lengths_go_in_step(trained):
+    short = record_trajectory(trained, SamplingConfig(num_steps=2, batch_size=2), 2, 9)
+    long = record_trajectory(trained, SamplingConfig(num_steps=8, batch_size=2), 2, 9)
+    assert len(short.timesteps) == len(long.timesteps) == 9
+    assert short.timesteps == [1000, 1000, 1000, 500, 500, 500, 0, 0, 0]
+    frames = list(reverse_frames([short, long]))
+    assert len(frames) == 9
+    assert len({frame.shape for frame in frames}) == 1
+    one = reverse_picture([short])
+    assert reverse_picture([short, long]).shape[0] > 1.8 * one.shape[0]
+
+
+def test_the_last_frame_shows_what_ddpm_sample_draws(tiny_run, trained, tmp_path):
+    config = SamplingConfig(num_steps=4, batch_size=4)
+    images = torch.cat(list(generate(trained, 2, config)))
+    picture, film = PictureConfig(scale=2), PictureConfig(scale=2, hold=0.5)
+    for name, kind in (("a.gif", {"look": film}), ("a.png", {"look": picture, "columns": 5})):
+        show_reverse(tmp_path / name, [str(tiny_run)], config, num_images=2, device="cpu", **kind)
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 5
+        film.seek(4)
+        last = np.asarray(film.convert("RGB")).astype(int)
+    shown = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    for image in images:
+        wanted = enlarged(image, 2).astype(int)
+        assert least_difference(shown, wanted) == 0
+        assert least_difference(last, wanted) <= 8  # of a palette
+
+
+def least_difference(picture, part):
+    """How far a part is from where it fits a picture best: the largest difference of a pixel there."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture[:, :, 0], part.shape[:2])
+    return np.abs(windows - part[:, :, 0]).max((2, 3)).min()
+
+
+def test_an_interpolation_joins_the_images_of_two_seeds(trained):
+    config = SamplingConfig(num_steps=4, seed=5, batch_size=6)
+    images = interpolate(trained, config, 9, 2, 3)
+    assert images.shape == (2, 3, 1, 8, 8)
+    for place, seed in ((0, 5), (-1, 9)):
+        ends = torch.cat(list(generate(trained, 2, dataclasses.replace(config, seed=seed))))
+        assert (images[:, place].int() - ends.int()).abs().max() <= 1
+    same = interpolate(trained, config, 5, 2, 3)
+    assert (same[:, 0].int() - same[:, 1].int()).abs().max() <= 1
+    for noisy in (SamplingConfig(sampler="ddpm"), SamplingConfig(eta=0.5), SamplingConfig(sampler="dpmpp", eta=1.0)):
+        with pytest.raises(InputError, match="without noise on the way"):
+            interpolate(trained, noisy, 9, 2, 3)
+
+
+def test_noise_between_two_seeds_keeps_its_norm(trained):
+    class Notes(Knows):
+        def forward(self, x_t, t):
+            self.asked.append(x_t.clone())
+            return super().forward(x_t, t)
+
+    spy = dataclasses.replace(trained, model=Notes(torch.zeros(1, 1, 8, 8)))
+    interpolate(spy, SamplingConfig(num_steps=1, batch_size=64), 9, 4, 11)
+    norms = spy.model.asked[0].flatten(1).norm(dim=1).view(4, 11)
+    low, high = torch.minimum(norms[:, 0], norms[:, -1]), torch.maximum(norms[:, 0], norms[:, -1])
+    assert bool((norms > 0.9 * low[:, None]).all())  # the straight line would fall to 0.7
+    assert bool((norms < 1.1 * high[:, None]).all())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+def test_what_is_denoised_starts_where_it_was_noised(trained, sampler):
+    x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
+    model = knowing(trained, x_0)
+    x_t, came = reconstruct(model, SamplingConfig(sampler=sampler, num_steps=20, batch_size=4), x_0, 500)
+    torch.testing.assert_close(came, x_0, rtol=0, atol=1e-5)
+    assert model.model.asked[0] == 499
+    assert len(model.model.asked) == 10  # its share of the twenty
+    signal = trained.schedule.alpha_bar[499].sqrt()
+    noise = (x_t - signal.float() * x_0) / (1 - trained.schedule.alpha_bar[499]).sqrt().float()
+    assert float(noise.abs().mean()) == pytest.approx(0.8, abs=0.2)
+
+
+def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
+    x_0 = chosen_images("digits", "test", 4, 0)
+    near, far = (
+        float((reconstruct(trained, SamplingConfig(num_steps=50), x_0, t)[1] - x_0).square().mean()) for t in (20, 1000)
+    )
+    assert near < 0.02 < far
+    with pytest.raises(InputError, match="from 2 to the 1000"):
+        reconstruct(trained, SamplingConfig(), x_0, 1001)
+
+
+def test_every_kind_of_file_is_made(tiny_run, tmp_path):
+    sampling = SamplingConfig(num_steps=4, batch_size=4)
+    film, picture = {"look": PictureConfig(frames=3, hold=0.1)}, {"columns": 3}
+    for name in ("a.png", "a.gif", "a.mp4"):
+        kind = picture if name == "a.png" else film
+        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, device="cpu", **kind)
+        assert (tmp_path / name).stat().st_size > 1000
+        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, device="cpu", **kind)
+        assert (tmp_path / f"i{name}").stat().st_size > 1000
+    line = show_reconstruction(tmp_path / "r.png", str(tiny_run), sampling, [10, 900], device="cpu")
+    assert "from t = 10, " in line
+
+
+def test_figures_are_drawn(tiny_run, trained):
+    shapes = {
+        "schedules": schedule_figure(processes([50, 100], ["rescaled", "fixed", "cosine"])),
+        "training": training_figure(read_runs([tiny_run])),
+        "norms": norm_figure(state_norms(trained, SamplingConfig(num_steps=4, batch_size=8), 8)),
+    }
+    for name, figure in shapes.items():
+        picture = rendered(figure)
+        assert picture.shape[1] == 840, name
+        assert (picture < 128).mean() > 0.002, name
+
+
+def test_lines_that_no_run_writes_are_not_drawn(tiny_run, tmp_path):
+    """Found by scripts/fuzz.py."""
+    lines = (tiny_run / "log.jsonl").read_text().splitlines()
+    (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
+    changes = [
+        {"loss_by_t": None},
+        {"loss_by_t": [1.0]},
+        {"loss_by_t": ["x"] * 10},
+        {"loss": "small"},
+        {"images": None},
+    ]
+    damaged = [json.dumps(json.loads(lines[0]) | change) for change in changes]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, *damaged]) + "\n")
+    (log,) = read_runs([tmp_path])
+    assert log.lines == read_runs([tiny_run])[0].lines
+    training_figure([log])
+
+
+def test_noised_images_have_the_norm_of_theory(trained):
+    norms = state_norms(trained, SamplingConfig(num_steps=4, batch_size=64), 64)
+    measured = np.array([value for _, value in norms.noised])
+    expected = np.array([norms.theory[t - 1] for t, _ in norms.noised])
+    assert np.abs(measured / expected - 1).max() < 0.05
+    assert [t for t, _ in norms.sampled] == [1000, 750, 500, 250, 0]
+    half = knowing(trained, torch.full((1, 1, 8, 8), 0.5))  # images of one grey
+    shown = dict(state_norms(half, SamplingConfig(num_steps=4, batch_size=64), 64).sampled)
+    assert shown[0] == pytest.approx(0.5)
+    assert shown[500] == pytest.approx((1 - 0.75 * float(trained.schedule.alpha_bar[499])) ** 0.5, rel=0.02)
+
+
+def test_pictures_of_few_steps_need_no_word_of_columns(tiny_run, tmp_path):
+    line = show_reverse(tmp_path / "a.png", [str(tiny_run)], SamplingConfig(num_steps=3, batch_size=4), device="cpu")
+    assert "4 images in 4 states" in line
+
+
+@pytest.mark.parametrize("command", ["reverse", "interpolate", "reconstruct", "curves norms"])
+def test_pictures_are_sampled_in_small_batches_whatever_else_is_said(command):
+    from ddpm_lab.cli import picture_commands  # noqa: F401 (registers them)
+    from ddpm_lab.cli.commands import app
+
+    for flags, size in (("", 8), (" --seed 3", 8), (" --num-steps 9 --batch-size 16", 16)):
+        _, bound, _ = app.parse_args(f"{command} mnist --out a.png{flags}")
+        sampling = bound.arguments.get("sampling", bound.signature.parameters["sampling"].default)
+        assert sampling.batch_size == size
+
+
+def test_pictures_of_a_folder_are_fitted_to_the_network(tiny_run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index in range(5):
+        Image.new("L", (20, 30), 40 * index).save(tmp_path / "pictures" / f"{index}.png")
+    config, pictures = SamplingConfig(num_steps=3, batch_size=4), str(tmp_path / "pictures")
+    line = show_reconstruction(tmp_path / "a.png", str(tiny_run), config, [500], dataset=pictures, device="cpu")
+    assert "from t = 500" in line
+
+
+def test_an_imported_network_is_asked_what_it_was_trained_on(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["config"]["data"]["dataset"] = "unknown"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    config = SamplingConfig(num_steps=3)
+    with pytest.raises(InputError, match="give --dataset"):
+        show_reconstruction(tmp_path / "a.png", str(tmp_path / "run"), config, [500], device="cpu")
+    with pytest.raises(InputError, match="ddpm import --dataset"):
+        state_norms(load(tmp_path / "run", device="cpu"), config, 4)

@@ -1,0 +1,204 @@
+"""Images from a trained network: seeds that do not depend on company, files, and the names of packaged weights."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_lab import load
+from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.core.errors import InputError
+from ddpm_lab.models.trained import packaged_names
+from ddpm_lab.sampling.generation import ImageNoise, generate, sample_to_file
+from ddpm_lab.sampling.image_files import image_grid, save_npz
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return load(tiny_run, device="cpu")
+
+
+def images(trained, num_images, **settings):
+    return torch.cat(list(generate(trained, num_images, SamplingConfig(**settings))))
+
+
+def test_a_loaded_model_is_called_as_documented(trained):
+    out = trained.model(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
+    assert out.shape == (2, 1, 8, 8)
+    assert trained.schedule.num_timesteps == trained.config.diffusion.num_timesteps == 1000
+    assert trained.step == 12
+    raw = load(tiny_path := trained.name, weights="raw", device="cpu")
+    assert not torch.equal(raw.model(torch.ones(1, 1, 8, 8), torch.tensor([5])),
+                           trained.model(torch.ones(1, 1, 8, 8), torch.tensor([5])))  # fmt: skip
+    assert load(f"{tiny_path}/checkpoints/step_00000008", device="cpu").step == 8
+    assert load(tiny_path, checkpoint=8, device="cpu").step == 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_steps": 5},
+        {"num_steps": 5, "eta": 1.0},
+        {"sampler": "ddpm", "num_steps": 4},
+        {"sampler": "dpmpp", "num_steps": 4},
+        {"sampler": "dpmpp", "num_steps": 4, "eta": 1.0},
+    ],
+)
+def test_an_image_is_the_same_in_any_number(trained, settings):
+    """Bit for bit at one batch size; across batch sizes by at most 1 of 255."""
+    many = images(trained, 11, batch_size=4, **settings)
+    assert many.shape == (11, 1, 8, 8)
+    assert many.dtype == torch.uint8
+    for number in (1, 4, 6):
+        assert torch.equal(images(trained, number, batch_size=4, **settings), many[:number])
+    for batch_size in (1, 3, 11):
+        other = images(trained, 11, batch_size=batch_size, **settings)
+        assert int((other.int() - many.int()).abs().max()) <= 1
+
+
+def test_bf16_samples_nearly_the_same_images(trained):
+    exact = images(trained, 8, num_steps=5)
+    silent = dataclasses.replace(trained, model=copy.deepcopy(trained.model))
+    for parameter in silent.model.parameters():
+        parameter.zero_()
+    all_that_the_network_does = float((images(silent, 8, num_steps=5).int() - exact.int()).abs().float().mean())
+    for batch_size in (8, 3):
+        rounded = images(trained, 8, num_steps=5, precision="bf16", batch_size=batch_size)
+        difference = (rounded.int() - exact.int()).abs()
+        assert 0 < float(difference.float().mean()) < all_that_the_network_does / 4
+
+
+def test_seeds_and_images_differ(trained):
+    first, second = images(trained, 3, num_steps=2), images(trained, 3, num_steps=2, seed=1)
+    assert len({image.numpy().tobytes() for image in [*first, *second]}) == 6
+
+
+def test_noise_of_an_image_comes_from_its_seed_and_number():
+    together = ImageNoise(7, range(3), (1, 4, 4), torch.device("cpu"))
+    alone = ImageNoise(7, range(2, 3), (1, 4, 4), torch.device("cpu"))
+    for step in (-1, 0, 1):
+        assert torch.equal(together(step)[2:], alone(step))
+    expected = np.random.default_rng(np.random.SeedSequence([7, 2])).standard_normal((1, 4, 4), dtype=np.float32)
+    fresh = ImageNoise(7, range(2, 3), (1, 4, 4), torch.device("cpu"))
+    assert np.array_equal(fresh(-1)[0].numpy(), expected)
+    big = ImageNoise(0, range(100), (1, 32, 32), torch.device("cpu"))(-1)
+    assert float(big.mean()) == pytest.approx(0, abs=0.01)
+    assert float(big.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_every_step_is_reported(trained):
+    seen = []
+    list(generate(trained, 5, SamplingConfig(num_steps=3, batch_size=4), on_step=seen.append))
+    assert seen == [4, 4, 4, 1, 1, 1]
+
+
+def test_a_grid_and_an_array_hold_the_same_images(tiny_run, trained, tmp_path):
+    settings = SamplingConfig(num_steps=2, batch_size=4)
+    sample_to_file(str(tiny_run), tmp_path / "a.npz", 6, settings, device="cpu")
+    sample_to_file(str(tiny_run), tmp_path / "a.png", 6, settings, device="cpu")
+    with np.load(tmp_path / "a.npz") as archive:
+        array = archive["images"]
+    assert array.shape == (6, 8, 8, 1)
+    assert array.dtype == np.uint8
+    expected = images(trained, 6, num_steps=2, batch_size=4)
+    assert np.array_equal(array, expected.permute(0, 2, 3, 1).numpy())
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(picture), image_grid(expected, scale=7))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+def test_grid_by_hand():
+    four = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1)
+    assert image_grid(four[:3], gap=1).tolist() == [[0, 255, 1], [255, 255, 255], [2, 255, 255]]
+    assert image_grid(four, columns=4, gap=0, scale=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 2
+    assert image_grid(four.expand(4, 3, 1, 1)).shape == (4, 4, 3)
+
+
+def test_arrays_are_written_batch_by_batch(tmp_path):
+    """No batch is held while the next is made."""
+    alive = []
+
+    def batches():
+        import gc
+        import weakref
+
+        for _ in range(4):
+            gc.collect()
+            assert sum(reference() is not None for reference in alive) <= 1
+            batch = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    save_npz(tmp_path / "x.npz", batches(), 20)
+    with np.load(tmp_path / "x.npz") as archive:
+        assert archive["images"].shape == (20, 4, 4, 3)
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"old")
+
+    def batches():
+        yield torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_npz(path, batches(), 2)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_packaged_weights_sample_offline():
+    """They are what the README promises: small, averaged, and of real digits."""
+    assert packaged_names() == ["mnist"]
+    trained = load("mnist", device="cpu")
+    assert trained.image_shape == (1, 28, 28)
+    assert trained.record["data"]["name"] == "mnist:train"
+    assert (trained.folder / "ema.safetensors").stat().st_size <= 6_000_000
+    drawn = images(trained, 4, num_steps=10, batch_size=4).float()
+    ink = (drawn > 127).float().mean((1, 2, 3))  # of real digits: 0.03 to 0.35
+    assert bool(((ink > 0.02) & (ink < 0.4)).all()), ink
+    assert float((drawn[:, :, 0] < 30).float().mean()) > 0.95, "the upper border is black"
+
+
+def test_a_packaged_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch, tiny_run):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "mnist")
+    assert load("mnist", device="cpu").image_shape == (1, 28, 28)
+    assert load("./mnist", device="cpu").image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda d: (d / "config.json").unlink(), "holds no config.json"),
+        (lambda d: (d / "config.json").write_text("{}"), "is not a run's"),
+        (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "is not JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "is not JSON"),
+        (lambda d: shutil.rmtree(d / "checkpoints"), "has no checkpoint yet"),
+        (lambda d: edit(d, lambda r: r["config"]["model"].update(base_channels=33)), "multiple of 4"),
+        (lambda d: edit(d, lambda r: r["config"]["model"].update(base_channels=64)), "belongs to another network"),
+        (lambda d: edit(d, lambda r: r["config"]["diffusion"].update(num_timesteps="many")), "whole number"),
+        (lambda d: edit(d, lambda r: r["config"].update(optimiser={})), "no group 'optimiser'"),
+        (lambda d: edit(d, lambda r: r["data"].update(image_shape=[1, 8])), "is not a run's"),
+        (lambda d: edit(d, lambda r: r["data"].update(image_shape=[1, 7, 7])), "multiple of 2"),
+    ],
+)
+def test_broken_runs_are_refused(tiny_run, tmp_path, break_it, words):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    break_it(copy)
+    with pytest.raises(InputError, match=words):
+        load(copy, device="cpu")
+
+
+def edit(run_dir, change):
+    record = json.loads((run_dir / "config.json").read_text())
+    change(record)
+    (run_dir / "config.json").write_text(json.dumps(record))

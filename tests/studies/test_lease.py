@@ -1,0 +1,148 @@
+"""Leases: one holder at a time, taken over from the dead, never from the living."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddpm_lab.core.errors import RunError
+from ddpm_lab.studies.lease import leased
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddpm_lab.lease import leased
+with leased(Path(sys.argv[1]), float(sys.argv[2])) as lease:
+    print("held" if lease else "refused", flush=True)
+    time.sleep(60)
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def holder(path, seconds):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_holds_and_the_next_is_refused_until_it_ends(tmp_path):
+    path = tmp_path / "a.lease"
+    with leased(path) as first:
+        assert first is not None
+        first.check()
+        with leased(path) as second:
+            assert second is None
+        assert path.exists()
+    assert names(tmp_path) == ["a.lease.lock"]
+    with leased(path) as third:
+        assert third is not None
+
+
+def test_a_holder_keeps_its_lease_for_longer_than_it_lasts(tmp_path):
+    path = tmp_path / "a.lease"
+    with leased(path, 2.0) as lease:
+        for _ in range(6):
+            time.sleep(0.5)
+            with leased(path, 2.0) as other:
+                assert other is None
+        lease.check()
+
+
+def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
+    path = tmp_path / "a.lease"
+    process = holder(path, 100.0)
+    with leased(path, 100.0) as lease:
+        assert lease is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert path.exists()
+    with leased(path, 100.0) as lease:
+        assert lease is not None
+    assert names(tmp_path) == ["a.lease.lock"]
+
+
+def test_the_lease_of_a_worker_elsewhere_is_taken_over_when_it_is_no_longer_touched(tmp_path):
+    path = tmp_path / "a.lease"
+    path.write_text('{"owner": "another-machine/pid:[1] 1 x"}\n')
+    with leased(path, 1.0) as lease:
+        assert lease is None  # not at once: it might live
+    os.utime(path, (time.time() - 2, time.time() - 2))
+    with leased(path, 1.0) as lease:
+        assert lease is not None
+
+
+def test_a_machine_of_the_same_name_is_not_this_one(tmp_path):
+    """Else its processes would be looked for here, and its lease taken as that of a dead one."""
+    from ddpm_lab.studies import lease as module
+
+    path, gone = tmp_path / "a.lease", 2**22 + 1  # a number above those of processes
+    name, _, start = module._this_machine().rpartition("/")
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    assert not boot.exists() or start == boot.read_text().strip()
+    for other, taken in ((module._this_machine(), True), (f"{name}/another-start", False)):
+        path.write_text(json.dumps({"owner": f"{other} {gone} x"}))
+        with leased(path, 100.0) as lease:
+            assert (lease is not None) is taken
+
+
+def test_a_moment_without_the_file_system_loses_no_lease(tmp_path, monkeypatch):
+    from ddpm_lab.studies import lease as module
+
+    path, read, failures = tmp_path / "a.lease", module._owner, []
+
+    def stumbles(of):
+        if len(failures) < 3:
+            failures.append(1)
+            raise OSError(116, "Stale file handle")
+        return read(of)
+
+    with leased(path, 0.5) as lease:
+        monkeypatch.setattr(module, "_owner", stumbles)
+        time.sleep(0.8)
+        assert failures == [1, 1, 1]
+        lease.check()
+    assert names(tmp_path) == ["a.lease.lock"]
+
+
+def test_who_stood_still_finds_its_lease_lost_and_leaves_the_new_one(tmp_path):
+    path = tmp_path / "a.lease"
+    with leased(path, 1.0) as lease:
+        os.utime(path, (0, 0))  # as if it had not been touched for long
+        with leased(path, 1.0) as other:
+            if other is None:  # touched between the two lines
+                pytest.skip("too slow a machine")
+            with pytest.raises(RunError, match="taken over"):
+                lease.check()
+            time.sleep(0.5)
+            other.check()
+    assert names(tmp_path) == ["a.lease.lock"]
+
+
+def _try(path, seconds, results):
+    with leased(path, seconds) as lease:
+        results.put(lease is not None)
+        time.sleep(1.0)
+
+
+def test_of_many_who_come_at_once_one_takes_over(tmp_path):
+    path = tmp_path / "a.lease"
+    path.write_text('{"owner": "dead"}\n')
+    os.utime(path, (0, 0))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_try, args=(path, 30.0, results)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    won = [results.get(timeout=20) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(won) == 1
