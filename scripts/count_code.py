@@ -24,15 +24,9 @@ def code_lines(source: str) -> int:
         if token.type not in SILENT
         for line in range(token.start[0], token.end[0] + 1)
     }
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    for node in ast.walk(ast.parse(source)):  # docstrings, those of attributes too: strings that are whole statements
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(lines)
 
 

@@ -243,7 +243,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "count", "message"),
     [
-        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "cannot be shared by 2 processes"),
+        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "is not a multiple of the 2 processes"),
         (["study", "digits", "--out", "RUN"], 2, "study runs in one process; several share train, sample, evaluate"),
     ],
 )
@@ -271,7 +271,7 @@ def test_what_a_launcher_left_behind_makes_nobody_a_helper(monkeypatch):
     for count in (None, "1"):
         monkeypatch.delenv("WORLD_SIZE") if count is None and "WORLD_SIZE" in os.environ else None
         monkeypatch.setenv("WORLD_SIZE", count) if count else None
-        assert processes.lead()
+        assert processes.is_rank0()
         assert processes.local_rank() == 0
 
 
@@ -319,9 +319,9 @@ def test_one_that_waits_for_the_others_can_be_stopped(sent):
 
 def test_alone_nothing_is_shared():
     rows = torch.arange(6)
-    assert processes.share(rows) is rows
+    assert processes.rank_slice(rows) is rows
     assert processes.gather(rows) is rows
-    assert list(processes.share_out("double", lambda x: 2 * x, iter([1, 2, 3]))) == [2, 4, 6]
-    assert processes.led(lambda: 5, double=abs) == 5
-    assert not processes.any_of(False)
-    assert not processes.computed_elsewhere(1)
+    assert list(processes.map_across_ranks("double", lambda x: 2 * x, iter([1, 2, 3]))) == [2, 4, 6]
+    assert processes.run_on_rank0(lambda: 5, double=abs) == 5
+    assert not processes.any_rank(False)
+    assert not processes.is_on_another_rank(1)

@@ -13,7 +13,7 @@ from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.config import SamplingConfig, load_recipe
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.datasets import load_images, to_uint8
-from ddpm_lab.diffusion.guidance import classes_in_turn, guidance_label, guided, guided_timesteps, withhold
+from ddpm_lab.diffusion.guidance import classes_in_turn, drop_labels, guidance_label, guided, guided_timesteps
 from ddpm_lab.diffusion.process import predict_x_0_eps
 from ddpm_lab.diffusion.samplers import ddim_sample
 from ddpm_lab.diffusion.schedule import linear_schedule
@@ -216,11 +216,11 @@ def test_a_perfect_network_samples_the_class_that_is_asked_for():
 
 def test_classes_are_withheld_as_often_as_asked():
     y = torch.arange(20_000) % 10
-    kept = withhold(y, 10, 0.2, torch.Generator().manual_seed(0))
+    kept = drop_labels(y, 10, 0.2, torch.Generator().manual_seed(0))
     assert set(kept[kept != y].tolist()) == {10}
     assert float((kept == 10).double().mean()) == pytest.approx(0.2, abs=0.01)
-    assert torch.equal(withhold(y, 10, 0.0, torch.Generator()), y)
-    assert set(withhold(y, 10, 1.0, torch.Generator()).tolist()) == {10}
+    assert torch.equal(drop_labels(y, 10, 0.0, torch.Generator()), y)
+    assert set(drop_labels(y, 10, 1.0, torch.Generator()).tolist()) == {10}
 
 
 def test_images_are_asked_for_classes_in_turn():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ddpm_lab.core.errors import InputError, RunError
-from ddpm_lab.pictures.drawing import GAP, LINE, MARGIN, above, beside, enlarged, image_table, number
+from ddpm_lab.pictures.drawing import GAP, LINE, MARGIN, enlarged, image_table, short_number, side_by_side, stacked
 from ddpm_lab.pictures.film import check_kind, save_film
 from ddpm_lab.pictures.picture_settings import PictureConfig
 
@@ -160,7 +160,7 @@ def test_a_table_holds_every_image_at_its_place():
 
 def test_pictures_are_joined_without_loss():
     a, b = np.zeros((4, 6, 3), np.uint8), np.full((2, 3, 3), 7, np.uint8)
-    side, stack = beside([a, b], gap=1), above([a, b], gap=2)
+    side, stack = side_by_side([a, b], gap=1), stacked([a, b], gap=2)
     assert side.shape == (4, 10, 3)
     assert stack.shape == (8, 6, 3)
     assert np.array_equal(side[:2, 7:], b)
@@ -170,4 +170,4 @@ def test_pictures_are_joined_without_loss():
 
 def test_numbers_are_short():
     values = [float("inf"), 12345.0, 310.2, 8.74, 0.0157, 3.97e-5]
-    assert [number(v) for v in values] == ["∞", "12345", "310", "8.7", "0.016", "4e-05"]
+    assert [short_number(v) for v in values] == ["∞", "12345", "310", "8.7", "0.016", "4e-05"]

@@ -11,7 +11,7 @@ from ddpm_lab.core.log import read_lines
 from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.studies.cell import planned_evaluations
 from ddpm_lab.studies.grid import open_study, read_study
-from ddpm_lab.studies.html import short
+from ddpm_lab.studies.html import format_number
 from ddpm_lab.studies.report import _repeating, report_page, write_report
 from ddpm_lab.studies.results import Results, gather
 from ddpm_lab.studies.study import run_study
@@ -35,7 +35,7 @@ def test_the_page_needs_nothing_but_itself(finished_study):
     ("value", "said"), [(12.95, "12.9"), (13.0, "13.0"), (250.4, "250"), (0.5, "0.500"), (0.02, "0.020"), (None, "")]
 )
 def test_numbers_keep_the_zeros_that_were_measured(value, said):
-    assert short(value) == said
+    assert format_number(value) == said
 
 
 def test_charts_say_what_their_dots_are():
@@ -82,7 +82,10 @@ def test_a_floor_stands_beside_the_scores_of_all_steps(finished_study):
     page = report_page(gather(finished_study))
     (record,) = [r for r in gather(finished_study).cells[0].records if r["key"] == "ancestral"]
     assert (
-        page.count(f"<td>{short(record['floor']['kid'])}<small>n=20</small></td><td></td><td></td><td></td></tr>") == 1
+        page.count(
+            f"<td>{format_number(record['floor']['kid'])}<small>n=20</small></td><td></td><td></td><td></td></tr>"
+        )
+        == 1
     )
 
 

@@ -13,10 +13,11 @@ from contextlib import nullcontext, redirect_stdout, suppress
 
 from cyclopts import CycloptsError
 
+from ddpm_lab.cli import picture_commands  # noqa: F401 - it registers its commands
 from ddpm_lab.cli.commands import app
 from ddpm_lab.core import processes
 from ddpm_lab.core.errors import InputError, Interrupted, RunError, is_out_of_memory
-from ddpm_lab.core.messages import hold_warnings, tell_warnings
+from ddpm_lab.core.messages import defer_warnings, show_deferred_warnings
 
 LONGEST = 2000  # characters of an error
 SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)  # as a cluster ends jobs: leases are let go of, and it counts as Ctrl-C
     code = run_command(sys.argv[1:] if arguments is None else arguments)
-    if code and processes.joined():
+    if code and processes.is_distributed():
         # Gloo's threads still wait for processes that have gone; torn down by Python they abort it now and then.
         with suppress(OSError):
             sys.stdout.flush()
@@ -44,18 +45,18 @@ def _interrupt(number: int, frame: object) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and turn what went wrong into a line on stderr and an exit code."""
-    hold_warnings()
+    defer_warnings()
     code = _run_shared(arguments) if "WORLD_SIZE" in os.environ else _run(arguments)
     if code != 2:  # of bad input nothing is told but the one line
-        tell_warnings()
+        show_deferred_warnings()
     return code
 
 
 def _run_shared(arguments: Sequence[str]) -> int:
     """Run as one of several processes that a launcher started; all but the leader are silent when all goes well."""
     try:
-        alone = processes.count() == 1
-        leader = processes.lead()
+        alone = processes.world_size() == 1
+        leader = processes.is_rank0()
     except InputError as error:
         return _fail(2, str(error))
     if not alone and arguments and arguments[0] not in SHARED:

@@ -31,7 +31,7 @@ def resolve_device(device: str) -> torch.device:
 
 def _own(device: torch.device) -> torch.device:
     """Of several processes on a node, each has a GPU to itself."""
-    if device.type != "cuda" or processes.count() == 1:
+    if device.type != "cuda" or processes.world_size() == 1:
         return device
     if processes.local_rank() >= torch.cuda.device_count():
         raise InputError(f"{torch.cuda.device_count()} GPUs are here, too few for a process {processes.local_rank()}")

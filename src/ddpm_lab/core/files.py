@@ -65,7 +65,7 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """`with replacing(path) as temporary:` gives a path to write, which takes the place of `path` if all went well."""
     temporary = temporary_path(path)
     try:
@@ -82,13 +82,13 @@ def replace_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or refuses; the old file stays.
     """
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         write_durably(temporary, content)
     flush_folder(path.parent)
 
 
 @contextmanager
-def appearing(folder: Path, option: str) -> Iterator[Path]:
+def atomic_directory(folder: Path, option: str) -> Iterator[Path]:
     """`with appearing(folder, "--out") as temporary:` gives a folder to fill, which takes its name if all went well.
 
     Args:

@@ -12,7 +12,7 @@ _held: list[str] = []  # warnings of the command under way that are not yet told
 _told: list[str] = []  # and that are
 
 
-def hold_warnings() -> None:
+def defer_warnings() -> None:
     """Begin a command: whatever is warned of from now on waits."""
     _held.clear()
     _told.clear()
@@ -26,13 +26,13 @@ def _hold(message: str) -> None:
 
 def say(line: str) -> None:
     """Print a line of a command that has begun its work, and first the warnings held back until then."""
-    tell_warnings()
+    show_deferred_warnings()
     print(line)
 
 
-def tell_warnings() -> None:
+def show_deferred_warnings() -> None:
     """Tell the warnings that wait."""
-    for message in _held if processes.lead() else ():
+    for message in _held if processes.is_rank0() else ():
         print(f"warning: {message}", file=sys.stderr)
     _told.extend(_held)
     _held.clear()

@@ -36,22 +36,22 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are (WORLD_SIZE)."""
     return max(_number("WORLD_SIZE", 1), 1)
 
 
 def rank() -> int:
     """Which of them this one is, from 0 (RANK)."""
-    return _number("RANK", 0) if count() > 1 else 0
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Which one it is on its node: the GPU it takes (LOCAL_RANK)."""
-    return _number("LOCAL_RANK", 0) if count() > 1 else 0
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
-def lead() -> bool:
+def is_rank0() -> bool:
     """Whether this process leads: always, where it is alone."""
     return rank() == 0
 
@@ -66,7 +66,7 @@ def join(device: "torch.device") -> None:
         RunError: they do not come.
     """
     global _group, _host_group
-    if count() == 1 or _host_group is not None:
+    if world_size() == 1 or _host_group is not None:
         return
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"several processes share GPUs of NVIDIA or CPUs, not {device.type}; give --device cpu")
@@ -80,7 +80,7 @@ def join(device: "torch.device") -> None:
             _group = dist.new_group(timeout=PATIENCE)
             _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"process {rank()} of {count()} did not meet the others: {error}") from error
+        raise RunError(f"process {rank()} of {world_size()} did not meet the others: {error}") from error
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def leave() -> None:
 
 
 @contextmanager
-def watched(advice: str) -> Iterator[None]:
+def peer_failure_guard(advice: str) -> Iterator[None]:
     """Within it, another process that ends is told of in one line.
 
     Args:
@@ -123,7 +123,7 @@ def watched(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if _host_group is None or not _is_of_connection(error):
             raise
-        raise RunError(f"another of the {count()} processes ended; {advice}") from error
+        raise RunError(f"another of the {world_size()} processes ended; {advice}") from error
 
 
 def _is_of_connection(error: RuntimeError) -> bool:
@@ -133,7 +133,7 @@ def _is_of_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process; all must ask."""
     if _host_group is None:
         return flag
@@ -145,7 +145,7 @@ def any_of(flag: bool) -> bool:
     return bool(found)
 
 
-def as_leader(tensors: Iterable["Tensor"]) -> None:
+def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:
     """Give every process the leader's values, in place."""
     if _host_group is not None:
         import torch.distributed as dist
@@ -154,7 +154,7 @@ def as_leader(tensors: Iterable["Tensor"]) -> None:
             dist.broadcast(tensor.detach(), src=0, group=_group)
 
 
-def number_of_leader(number: int) -> int:
+def broadcast_number(number: int) -> int:
     """The leader's number, for all."""
     if _host_group is None:
         return number
@@ -166,7 +166,7 @@ def number_of_leader(number: int) -> int:
     return int(held)
 
 
-def averaging(network: "torch.nn.Module") -> "torch.nn.Module":
+def data_parallel(network: "torch.nn.Module") -> "torch.nn.Module":
     """The network, with its gradients averaged over the processes on the way back."""
     import torch
 
@@ -175,16 +175,16 @@ def averaging(network: "torch.nn.Module") -> "torch.nn.Module":
     return torch.nn.parallel.DistributedDataParallel(network, process_group=_group, gradient_as_bucket_view=True)
 
 
-def joined() -> bool:
+def is_distributed() -> bool:
     """Whether there are others, and this process has met them."""
     return _host_group is not None
 
 
-def share(batch: "Tensor") -> "Tensor":
+def rank_slice(batch: "Tensor") -> "Tensor":
     """This process's rows of a batch that all of them hold, (B, ...) -> (B / count, ...)."""
     if _host_group is None:
         return batch
-    each = len(batch) // count()
+    each = len(batch) // world_size()
     return batch[rank() * each : (rank() + 1) * each]
 
 
@@ -195,12 +195,12 @@ def gather(rows: "Tensor") -> "Tensor":
     import torch
     import torch.distributed as dist
 
-    pieces = [torch.empty_like(rows) for _ in range(count())]
+    pieces = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(pieces, rows.contiguous(), group=_group)
     return torch.cat(pieces)
 
 
-def led(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> Result | None:
+def run_on_rank0(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> Result | None:
     """Process 0 does the work, in which `share_out` gives the others tasks to compute; they return None.
 
     Args:
@@ -212,20 +212,20 @@ def led(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> Result | N
     global _leading
     if _host_group is None:
         return work()
-    with watched("give the same command again"):
-        if not lead():
+    with peer_failure_guard("give the same command again"):
+        if not is_rank0():
             _serve(tasks)
             return None
         _leading = True
         try:
             result = work()
-            _round([None] * count(), {})
+            _round([None] * world_size(), {})
             return result
         finally:
             _leading = False
 
 
-def share_out(name: str, task: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
+def map_across_ranks(name: str, task: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
     """task(item) of each item, in order; within `led` every process computes one of them at a time.
 
     Args:
@@ -235,14 +235,14 @@ def share_out(name: str, task: Callable[[Any], Result], items: Iterable[Any]) ->
         yield from map(task, items)
         return
     waiting = iter(items)
-    while some := list(islice(waiting, count())):
-        given: list[Any] = [(name, _alone(item)) for item in some] + [()] * (count() - len(some))
+    while some := list(islice(waiting, world_size())):
+        given: list[Any] = [(name, _alone(item)) for item in some] + [()] * (world_size() - len(some))
         yield from _round(given, {name: task})[: len(some)]
 
 
-def computed_elsewhere(index: int) -> bool:
+def is_on_another_rank(index: int) -> bool:
     """Whether another process computed result `index` of a `share_out`."""
-    return _leading and index % count() != 0
+    return _leading and index % world_size() != 0
 
 
 def _round(given: Sequence[Any], tasks: dict[str, Callable[[Any], Any]]) -> list[Any]:
@@ -253,7 +253,7 @@ def _round(given: Sequence[Any], tasks: dict[str, Callable[[Any], Any]]) -> list
     dist.scatter_object_list(own, list(given), src=0, group=_host_group)
     if own[0] is None:
         return []
-    results: list[Any] = [None] * count()
+    results: list[Any] = [None] * world_size()
     dist.gather_object(tasks[own[0][0]](own[0][1]), results, dst=0, group=_host_group)
     return results
 

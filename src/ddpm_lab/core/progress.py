@@ -32,7 +32,7 @@ def progress(description: str, total: int, unit: str, start: int = 0) -> Iterato
     Yields:
         A function: call it with how many more are done, and optionally a note.
     """
-    if not processes.lead():
+    if not processes.is_rank0():
         yield lambda amount, note=None: None
     elif sys.stderr.isatty():
         with _bar(description, total, unit, start) as advance:

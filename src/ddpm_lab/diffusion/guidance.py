@@ -88,7 +88,7 @@ def guided_timesteps(schedule: NoiseSchedule, interval: Sequence[float]) -> rang
     return range(first, last)
 
 
-def told(model: Model, labels: Tensor | None) -> Model:
+def conditional(model: Model, labels: Tensor | None) -> Model:
     """A network told the classes of these images, (B,) int64, as a model that knows none of it; None: as it is."""
     if labels is None:
         return model
@@ -96,7 +96,7 @@ def told(model: Model, labels: Tensor | None) -> Model:
     return guided(model, labels, model.num_classes)
 
 
-def withhold(y: Tensor, num_classes: int, probability: float, generator: torch.Generator) -> Tensor:
+def drop_labels(y: Tensor, num_classes: int, probability: float, generator: torch.Generator) -> Tensor:
     """Replace classes by none at random, (B,) int64, so that one network learns both sides of `guided`."""
     withheld = torch.rand(y.shape, generator=generator, device=y.device) < probability
     return torch.where(withheld, num_classes, y)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_lab.core.config import Predicted, Variance
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.data.datasets import to_float
-from ddpm_lab.diffusion.guidance import told
+from ddpm_lab.diffusion.guidance import conditional
 from ddpm_lab.diffusion.process import Model, per_image, posterior, predict_x_0_eps, q_sample
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 
@@ -78,7 +78,7 @@ def variational_bound(
 
     def of_rows(rows: slice) -> Model:
         """The model asked for some of the images; all else is float64 on the CPU, for some devices have none."""
-        asked = told(model, None if labels is None else labels[rows])
+        asked = conditional(model, None if labels is None else labels[rows])
 
         def on_device(x_t: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():

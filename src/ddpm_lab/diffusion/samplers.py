@@ -49,7 +49,7 @@ def estimate(
     return predict_x_0_eps(prediction, output, x_t, alpha_bar_t, clip_x_0)
 
 
-def path(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> list[tuple[int, int, float, float]]:
+def step_pairs(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> list[tuple[int, int, float, float]]:
     """(t, s, alpha_bar_t, alpha_bar_s) of each step; s = -1 is the clean image."""
     timesteps = sampling_timesteps(schedule, num_steps, spacing)
     return [
@@ -92,7 +92,7 @@ def ddpm_steps(
         InputError: num_steps out of range, unknown spacing, variance or prediction.
     """
     num_steps = schedule.num_timesteps if num_steps is None else num_steps
-    way = path(schedule, num_steps, spacing)
+    way = step_pairs(schedule, num_steps, spacing)
     shortened = num_steps < schedule.num_timesteps
     if variance is None:
         variance = "beta_tilde" if shortened else "beta"
@@ -145,7 +145,7 @@ def ddim_steps(
     """
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, not {eta}")
-    way = path(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
+    way = step_pairs(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
     x_t = x_T
     for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(way):
         x_0_hat, eps_hat = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
@@ -157,7 +157,7 @@ def ddim_steps(
         x_t = x_s
 
 
-def to_the_end(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
+def run_sampler(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
     """The function that runs a sampler's steps to their end and returns what they arrive at."""
 
     def sample(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -173,5 +173,5 @@ def to_the_end(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
     return sample
 
 
-ddpm_sample = to_the_end(ddpm_steps)
-ddim_sample = to_the_end(ddim_steps)
+ddpm_sample = run_sampler(ddpm_steps)
+ddim_sample = run_sampler(ddim_steps)

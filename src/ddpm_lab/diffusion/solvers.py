@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_lab.core.config import Predicted, Spacing
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.diffusion.process import Model
-from ddpm_lab.diffusion.samplers import Noise, Step, estimate, path, to_the_end
+from ddpm_lab.diffusion.samplers import Noise, Step, estimate, run_sampler, step_pairs
 from ddpm_lab.diffusion.schedule import LEAST_LOG_SNR, NoiseSchedule
 
 
@@ -71,7 +71,7 @@ def dpmpp_steps(
         raise InputError(f"eta must be from 0 to 1, and 0 where singlestep, not {eta}")
     x_t = x_T
     if singlestep:
-        way = path(schedule, 2 * num_steps, spacing)
+        way = step_pairs(schedule, 2 * num_steps, spacing)
         for (t, m, alpha_bar_t, alpha_bar_m), (_, s, _, alpha_bar_s) in zip(way[::2], way[1::2], strict=True):
             x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
             x_m = _towards(x_0_hat, x_t, alpha_bar_t, alpha_bar_m)
@@ -86,7 +86,7 @@ def dpmpp_steps(
             x_t = x_s
         return
     before, lambda_before = None, math.nan
-    for step, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(path(schedule, num_steps, spacing)):
+    for step, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(step_pairs(schedule, num_steps, spacing)):
         x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         lambda_t = _log_snr(alpha_bar_t)
         extrapolated = x_0_hat
@@ -126,7 +126,7 @@ def heun_steps(
         InputError: num_steps out of range, unknown spacing or prediction.
     """
     x_t = x_T
-    for t, s, alpha_bar_t, alpha_bar_s in path(schedule, num_steps, spacing):
+    for t, s, alpha_bar_t, alpha_bar_s in step_pairs(schedule, num_steps, spacing):
         x_0_hat, eps_t = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         scale = (alpha_bar_s / alpha_bar_t) ** 0.5
         distance = (1 - alpha_bar_s) ** 0.5 - scale * (1 - alpha_bar_t) ** 0.5
@@ -141,5 +141,5 @@ def heun_steps(
         x_t = x_s
 
 
-dpmpp_sample = to_the_end(dpmpp_steps)
-heun_sample = to_the_end(heun_steps)
+dpmpp_sample = run_sampler(dpmpp_steps)
+heun_sample = run_sampler(heun_steps)

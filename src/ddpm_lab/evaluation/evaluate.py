@@ -37,7 +37,7 @@ from ddpm_lab.evaluation.metrics import (
     statistics,
 )
 from ddpm_lab.evaluation.neighbours import manifold, memorisation
-from ddpm_lab.evaluation.reference import FEWEST, Reference, open_reference
+from ddpm_lab.evaluation.reference import MIN_IMAGES, Reference, open_reference
 from ddpm_lab.models.trained import TrainedModel
 from ddpm_lab.sampling.generation import is_sampled, sample_to_folder, sampling_identity
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
@@ -46,7 +46,7 @@ SCORES = (
     "fid", "fid_extrapolated", "inception_score", "inception_score_whole", "kid",
     "precision", "recall", "density", "coverage",
 )  # fmt: skip
-SURE = 0.9  # of its class: how probable the classifier must find it
+CONFIDENCE_THRESHOLD = 0.9  # of its class: how probable the classifier must find it
 _floors: dict[tuple[Any, ...], dict[str, Any]] = {}  # one for all scores of a run, which differ in their images only
 PUBLISHED = 50_000  # images behind a published FID, and in its reference
 FEWEST_HELD_OUT = 100  # for memorisation, which asks how near the nearest hundredth of them lie
@@ -193,9 +193,9 @@ def check_scoring(
     Raises:
         InputError: they do not fit the reference, the network or the settings.
     """
-    if reference is not None and reference.images is not None and reference.images.num_images < FEWEST:
+    if reference is not None and reference.images is not None and reference.images.num_images < MIN_IMAGES:
         raise InputError(
-            f"reference {reference.name} holds {reference.images.num_images} images; {FEWEST} are the fewest"
+            f"reference {reference.name} holds {reference.images.num_images} images; {MIN_IMAGES} are the fewest"
         )
     if num_images < 2:
         raise InputError(f"{name} holds {num_images} image{'s' * (num_images != 1)}; scores need at least 2")
@@ -233,8 +233,8 @@ def check_scoring(
                 f"memorisation needs {FEWEST_HELD_OUT} images that were not trained on; {reference.held_out.name} "
                 f"holds {reference.held_out.num_images}"
             )
-    if "prdc" in config.metrics and num_images < FEWEST:
-        raise InputError(f"prdc needs at least {FEWEST} images, not {num_images}; give more or leave it out")
+    if "prdc" in config.metrics and num_images < MIN_IMAGES:
+        raise InputError(f"prdc needs at least {MIN_IMAGES} images, not {num_images}; give more or leave it out")
     if reference.given is not None:
         there, own = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
         words = f"{reference.name} has {there} features, {network.name} {own}: they are of another network"
@@ -331,8 +331,8 @@ def class_shares(logits: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
     counts = torch.bincount(label, minlength=logits.shape[1])
     return {
         "shares": (counts / len(label)).tolist(),
-        "sure": float((probability > SURE).double().mean()),
-        "sure_above": SURE,
+        "sure": float((probability > CONFIDENCE_THRESHOLD).double().mean()),
+        "sure_above": CONFIDENCE_THRESHOLD,
         **({} if asked is None else {"as_asked": float((label == asked.cpu()).double().mean())}),
     }
 

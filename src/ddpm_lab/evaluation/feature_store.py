@@ -21,7 +21,14 @@ from torch import Tensor
 
 from ddpm_lab.core import processes
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import TEMPORARY_PREFIX, cache_dir, cache_writable, replace_atomically, replacing, waiting_for
+from ddpm_lab.core.files import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    cache_dir,
+    cache_writable,
+    replace_atomically,
+    waiting_for,
+)
 from ddpm_lab.core.progress import progress
 from ddpm_lab.data.image_stream import ImageStream, ahead, chunk_size
 from ddpm_lab.evaluation.features import FeatureNetwork
@@ -57,7 +64,7 @@ class Features:
             made = statistics(self.values)
             if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
                 return made
-            with replacing(path) as temporary, temporary.open("wb") as stream:
+            with atomic_file(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, mean=made.mean.numpy(), cov=made.cov.numpy(), factor=made.factor.numpy())
             return made
 
@@ -137,7 +144,7 @@ def _extract(images: ImageStream, network: FeatureNetwork, folder: Path) -> None
         (partial / LOGITS).open("ab") as logits_file,
         progress(f"features of {images.name}", images.num_images, "images", start=done) as advance,
     ):
-        for features, logits in processes.share_out("features", network, ahead(waiting)):
+        for features, logits in processes.map_across_ranks("features", network, ahead(waiting)):
             if not bool(features.isfinite().all()):
                 raise InputError(f"features {network.name} of {images.name} are not finite")
             if position == 0:

@@ -124,9 +124,9 @@ def memorisation(
     distances, neighbours = nearest(generated, training, on_rows=on_rows)
     usual = nearest(held_out, training, on_rows=on_rows)[0]
     threshold = float(torch.quantile(usual, HUNDREDTH))
-    lonely = radii(training[neighbours], training, 1, on_rows=on_rows)  # of each neighbour, to its own nearest one
+    nearest_neighbour_distance = radii(training[neighbours], training, 1, on_rows=on_rows)
     closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
-    nearer, much_nearer = (mean_interval(distances < limit) for limit in (threshold, lonely / 2))
+    nearer, much_nearer = (mean_interval(distances < limit) for limit in (threshold, nearest_neighbour_distance / 2))
     N, K = len(distances), len(usual)
     rank = 1 + HUNDREDTH * (K - 1)  # where `quantile` reads among the sorted, from 1
     usual_share = betabinom(N, rank, K + 1 - rank)

@@ -13,7 +13,7 @@ from ddpm_lab.data.image_stream import ImageStream, array_header, image_array_of
 from ddpm_lab.evaluation.metrics import Statistics
 
 MOST_FEATURES = 4096  # of statistics from a file: sigma grows with the square
-FEWEST = 4  # images that are compared: precision and recall look at the third neighbour of each
+MIN_IMAGES = 4  # images that are compared: precision and recall look at the third neighbour of each
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Reference:
     def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
         """Those of `others` that are scored as the images are, or None where there are too few."""
         others = self.others(data_dir)
-        if others is None or others.num_images < FEWEST:
+        if others is None or others.num_images < MIN_IMAGES:
             return None
         return others.draw(min(num_images, others.num_images))
 

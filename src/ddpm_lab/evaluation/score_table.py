@@ -4,7 +4,7 @@ from typing import Any
 
 from ddpm_lab.core.settings import fits
 from ddpm_lab.diffusion.guidance import guidance_label
-from ddpm_lab.evaluation.evaluate import SURE
+from ddpm_lab.evaluation.evaluate import CONFIDENCE_THRESHOLD
 
 ROWS = (
     ("inception_score", "Inception Score"),
@@ -78,7 +78,9 @@ def score_table(record: dict[str, Any]) -> list[str]:
         shares = " ".join(f"{share:.1%}" for share in record["classes"]["shares"])
         agreed = record["classes"].get("as_asked")
         told = "" if agreed is None else f"; {agreed:.1%} are taken for the class that was asked for"
-        lines.append(f"classes: {shares}; {record['classes']['sure']:.1%} are over {SURE:.0%} sure{told}")
+        lines.append(
+            f"classes: {shares}; {record['classes']['sure']:.1%} are over {CONFIDENCE_THRESHOLD:.0%} sure{told}"
+        )
     if "memorisation" in record:
         found = record["memorisation"]
 

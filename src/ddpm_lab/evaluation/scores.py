@@ -16,7 +16,7 @@ from ddpm_lab.core.config import Config, SamplingConfig, ScoringConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.core.log import append_line
-from ddpm_lab.core.messages import tell_warnings
+from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.data.datasets import DATASETS, ImageSet, here, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
 from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images
@@ -79,11 +79,11 @@ def evaluate_source(
     begun = time.monotonic()
     on = str(resolve_device(device))
     processes.join(torch.device(on))
-    if pairs is not None and processes.lead():
+    if pairs is not None and processes.is_rank0():
         check_writable(pairs, (".png",), "--pairs")
         if "memorisation" not in scoring.metrics:
             raise InputError("--pairs is a picture of memorisation; add it to --metrics")
-    if scores is not None and processes.lead():
+    if scores is not None and processes.is_rank0():
         check_writable(scores, (".jsonl",), "--scores")
         _check_appendable(scores)
     if inception_weights is not None and features != "inception":
@@ -103,8 +103,8 @@ def evaluate_source(
         network = feature_network(features, images.shape, compared, inception_weights, on)
         check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
         _check_floor(compared, data_dir)
-        tell_warnings()
-        record = processes.led(
+        show_deferred_warnings()
+        record = processes.run_on_rank0(
             lambda: evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs), features=network
         )
         of_model: dict[str, Any] = {"source": source, **dict.fromkeys(MODEL_FIELDS)}
@@ -116,15 +116,15 @@ def evaluate_source(
         else:
             size = trained.config.data.image_size if image_size is None else image_size
             compared = open_reference(reference, data_dir, size, trained.image_shape[0])
-        scores = scores or (_scores_file(trained) if processes.lead() else None)
+        scores = scores or (_scores_file(trained) if processes.is_rank0() else None)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
         if wanted > MOST_IMAGES:
             raise InputError(f"num_images must be from 2 to {MOST_IMAGES}, not {wanted}")
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         _check_floor(compared, data_dir)
-        tell_warnings()
-        record = processes.led(
+        show_deferred_warnings()
+        record = processes.run_on_rank0(
             lambda: score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs),
             sample=sampling_task(trained, sampling),
             features=network,
@@ -288,7 +288,7 @@ def training_scorer(
     training = config.training  # each training seed is sampled from noise of its own, or their spread would lack it
     sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=training.precision, seed=training.seed)
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
-    if processes.lead():
+    if processes.is_rank0():
         features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
 
     def score(trained: TrainedModel) -> dict[str, Any]:
@@ -299,6 +299,6 @@ def training_scorer(
         record |= {"source": trained.name, "by": "training", "device": str(device), **model_record(trained, sampling)}
         return record | {"seconds": time.monotonic() - begun}
 
-    return lambda trained: processes.led(
+    return lambda trained: processes.run_on_rank0(
         lambda: score(trained), sample=sampling_task(trained, sampling), features=network
     )

@@ -9,7 +9,7 @@ from typing import Literal
 from ddpm_lab.core.config import DataConfig, SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import appearing
+from ddpm_lab.core.files import atomic_directory
 from ddpm_lab.diffusion.guidance import guided_timesteps
 from ddpm_lab.exchange.model_card import write_card
 from ddpm_lab.models.checkpoint import checkpoint_path, save_checkpoint
@@ -50,7 +50,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "variance": variance,
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with appearing(run, "--run") as partial:
+    with atomic_directory(run, "--run") as partial:
         (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         save_checkpoint(
             checkpoint_path(partial, 0), 0, {"model.safetensors": parameters, "ema.safetensors": parameters}
@@ -100,7 +100,7 @@ def export_generator(
         ),
     )
     num_steps = resolved.num_steps
-    with appearing(out, "--out") as partial:
+    with atomic_directory(out, "--out") as partial:
         if form == "diffusers":
             save_diffusers(trained.model, trained.config, trained.image_shape[1], trained.variance, partial)
         else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from ddpm_lab.pictures.drawing import plain
+from ddpm_lab.pictures.drawing import escape_mathtext
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -61,7 +61,14 @@ def line_chart(
         for line in (line for line in series if line.points):
             x, y = [point[0] for point in line.points], [point[1] for point in line.points]
             marker: dict[str, Any] = {} if line.style else {"marker": line.marker, "markersize": 5}  # for the legend
-            axes.plot(x, y, color=line.colour, linestyle=line.style or "none", label=plain(line.name) or None, **marker)
+            axes.plot(
+                x,
+                y,
+                color=line.colour,
+                linestyle=line.style or "none",
+                label=escape_mathtext(line.name) or None,
+                **marker,
+            )
             for index, (x_i, y_i, low, high, text) in enumerate(line.points):
                 key = f"{name}-{len(said)}-{index}"
                 said[key] = text
@@ -71,9 +78,11 @@ def line_chart(
         if level is not None:
             least = min((point[1] for line in series for point in line.points), default=level[0])
             if log_y and 3 * level[0] < least:  # most of the chart would be the way down to it
-                axes.plot([], [], " ", label=plain(f"{level[1]}, {level[0]:.2g}"))
+                axes.plot([], [], " ", label=escape_mathtext(f"{level[1]}, {level[0]:.2g}"))
             else:
-                axes.axhline(level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=plain(level[1]))
+                axes.axhline(
+                    level[0], color="#666666", linewidth=1, linestyle=(0, (1, 2)), label=escape_mathtext(level[1])
+                )
         if log_x:
             axes.set_xscale("log")
             _plain_numbers(axes.xaxis)
@@ -83,8 +92,8 @@ def line_chart(
         if x_ticks:
             axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
             axes.minorticks_off()
-        axes.set_xlabel(plain(x_label))
-        axes.set_ylabel(plain(y_label))
+        axes.set_xlabel(escape_mathtext(x_label))
+        axes.set_ylabel(escape_mathtext(y_label))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         if any(line.name and line.points for line in series) or level is not None:

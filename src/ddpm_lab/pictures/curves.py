@@ -11,13 +11,13 @@ import torch
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.log import BANDS, LOG, SCORES, read_lines
-from ddpm_lab.core.messages import tell_warnings
+from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.progress import progress
 from ddpm_lab.core.settings import fits
 from ddpm_lab.diffusion.process import q_sample
 from ddpm_lab.models.diffusers_format import UNKNOWN
 from ddpm_lab.models.trained import TrainedModel
-from ddpm_lab.pictures.drawing import COLOURS, plain, rendered, showable
+from ddpm_lab.pictures.drawing import COLOURS, escape_mathtext, printable, rendered
 from ddpm_lab.pictures.film import PICTURE_ENDINGS
 from ddpm_lab.pictures.forward import Process, chosen_images
 from ddpm_lab.sampling.generation import build_sampler, trajectory
@@ -126,7 +126,7 @@ def read_runs(runs: Sequence[Path]) -> list[RunLog]:
 def read_run(run: Path) -> RunLog | None:
     """The log of one run folder; None where it has no line yet."""
     lines = [line for line in read_lines(run / LOG) if _is_drawn(line)]
-    return RunLog(showable(run.resolve().name), lines, _scores(run, lines[-1])) if lines else None
+    return RunLog(printable(run.resolve().name), lines, _scores(run, lines[-1])) if lines else None
 
 
 def _is_drawn(line: dict[str, Any]) -> bool:
@@ -164,7 +164,9 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
     for index, log in enumerate(logs):
         colour = COLOURS[index % len(COLOURS)]
         images = [line["images"] for line in log.lines]
-        loss.plot(images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=plain(log.name))
+        loss.plot(
+            images, [line["loss"] for line in log.lines], color=colour, linewidth=1, label=escape_mathtext(log.name)
+        )
         validated = [(line["images"], line["validation_loss"]) for line in log.lines if line.get("validation_loss")]
         if validated:
             loss.plot(*zip(*validated, strict=True), color=colour, linestyle="--", marker="o", markersize=3)
@@ -180,7 +182,7 @@ def training_figure(logs: Sequence[RunLog]) -> "Figure":
                 distance[0].plot(*zip(*points, strict=True), style, color=colour, linewidth=1, markersize=4)
     for index, label in enumerate(labels):
         style = MARKS[index % len(MARKS)]
-        distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=plain(label))
+        distance[0].plot([], [], style, color="0.4", linewidth=1, markersize=4, label=escape_mathtext(label))
     loss.set(xscale="linear", yscale="log")
     bands.set(yscale="log", xlim=(0, 1))
     speed.set_ylim(bottom=0)
@@ -240,7 +242,7 @@ def state_norms(
         raise InputError(f"{trained.name} was imported without what it was trained on; name it: ddpm import --dataset")
     x_0 = chosen_images(data.dataset, "train", num_images, config.seed, data_dir, data.image_size)
     sampler = build_sampler(trained, config)
-    tell_warnings()
+    show_deferred_warnings()
     T = schedule.num_timesteps
     theory = (schedule.alpha_bar * float(x_0.square().mean()) + 1 - schedule.alpha_bar).sqrt()
     generator = torch.Generator().manual_seed(config.seed)
@@ -269,6 +271,6 @@ def norm_figure(norms: StateNorms) -> "Figure":
     axes.plot(*zip(*norms.sampled, strict=True), color=COLOURS[1], linewidth=1.5, label="the sampler's states")
     axes.set_xlabel("t", fontsize=9)
     axes.set_ylabel("root mean square of x_t", fontsize=9)
-    axes.set_title(plain(norms.label), fontsize=9, loc="left")
+    axes.set_title(escape_mathtext(norms.label), fontsize=9, loc="left")
     axes.legend(fontsize=8, frameon=False)
     return figure

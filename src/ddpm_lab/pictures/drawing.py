@@ -100,14 +100,14 @@ def text_line(text: str) -> Picture:
     return np.asarray(canvas)
 
 
-def beside(pictures: Sequence[Picture], gap: int = MARGIN * 2) -> Picture:
+def side_by_side(pictures: Sequence[Picture], gap: int = MARGIN * 2) -> Picture:
     """Pictures from left to right, their tops in line."""
     height = max(picture.shape[0] for picture in pictures)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, gap), (0, 0)), constant_values=255) for p in pictures]
     return np.concatenate(padded, axis=1)[:, : -gap or None]
 
 
-def above(pictures: Sequence[Picture], gap: int = MARGIN) -> Picture:
+def stacked(pictures: Sequence[Picture], gap: int = MARGIN) -> Picture:
     """Pictures from top to bottom, their left edges in line."""
     width = max(picture.shape[1] for picture in pictures)
     padded = [np.pad(p, ((0, gap), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
@@ -128,18 +128,18 @@ def rendered(figure: "Figure") -> Picture:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def showable(name: str) -> str:
+def printable(name: str) -> str:
     """A name as figures can draw it, though it be no text, as names of files need not be."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def plain(text: str) -> str:
+def escape_mathtext(text: str) -> str:
     """A text that matplotlib draws as it stands: no mathematics between dollars, and in the legend whatever it begins
     with (what begins with an underscore it leaves out)."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """A positive number in few characters: 12000, 310, 4.2, 0.016, 4e-05, ∞."""
     if value == float("inf"):
         return "∞"

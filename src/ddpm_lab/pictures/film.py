@@ -9,7 +9,7 @@ from typing import IO, cast
 import numpy as np
 
 from ddpm_lab.core.errors import InputError, RunError
-from ddpm_lab.core.files import replacing
+from ddpm_lab.core.files import atomic_file
 from ddpm_lab.pictures.drawing import PAPER, Picture
 from ddpm_lab.pictures.picture_settings import PictureConfig
 from ddpm_lab.sampling.image_files import check_writable
@@ -56,7 +56,7 @@ def save_film(path: Path, frames: Iterable[Picture], film: PictureConfig) -> Non
     """
     if path.suffix.lower() not in FILM_ENDINGS:
         raise InputError(f"{path} must end in {' or '.join(FILM_ENDINGS)}")
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         if path.suffix.lower() == ".gif":
             _save_gif(temporary, _alike(frames), film)
         else:

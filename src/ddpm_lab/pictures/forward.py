@@ -27,12 +27,12 @@ from ddpm_lab.pictures.drawing import (
     LINE,
     TITLE_SIZE,
     Picture,
-    above,
-    beside,
     framed,
     image_table,
-    number,
     rendered,
+    short_number,
+    side_by_side,
+    stacked,
     text_width,
 )
 from ddpm_lab.pictures.film import check_kind, save_film
@@ -159,13 +159,13 @@ def forward_picture(
         states = forward_states(schedule, x_0, timesteps, seed, closed_form)
         captions = [
             ("t", [str(t) for t in timesteps]),
-            ("SNR", [number(snr_at(schedule, t)) for t in timesteps]),
+            ("SNR", [short_number(snr_at(schedule, t)) for t in timesteps]),
         ]
         images = to_uint8(states).transpose(0, 1)
         tables.append(
             image_table(images, scale=scale or visible_scale(x_0.shape[-1]), title=process.label, captions=captions)
         )
-    return framed(above(tables, gap=LINE))
+    return framed(stacked(tables, gap=LINE))
 
 
 def forward_frames(
@@ -187,7 +187,7 @@ def forward_frames(
     for process in shown:
         timesteps = shown_timesteps(process.schedule, num_frames, spacing)
         states = to_uint8(forward_states(process.schedule, x_0, timesteps, seed, closed_form))
-        captions = [f"t = {t}    SNR {number(snr_at(process.schedule, t))}" for t in timesteps]
+        captions = [f"t = {t}    SNR {short_number(snr_at(process.schedule, t))}" for t in timesteps]
         parts.append((process, timesteps, states, captions, Curves(process.schedule)))
     least_width = max(
         text_width(caption for part in parts for caption in part[3]),
@@ -203,8 +203,8 @@ def forward_frames(
                 captions=[("", [captions[index]])],
                 least_width=least_width,
             )
-            rows.append(beside([table, curves.marked(timesteps[index])]))
-        yield framed(above(rows))
+            rows.append(side_by_side([table, curves.marked(timesteps[index])]))
+        yield framed(stacked(rows))
 
 
 class Curves:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError, require
-from ddpm_lab.core.messages import tell_warnings
+from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.progress import counted, progress
 from ddpm_lab.core.seeds import check_seed
 from ddpm_lab.data.datasets import DATASETS, to_uint8
@@ -23,7 +23,17 @@ from ddpm_lab.diffusion.process import q_sample
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 from ddpm_lab.models.diffusers_format import UNKNOWN
 from ddpm_lab.models.trained import TrainedModel, Weights, load
-from ddpm_lab.pictures.drawing import LINE, Picture, above, beside, framed, image_table, number, text_line, text_width
+from ddpm_lab.pictures.drawing import (
+    LINE,
+    Picture,
+    framed,
+    image_table,
+    short_number,
+    side_by_side,
+    stacked,
+    text_line,
+    text_width,
+)
 from ddpm_lab.pictures.film import PICTURE_ENDINGS, check_kind, save_film
 from ddpm_lab.pictures.forward import Process, chosen_images, snr_at
 from ddpm_lab.pictures.picture_settings import PictureConfig, num_columns
@@ -106,7 +116,7 @@ def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None
         tables.append(
             image_table(images, scale=enlargement, title=shown.label, row_labels=[X_T, X_0] * N, captions=captions)
         )
-    return framed(above(tables, gap=LINE))
+    return framed(stacked(tables, gap=LINE))
 
 
 def reverse_frames(trajectories: Sequence[Trajectory], scale: int | None = None) -> Iterator[Picture]:
@@ -128,8 +138,8 @@ def reverse_frames(trajectories: Sequence[Trajectory], scale: int | None = None)
                 )
                 for images, caption in ((shown.x_t, of_one[index]), (shown.x_0_hat, X_0))
             )
-            rows.append(above([text_line(shown.label), beside([left, right])], gap=0))
-        yield framed(above(rows))
+            rows.append(stacked([text_line(shown.label), side_by_side([left, right])], gap=0))
+        yield framed(stacked(rows))
 
 
 def _block(images: Tensor) -> Tensor:
@@ -285,7 +295,7 @@ def show_reverse(
     generators = [load(source, weights=weights, checkpoint=checkpoint, device=device) for source in sources]
     steps = [build_sampler(trained, config).num_steps for trained in generators]
     count = look.num_frames(max(steps) + 1) if moving else num_columns(columns, max(steps) + 1)
-    tell_warnings()
+    show_deferred_warnings()
     with progress("sampling", num_images * sum(steps), "steps") as advance:
         shown = [record_trajectory(trained, config, num_images, count, advance) for trained in generators]
     if moving:
@@ -316,7 +326,7 @@ def show_interpolation(
     check_interpolation(config, to_seed)
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
-    tell_warnings()
+    show_deferred_warnings()
     with progress("sampling", num_images * count * sampler.num_steps, "steps") as advance:
         images = interpolate(trained, config, to_seed, num_images, count, advance)
     scale = look.scale or visible_scale(images.shape[-1])
@@ -371,7 +381,7 @@ def show_reconstruction(
     x_0 = chosen_images(dataset, split, num_images, config.seed, data_dir, size)
     if tuple(x_0.shape[1:]) != shape:
         raise InputError(f"images of {dataset} are {tuple(x_0.shape[1:])}, {source} makes {shape}")
-    tell_warnings()
+    show_deferred_warnings()
     steps = sum(max(1, round(sampler.num_steps * t / T)) for t in chosen)
     with progress("denoising", num_images * steps, "steps") as advance:
         pairs = [reconstruct(trained, config, x_0, t, advance) for t in chosen]
@@ -380,7 +390,7 @@ def show_reconstruction(
     errors = [float((came - x_0).square().mean()) ** 0.5 / 2 for _, came in pairs]  # in [0, 1]: pixels span 2
     captions = [
         ("t", ["0", *map(str, chosen)]),
-        ("SNR", [number(snr_at(trained.schedule, t)) for t in (0, *chosen)]),
+        ("SNR", [short_number(snr_at(trained.schedule, t)) for t in (0, *chosen)]),
         ("RMSE", ["0", *(f"{error:.2g}" for error in errors)]),
     ]
     table = image_table(

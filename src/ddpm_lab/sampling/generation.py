@@ -24,7 +24,7 @@ from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.device import autocast, compiled, precision_of, resolve_device, resolve_precision
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import TEMPORARY_PREFIX, locked, read_json, replace_atomically
-from ddpm_lab.core.messages import tell_warnings
+from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.progress import duration, progress
 from ddpm_lab.core.source_version import source_sha256
 from ddpm_lab.data.datasets import to_uint8
@@ -227,8 +227,10 @@ def generate(
         raise InputError(f"num_images must be at least 1, not {num_images}")
     size = config.batch_size
     pieces = ((first, min(size, num_images - first)) for first in range(begin, num_images, size))
-    for index, images in enumerate(processes.share_out("sample", sampling_task(trained, config, on_step), pieces)):
-        if processes.computed_elsewhere(index):
+    for index, images in enumerate(
+        processes.map_across_ranks("sample", sampling_task(trained, config, on_step), pieces)
+    ):
+        if processes.is_on_another_rank(index):
             on_step(len(images) * build_sampler(trained, config).num_steps)
         yield images
 
@@ -407,7 +409,7 @@ def sample_to_file(
     """
     processes.join(resolve_device(device))
     folder = out.is_dir() or out.suffix == ""
-    if not folder and processes.lead():
+    if not folder and processes.is_rank0():
         if out.suffix.lower() not in (".png", ".npz"):
             raise InputError(f"--out {out} must end in .png or .npz; a new folder's name has no dot in it")
         check_writable(out, (".png", ".npz"))
@@ -417,9 +419,9 @@ def sample_to_file(
         raise InputError(f"num_images must be from 1 to {limit}, not {num_images}")
     trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
     sampler = build_sampler(trained, config)
-    tell_warnings()
+    show_deferred_warnings()
     begun = time.monotonic()
-    before = processes.led(
+    before = processes.run_on_rank0(
         lambda: (
             sample_to_folder(trained, out, num_images, config)
             if folder

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import replacing, temporary_path
+from ddpm_lab.core.files import atomic_file, temporary_path
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: int = 2) -> np.ndarray:
@@ -46,7 +46,7 @@ def save_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture, (H, W) or (H, W, 3) uint8, as PNG; the old file stays until the new one is whole."""
     from PIL import Image
 
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
 
 
@@ -58,7 +58,7 @@ def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Ten
         labels: (N,) int64, a second array `labels`.
     """
     with (
-        replacing(path) as temporary,
+        atomic_file(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
     ):
         written = 0

@@ -20,7 +20,7 @@ def render(template: str, **values: object) -> str:
         loader=PackageLoader("ddpm_lab.studies"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"short": short, "percent": lambda x: f"{x:.1%}", "duration": duration}
+    environment.filters |= {"short": format_number, "percent": lambda x: f"{x:.1%}", "duration": duration}
     return environment.get_template(template).render(**values)
 
 
@@ -34,7 +34,7 @@ def embedded(path: Path) -> str | None:
     return as_data(path.read_bytes(), path.suffix) if path.is_file() else None
 
 
-def short(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """So many digits, zeros at the end too, for they were measured; two below 0.05; nothing for None."""
     if value is None:
         return ""

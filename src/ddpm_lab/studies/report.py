@@ -13,7 +13,7 @@ from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.pictures.drawing import COLOURS
 from ddpm_lab.studies.grid import HEADLINE, STUDIES, Cell, Study, difference, open_study, read_study
-from ddpm_lab.studies.html import embedded, record_as_text, render, short
+from ddpm_lab.studies.html import embedded, format_number, record_as_text, render
 from ddpm_lab.studies.results import (
     BETAS,
     CellResult,
@@ -23,7 +23,7 @@ from ddpm_lab.studies.results import (
     compare,
     compared_convention,
     gather,
-    told,
+    in_words,
 )
 
 STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
@@ -142,8 +142,8 @@ def _style(cell: Cell) -> str:
 
 def _point(x: float, record: dict[str, Any], score: str, what: str) -> tuple[float, float, Any, Any, str]:
     found = record[score]
-    interval = f"{short(found['low'])} to {short(found['high'])}"
-    return x, found["value"], found["low"], found["high"], f"{what}: {short(found['value'])} ({interval})"
+    interval = f"{format_number(found['low'])} to {format_number(found['high'])}"
+    return x, found["value"], found["low"], found["high"], f"{what}: {format_number(found['value'])} ({interval})"
 
 
 def _charts(results: Results) -> dict[str, str]:
@@ -243,19 +243,20 @@ def _other_answers(results: Results) -> list[str]:
     betas = BETAS[convention]
     native = compare(results, "kid", "ancestral")
     if native is not None:
-        listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(native.means.items()))
+        listed = ", ".join(f"{format_number(value)} for T = {T}" for T, value in sorted(native.means.items()))
         said.append(
             f"With all T steps of each chain (ancestral, n={results.study.measures.ancestral_images}) and {betas}, KID "
             f"over {_features(results)['name']}: {listed}; "
-            f"the 95 % interval of the largest difference is +- {short(native.half)}, and covers {native.covers}."
+            f"the 95 % interval of the largest difference is +- {format_number(native.half)}, "
+            f"and covers {native.covers}."
         )
     label = _headline_label(results)
     kept = None if convention == "fixed range" else compare(results, "fid", HEADLINE, "fixed range")
     if kept is not None:  # else it is the answer, or was not measured
-        said.append(f"With {BETAS['fixed range']}, at equal evaluations, {told(kept, label)}.")
+        said.append(f"With {BETAS['fixed range']}, at equal evaluations, {in_words(kept, label)}.")
     means = _continuous_means(results)
     if means:
-        listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(means.items()))
+        listed = ", ".join(f"{format_number(value)} for T = {T}" for T, value in sorted(means.items()))
         of = BETAS["cosine" if convention == "cosine" else "rescaled"]
         what = "One network of continuous time (T = 10,000), sampled at equal evaluations as a chain of each length"
         said.append(f"{what} with {of}, {label}: {listed}.")

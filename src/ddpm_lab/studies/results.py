@@ -17,7 +17,7 @@ from ddpm_lab.core.log import SCORES, read_lines
 from ddpm_lab.core.settings import fits
 from ddpm_lab.studies.cell import MEASURES
 from ddpm_lab.studies.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
-from ddpm_lab.studies.html import short
+from ddpm_lab.studies.html import format_number
 
 COLUMNS = (
     "cell", "seed", "trained_timesteps", "beta_convention", "key", "step", "images_seen", "num_timesteps", "sampler",
@@ -96,12 +96,12 @@ def gather(out: Path) -> Results:
 def _read_failure(path: Path) -> str | None:
     """Why a cell failed; None where it did not, or another worker has done it since."""
     try:
-        told = json.loads(path.read_bytes())
+        failure = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
         return f"{path.name} cannot be read"
-    return str(told.get("error")) if isinstance(told, dict) else f"{path.name} is not what a study writes"
+    return str(failure.get("error")) if isinstance(failure, dict) else f"{path.name} is not what a study writes"
 
 
 def _read_done(path: Path) -> dict[str, Any]:
@@ -288,28 +288,28 @@ def answer(results: Results) -> str:
     label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE and r.get("fid"))
     betas = BETAS[compared_convention(results.study)]
     alike = f"At equal evaluations ({HEADLINE.replace('-', ' with ')} steps) and with {betas}"
-    return f"{alike}, {told(compared, label)}; the interval covers {compared.covers}."
+    return f"{alike}, {in_words(compared, label)}; the interval covers {compared.covers}."
 
 
-def told(compared: Compared, label: str) -> str:
+def in_words(compared: Compared, label: str) -> str:
     """A comparison in words: the largest difference, with its interval or as the limit that it sets, and all means.
 
     With one training seed it speaks of the networks, for which length is better cannot be told from them.
     """
     least, greatest = compared.extremes
     difference = compared.means[greatest] - compared.means[least]
-    listed = ", ".join(f"{short(value)} for T = {T}" for T, value in sorted(compared.means.items()))
+    listed = ", ".join(f"{format_number(value)} for T = {T}" for T, value in sorted(compared.means.items()))
     *first, last = sorted(compared.means)
     lengths = f"{', '.join(map(str, first))} and {last}"
     one = compared.seeds == 1
-    measured, half = short(difference, 2), short(compared.half, 2)
+    measured, half = format_number(difference, 2), format_number(compared.half, 2)
     if difference > compared.half:
         names = f"the network of T = {least} scored", f"that of T = {greatest}"
         names = names if one else (f"T = {least} scores", f"T = {greatest}")
         found = f"{names[0]} better than {names[1]} by {measured} (95 % interval {measured} +- {half})"
     else:
         between = "between the networks of" if one else "between"
-        limit = short(difference + compared.half, 2)
+        limit = format_number(difference + compared.half, 2)
         found = (
             f"{between} T = {lengths} there is no difference larger than {limit} "
             f"(largest measured {measured}, 95 % interval +- {half})"

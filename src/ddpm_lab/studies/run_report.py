@@ -21,8 +21,8 @@ from ddpm_lab.evaluation.score_table import class_count, floor_count
 from ddpm_lab.models.trained import read_run_record
 from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.pictures.curves import RunLog, read_run, training_figure
-from ddpm_lab.pictures.drawing import COLOURS, showable
-from ddpm_lab.studies.html import as_data, embedded, record_as_text, render, short
+from ddpm_lab.pictures.drawing import COLOURS, printable
+from ddpm_lab.studies.html import as_data, embedded, format_number, record_as_text, render
 
 COLUMNS = ("fid", "inception_score", "kid")  # of the table of scores
 
@@ -85,13 +85,13 @@ def _open_run(folder: Path) -> Run:
     record, config, _ = read_run_record(folder / "config.json")
     scores = [line for line in read_lines(folder / SCORES) if any(_score(line, name) for name in COLUMNS)]
     name = folder.name or folder.resolve().name  # of '.', too
-    return Run(showable(name), folder, config, record, read_run(folder), scores)
+    return Run(printable(name), folder, config, record, read_run(folder), scores)
 
 
 def _label(record: dict[str, Any]) -> str:
     """What a record calls its distance; '' where it does not say."""
     label = record.get("fid_label")
-    return showable(label) if isinstance(label, str) else ""
+    return printable(label) if isinstance(label, str) else ""
 
 
 def _score(record: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -180,7 +180,7 @@ def _charts(runs: Sequence[Run]) -> list[str]:
                 score = _score(record, "fid")
                 if score is not None and _in_training(record) and _label(record) == label:
                     seen = record["step"] * run.config.training.batch_size
-                    told = f"{run.name}, {seen:,} images: {short(score['value'])}"
+                    told = f"{run.name}, {seen:,} images: {format_number(score['value'])}"
                     points.append((seen, score["value"], score["low"], score["high"], told))
             series.append(Series(run.name, COLOURS[index % len(COLOURS)], points))
         charts.append(line_chart(f"scores{number}", series, "training images seen", label, log_y=True))

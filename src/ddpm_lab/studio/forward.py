@@ -16,12 +16,11 @@ from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
 from ddpm_lab.data.image_formats import as_seen, opened_picture
-from ddpm_lab.pictures.drawing import Picture, above, beside, framed, image_table, number
+from ddpm_lab.pictures.drawing import Picture, framed, image_table, short_number, side_by_side, stacked
 from ddpm_lab.pictures.forward import Curves, Process, forward_states, processes, snr_at
 from ddpm_lab.pictures.reverse import reconstruct
 from ddpm_lab.sampling.image_files import visible_scale
-from ddpm_lab.studio.sources import model_names, open_model, whole
-from ddpm_lab.studio.sources import told as told_on_page
+from ddpm_lab.studio.sources import model_names, open_model, show_errors, whole
 
 CHAINS = (500, 1000, 2000)
 MOST_PIXELS = 30_000_000  # of an upload
@@ -45,11 +44,11 @@ def noised(picture: Image.Image, fraction: float, seed: int = 0) -> list[Picture
             t = round(fraction * process.schedule.num_timesteps)
             states = to_uint8(forward_states(process.schedule, x_0, [t], seed, closed_form=True))
             alpha_bar = process.schedule.alpha_bar_at(t - 1)
-            caption = f"t = {t}   alpha_bar {number(alpha_bar)}   SNR {number(snr_at(process.schedule, t))}"
+            caption = f"t = {t}   alpha_bar {short_number(alpha_bar)}   SNR {short_number(snr_at(process.schedule, t))}"
             scale = 2 * visible_scale(x_0.shape[-1])
             table = image_table(states, scale=scale, title=process.label, captions=[("", [caption])], least_width=280)
-            rows.append(beside([table, curves.marked(t)]))
-        columns.append(framed(above(rows)))
+            rows.append(side_by_side([table, curves.marked(t)]))
+        columns.append(framed(stacked(rows)))
     return columns
 
 
@@ -169,21 +168,21 @@ def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
             )  # fmt: skip
 
     # A picture is chosen by one handler and shown by another, so that neither a late picture nor a late t is lost.
-    @told_on_page
+    @show_errors
     def from_dataset(name: str, number_: float | None) -> Image.Image:
         if name not in datasets:
             raise InputError("there is no such data set here")
         return chosen(name, whole(number_, "image"))
 
-    @told_on_page
+    @show_errors
     def from_file(content: bytes | None) -> Any:
         return gr.skip() if content is None else uploaded(content)
 
-    @told_on_page
+    @show_errors
     def show(found: Image.Image | None, at: float) -> Any:
         return noised(found or chosen(datasets[0], 0), at)
 
-    @told_on_page
+    @show_errors
     def run(name: str, found: Image.Image | None, at: float) -> Iterator[Any]:
         for row, words in denoised(runs, device, name, found or chosen(datasets[0], 0), at):
             yield gr.skip() if row is None else gr.Image(value=row, visible=True), words
@@ -191,7 +190,7 @@ def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     for event in (
         gr.on([dataset.change, index.change], from_dataset, [dataset, index], picture, **quiet),
-        use.click(told_on_page(drawn), sketch, picture, **quiet),
+        use.click(show_errors(drawn), sketch, picture, **quiet),
         upload.upload(from_file, upload, picture, **quiet),
     ):
         event.success(show, [picture, fraction], chains, **quiet)

@@ -21,8 +21,7 @@ from ddpm_lab.pictures.picture_settings import SHORT_FILM
 from ddpm_lab.pictures.reverse import Trajectory, describe_generator, reverse_frames
 from ddpm_lab.sampling.generation import build_sampler, trajectory
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
-from ddpm_lab.studio.sources import guide_names, model_names, new_folder, open_model, source_of, whole
-from ddpm_lab.studio.sources import told as told_on_page
+from ddpm_lab.studio.sources import guide_names, model_names, new_folder, open_model, show_errors, source_of, whole
 
 MOST_IMAGES, KEPT_STATES = 64, 41
 LEAST_SECONDS = 0.12  # between two pictures: more often nobody can see, and the page would lag behind
@@ -183,12 +182,12 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
                 downloads = gr.Files(label="Downloads", interactive=False, elem_id="downloads")
     made = gr.State(None)
 
-    @told_on_page
+    @show_errors
     def choose(name: str) -> Any:
         count = open_model(runs, name, device).num_classes
         return gr.Row(visible=count > 0), gr.Dropdown(["all in turn", *map(str, range(count))], value="all in turn")
 
-    @told_on_page
+    @show_errors
     def run(name: str, *values: Any) -> Iterator[Any]:
         trained = open_model(runs, name, device)
         worse = None if values[-1] == NO_GUIDE else source_of(runs, values[-1])
@@ -203,7 +202,7 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
                 code = gr.Code(value=result.command, visible=True)
                 yield left, right, words, result, slider, code, gr.Row(visible=True), files(result, films=False)
 
-    @told_on_page
+    @show_errors
     def film(held: Made | None) -> list[str] | None:
         return files(held, films=True) if held else None
 

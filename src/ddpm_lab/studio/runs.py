@@ -18,8 +18,7 @@ from ddpm_lab.models.diffusers_format import is_diffusers
 from ddpm_lab.models.trained import read_run_record
 from ddpm_lab.pictures.curves import RunLog, read_runs, training_figure
 from ddpm_lab.pictures.drawing import Picture, rendered
-from ddpm_lab.studio.sources import entries_of, inside, run_folders
-from ddpm_lab.studio.sources import told as told_on_page
+from ddpm_lab.studio.sources import entries_of, inside, run_folders, show_errors
 
 COLUMNS = ("run", "steps", "loss", "T", "betas", "predicts", "last score, or what is wrong")
 MOST_CURVES = 7  # as many as there are colours
@@ -174,7 +173,7 @@ def runs_tab(page: gr.Blocks, tab: gr.Tab, timer: gr.Timer, runs: Path) -> None:
 
     seen = gr.State(None)
 
-    @told_on_page
+    @show_errors
     def draw(wanted: list[str] | None) -> Any:
         return curves(runs, wanted or [])
 
@@ -186,7 +185,7 @@ def runs_tab(page: gr.Blocks, tab: gr.Tab, timer: gr.Timer, runs: Path) -> None:
         step = steps[round(at * (len(steps) - 1))]
         return f"step {step:,}", grid_at(runs, pair[0], step), grid_at(runs, pair[1], step)
 
-    @told_on_page
+    @show_errors
     def open_report(name: str | None) -> str:
         return report(runs, name) if name else ""
 

@@ -14,8 +14,16 @@ from ddpm_lab.evaluation.score_table import class_count, floor_count, score_tabl
 from ddpm_lab.evaluation.scores import evaluate_source
 from ddpm_lab.studies.cell import MEASURES
 from ddpm_lab.studio.runs import run_names
-from ddpm_lab.studio.sources import check_data, entries_of, model_names, new_folder, open_model, source_of, whole
-from ddpm_lab.studio.sources import told as told_on_page
+from ddpm_lab.studio.sources import (
+    check_data,
+    entries_of,
+    model_names,
+    new_folder,
+    open_model,
+    show_errors,
+    source_of,
+    whole,
+)
 
 COLUMNS = ("step", "images", "distance", "its value", "95 % interval", "floor", "Inception Score", "KID", "sampled by")
 NEAREST = ScoringConfig(metrics=("memorisation",), bootstrap=0)
@@ -148,7 +156,7 @@ def scores_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
             return "no record", None
         return told(held[int(number) - 1]), held[int(number) - 1]
 
-    @told_on_page
+    @show_errors
     def search(name: str, num_images: float, number: float | None) -> Any:
         picture, text, line = nearest(runs, name, num_images, number, device)
         return picture, text, gr.Code(value=line, visible=True)

@@ -170,7 +170,7 @@ def _telling() -> Iterator[None]:
         raise gr.Error("not enough memory for that" if memory else str(error), print_exception=False) from error
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+def show_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A handler whose faults are told on the page."""
     if not inspect.isgeneratorfunction(handler):
         return _telling()(handler)

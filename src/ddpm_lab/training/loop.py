@@ -19,7 +19,7 @@ from ddpm_lab.core.config import Config, Predicted, TrainingConfig
 from ddpm_lab.core.device import autocast, compiled, resolve_precision
 from ddpm_lab.core.seeds import PERMUTATION, STEP, VALIDATION, random_seed
 from ddpm_lab.data.datasets import to_float, training_batch
-from ddpm_lab.diffusion.guidance import guided, told, withhold
+from ddpm_lab.diffusion.guidance import conditional, drop_labels, guided
 from ddpm_lab.diffusion.process import Model, denoising_losses, min_snr_weights, per_image, timestep_probabilities
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 from ddpm_lab.diffusion.unet import UNet
@@ -184,7 +184,7 @@ def engine(model: UNet, config: TrainingConfig, device: torch.device) -> nn.Modu
     """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
     the processes where there are several."""
     network: nn.Module = compiled(model) if is_compiled(config, device) else model
-    return processes.averaging(network)
+    return processes.data_parallel(network)
 
 
 def is_compiled(config: TrainingConfig, device: torch.device) -> bool:
@@ -230,11 +230,11 @@ def training_loop(
         model: Model = network
         if config.model.num_classes is not None:
             assert labels is not None
-            y = withhold(labels[indices], config.model.num_classes, training.class_dropout, generator)
-            model = guided(network, processes.share(y), config.model.num_classes)
+            y = drop_labels(labels[indices], config.model.num_classes, training.class_dropout, generator)
+            model = guided(network, processes.rank_slice(y), config.model.num_classes)
 
         # All was drawn for the whole batch, so that it does not depend on how many processes share it.
-        x_0, own_t, eps = processes.share(x_0), processes.share(t), processes.share(eps)
+        x_0, own_t, eps = processes.rank_slice(x_0), processes.rank_slice(t), processes.rank_slice(eps)
 
         # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
         with autocast(device, dtype):
@@ -285,6 +285,6 @@ def validation_loss(
             x_0 = to_float(images[first : first + batch_size])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
             t_batch = t[first : first + batch_size].to(x_0.device)
-            asked = told(model, None if labels is None else labels[first : first + batch_size])
+            asked = conditional(model, None if labels is None else labels[first : first + batch_size])
             total += float(denoising_losses(asked, schedule, x_0, t_batch, eps, prediction).sum())
     return total / N

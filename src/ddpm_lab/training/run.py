@@ -50,7 +50,7 @@ FREE_TO_CHANGE = {
 }
 
 
-@processes.watched("the same command goes on from the newest checkpoint, with any number of processes")
+@processes.peer_failure_guard("the same command goes on from the newest checkpoint, with any number of processes")
 def train(
     config: Config,
     run_dir: str | Path,
@@ -79,14 +79,14 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     on = resolve_device(device)
-    if config.training.batch_size % processes.count():
+    if config.training.batch_size % processes.world_size():
         raise InputError(
-            f"training.batch_size {config.training.batch_size} cannot be shared by {processes.count()} processes alike"
+            f"training.batch_size {config.training.batch_size} is not a multiple of the {processes.world_size()} processes"
         )
     processes.join(on)
     run_dir, start_from = Path(run_dir), None if start_from is None else str(start_from)
     check_tracker(config.evaluation.tracker)
-    if processes.lead():
+    if processes.is_rank0():
         _check_folder(run_dir)
     training_set = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
     held_out = load_images(config.data.dataset, "test", data_dir, config.data.image_size)
@@ -95,9 +95,9 @@ def train(
     labels = labels if labels is None else labels.to(on)
     config = _with_sigma_data(config, training_set)
     continued: list[int] = []
-    if processes.lead():
+    if processes.is_rank0():
         config, continued = _as_begun(config, run_dir)
-    config = _with_warmup(config, processes.number_of_leader(config.training.warmup_steps))
+    config = _with_warmup(config, processes.broadcast_number(config.training.warmup_steps))
     schedule = build_schedule(config.diffusion)
     scale = input_scale(config.diffusion.predicted, schedule)
     torch.manual_seed(config.training.seed)
@@ -105,12 +105,12 @@ def train(
     if on.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     state = new_state(model, config.training)
-    state.begun = processes.number_of_leader(continued[-1] if continued else 0)
+    state.begun = processes.broadcast_number(continued[-1] if continued else 0)
     record = _run_record(config, training_set, on)
     if continued:
         record["continued_at"] = continued
     before: dict[str, Any] = {}
-    if processes.lead():
+    if processes.is_rank0():
         before = _check_agreement(run_dir, record, start_from)
         if start_from is not None and not checkpoint_steps(run_dir):
             record["from"] = begin_from(state, load(start_from, device="cpu"), config)
@@ -118,9 +118,9 @@ def train(
     # before the folder is written, for it may refuse
     scorer = training_scorer(config, training_set, held_out, data_dir, on)
 
-    with locked(run_dir, "--run") if processes.lead() else nullcontext():
-        seconds = _open_run(run_dir, record, state, start_from) if processes.lead() else 0.0
-        _agree(state)
+    with locked(run_dir, "--run") if processes.is_rank0() else nullcontext():
+        seconds = _open_run(run_dir, record, state, start_from) if processes.is_rank0() else 0.0
+        _broadcast_state(state)
         if state.step >= config.training.num_steps:
             say(f"{run_dir} has all its {state.step} steps; give more --training.num-steps to go on")
         else:
@@ -178,16 +178,16 @@ def _open_run(run_dir: Path, record: dict[str, Any], state: TrainingState, start
     return float(logged[-1]["seconds"]) if logged else 0.0
 
 
-def _agree(state: TrainingState) -> None:
+def _broadcast_state(state: TrainingState) -> None:
     """Give every process the leader's state, so that only the leader needs the run's folder."""
-    state.step = processes.number_of_leader(state.step)
-    if not processes.joined():
+    state.step = processes.broadcast_number(state.step)
+    if not processes.is_distributed():
         return
-    processes.as_leader([*state.model.parameters(), *state.ema.parameters()])
+    processes.broadcast_tensors([*state.model.parameters(), *state.ema.parameters()])
     if state.step:
-        if not processes.lead():
+        if not processes.is_rank0():
             state.restore(state.step, {})
-        processes.as_leader(state.kept().values())
+        processes.broadcast_tensors(state.kept().values())
 
 
 def _restore(state: TrainingState, folder: Path, step: int) -> None:
@@ -273,7 +273,7 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "processes": processes.count(),
+            "processes": processes.world_size(),
             "compiled": is_compiled(config.training, device),
         },
     }

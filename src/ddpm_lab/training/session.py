@@ -83,10 +83,10 @@ class Session:
         """Draw and score what was due at the newest checkpoint, where a kill came before it."""
         step, last = self.state.step, self.state.step == self.config.training.num_steps
         due = step > 0 and (last or step % self.config.evaluation.sample_every == 0)
-        if due and processes.lead() and not self._grid_path().exists():
+        if due and processes.is_rank0() and not self._grid_path().exists():
             self._sample_grid()
-        missing = processes.lead() and step > 0 and self._scoring(step) and not self._scored()
-        if processes.any_of(missing):
+        missing = processes.is_rank0() and step > 0 and self._scoring(step) and not self._scored()
+        if processes.any_rank(missing):
             self._score()
 
     def run(self, images: Tensor, labels: Tensor | None) -> None:
@@ -104,9 +104,9 @@ class Session:
             for step in training_loop(state, self.schedule, images, self.config, labels):
                 k, last = step.step, step.step == training.num_steps
                 # asked once, and of all: a signal that comes later, or to one process only, is served alike by all
-                stopping = processes.any_of(stop.asked)
+                stopping = processes.any_rank(stop.asked)
                 logged = False
-                if processes.lead():
+                if processes.is_rank0():
                     interval.steps.append(step)
                     logged = self._keep(interval, stopping, advance)
                 if self._scoring(k) and self._score_unless(stop):
@@ -121,7 +121,7 @@ class Session:
                     raise Interrupted(
                         f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
                     )
-        if processes.any_of(stop.asked):  # in the midst of the last step: a study is not to go on
+        if processes.any_rank(stop.asked):  # in the midst of the last step: a study is not to go on
             raise Interrupted(
                 f"stopped after step {state.step}, the last; the same command makes what is missing of it"
             )
@@ -221,7 +221,7 @@ class Session:
 
         Among several processes all go through it, for they compute it together.
         """
-        stop.at_once = processes.count() == 1
+        stop.at_once = processes.world_size() == 1
         try:
             if stop.at_once and stop.asked:  # a signal that came while the step was logged or drawn
                 return True

@@ -45,7 +45,7 @@ class Tracking:
         """
         self._told: Any = None
         kind = config.evaluation.tracker
-        if kind == "none" or not processes.lead():
+        if kind == "none" or not processes.is_rank0():
             return
         from accelerate import PartialState
         from accelerate.tracking import TensorBoardTracker, WandBTracker
