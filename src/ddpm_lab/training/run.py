@@ -81,7 +81,8 @@ def train(
     on = resolve_device(device)
     if config.training.batch_size % processes.world_size():
         raise InputError(
-            f"training.batch_size {config.training.batch_size} is not a multiple of the {processes.world_size()} processes"
+            f"training.batch_size of {config.training.batch_size} is not a multiple of the "
+            f"{processes.world_size()} processes"
         )
     processes.join(on)
     run_dir, start_from = Path(run_dir), None if start_from is None else str(start_from)
