@@ -17,7 +17,7 @@ from ddpm_lab.studies.lease import leased
 HOLD = """
 import sys, time
 from pathlib import Path
-from ddpm_lab.lease import leased
+from ddpm_lab.studies.lease import leased
 with leased(Path(sys.argv[1]), float(sys.argv[2])) as lease:
     print("held" if lease else "refused", flush=True)
     time.sleep(60)
@@ -127,10 +127,10 @@ def test_who_stood_still_finds_its_lease_lost_and_leaves_the_new_one(tmp_path):
     assert names(tmp_path) == ["a.lease.lock"]
 
 
-def _try(path, seconds, results):
+def _try(path, seconds, results, all_tried):
     with leased(path, seconds) as lease:
         results.put(lease is not None)
-        time.sleep(1.0)
+        all_tried.wait(20)
 
 
 def test_of_many_who_come_at_once_one_takes_over(tmp_path):
@@ -138,11 +138,12 @@ def test_of_many_who_come_at_once_one_takes_over(tmp_path):
     path.write_text('{"owner": "dead"}\n')
     os.utime(path, (0, 0))
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=_try, args=(path, 30.0, results)) for _ in range(6)]
+    results, all_tried = context.Queue(), context.Event()
+    workers = [context.Process(target=_try, args=(path, 30.0, results, all_tried)) for _ in range(6)]
     for worker in workers:
         worker.start()
     won = [results.get(timeout=20) for _ in workers]
+    all_tried.set()
     for worker in workers:
         worker.join()
     assert sum(won) == 1
