@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ddpm_lab.models.trained import TrainedModel
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which weights of a model are loaded, and where they run."""
@@ -36,7 +37,6 @@ Betas = Annotated[
 ]
 Picture = Annotated[PictureConfig, Parameter(name="*")]
 Sampling = Annotated[FewImagesConfig, Parameter(name="*")]
-Model = Annotated[ModelOptions, Parameter(name="*")]
 curves = App(
     name="curves",
     help="Draw curves: noise schedules, training, the norm of x_t.",
@@ -75,11 +75,11 @@ def forward(
     """
     from ddpm_lab.pictures.forward import forward_processes, show_forward
 
-    made = show_forward(
-        out, forward_processes(num_timesteps, betas), dataset, split=split, num_images=num_images, spacing=spacing,
-        closed_form=closed_form, settings=settings, seed=seed, data_dir=data_dir, image_size=image_size,
-    )  # fmt: skip
-    print(made)
+    processes = forward_processes(num_timesteps, betas)
+    print(show_forward(
+        out, processes, dataset, split=split, num_images=num_images, spacing=spacing, closed_form=closed_form,
+        settings=settings, seed=seed, data_dir=data_dir, image_size=image_size,
+    ))  # fmt: skip
 
 
 @app.command
@@ -89,7 +89,7 @@ def reverse(
     num_images: int = 4,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
-    model: Model = ModelOptions(),
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Show how images come out of noise: x_t beside the predicted x_0; several models advance together.
 
@@ -115,7 +115,7 @@ def interpolate(
     num_images: int = 4,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
-    model: Model = ModelOptions(),
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Show the images between those of two seeds, along the great circle between their noises.
 
@@ -143,7 +143,7 @@ def reconstruct(
     num_images: int = 4,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     scale: int | None = None,
-    model: Model = ModelOptions(),
+    model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
 ) -> None:
     """Show how well real images are restored after they were noised to t, for several t.
@@ -161,11 +161,10 @@ def reconstruct(
     from ddpm_lab.sampling.image_files import check_writable
 
     check_writable(out, PICTURE_ENDINGS)
-    made = show_reconstruction(
+    print(show_reconstruction(
         out, model.load(source), sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
         scale=PictureConfig(scale=scale).scale, data_dir=data_dir,
-    )  # fmt: skip
-    print(made)
+    ))  # fmt: skip
 
 
 @curves.command
@@ -202,7 +201,7 @@ def norms(
     out: Path,
     num_images: int = 64,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
-    model: Model = ModelOptions(),
+    model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
 ) -> None:
     """Draw the norm of x_t: of noised real images, of the sampler's states, and as the theory predicts it.

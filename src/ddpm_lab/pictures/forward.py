@@ -194,6 +194,7 @@ class Curves:
     def __init__(self, schedule: NoiseSchedule) -> None:
         from matplotlib.figure import Figure
 
+        self.schedule = schedule
         T = schedule.num_timesteps
         t = np.arange(T + 1)
         alpha_bar = np.array([1.0, *schedule.alpha_bar])

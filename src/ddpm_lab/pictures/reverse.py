@@ -317,22 +317,18 @@ def show_interpolation(
 
 
 def _interpolation_picture(images: Tensor, title: str, scale: int | None) -> drawing.Picture:
-    """(N, M, C, H, W) as a table, with the share of the second seed below each column."""
-    captions = [("", [f"{share:.2g}" for share in _shares(images)])]
+    """(N, M, C, H, W) as a table, with the share of the second seed below each of the M columns."""
+    num_columns = images.shape[1]
+    captions = [("", [f"{index / (num_columns - 1):.2g}" for index in range(num_columns)])]
     return drawing.framed(drawing.image_table(images, scale=scale, title=title, captions=captions))
 
 
 def _interpolation_frames(images: Tensor, title: str, scale: int | None) -> Iterator[drawing.Picture]:
-    """A frame for each of the M columns."""
-    for index, share in enumerate(_shares(images)):
-        block, captions = _block(images[:, index]), [("", [f"{share:.2f}"])]
+    """A frame for each of the M columns, with the share of the second seed below."""
+    num_frames = images.shape[1]
+    for index in range(num_frames):
+        block, captions = _block(images[:, index]), [("", [f"{index / (num_frames - 1):.2f}"])]
         yield drawing.framed(drawing.image_table(block, scale=scale, title=title, captions=captions))
-
-
-def _shares(images: Tensor) -> list[float]:
-    """The share of the second seed in each of M columns, from 0 to 1."""
-    num_columns = images.shape[1]
-    return [index / (num_columns - 1) for index in range(num_columns)]
 
 
 def show_reconstruction(

@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.core.config import DiffusionConfig, SamplingConfig
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
 from ddpm_lab.data.image_formats import as_seen, opened_picture
-from ddpm_lab.diffusion.schedule import NoiseSchedule, build_schedule
+from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.pictures.drawing import Picture, framed, image_table, short_number, side_by_side, stacked
 from ddpm_lab.pictures.forward import Betas, Curves, forward_processes, forward_states, process_label, snr_at
 from ddpm_lab.pictures.reverse import reconstruct
@@ -31,13 +31,8 @@ DRAWN_SIZE, UPLOAD_SIZE = 28, 64  # pixels a side of a drawing, as those of MNIS
 
 
 @lru_cache
-def _chains(betas: Betas) -> list[tuple[str, NoiseSchedule, Curves]]:
-    """Three lengths of chain for one kind of betas: label, schedule and curves."""
-    chains = []
-    for process in forward_processes(CHAINS, [betas]):
-        schedule = build_schedule(process)
-        chains.append((process_label(process), schedule, Curves(schedule)))
-    return chains
+def _curves(process: DiffusionConfig) -> Curves:
+    return Curves(build_schedule(process))
 
 
 def noised(picture: Image.Image, fraction: float, seed: int = 0) -> list[Picture]:
@@ -47,12 +42,14 @@ def noised(picture: Image.Image, fraction: float, seed: int = 0) -> list[Picture
     pictures = []
     for betas in BETAS:
         rows = []
-        for label, schedule, curves in _chains(betas):
-            t = round(fraction * schedule.num_timesteps)
+        for process in forward_processes(CHAINS, [betas]):
+            curves = _curves(process)
+            schedule, t = curves.schedule, round(fraction * process.num_timesteps)
             states = to_uint8(forward_states(schedule, x_0, [t], seed, closed_form=True))
             alpha_bar, snr = short_number(schedule.alpha_bar_at(t - 1)), short_number(snr_at(schedule, t))
             caption = f"t = {t}   alpha_bar {alpha_bar}   SNR {snr}"
-            table = image_table(states, scale=scale, title=label, captions=[("", [caption])], min_width=280)
+            title = process_label(process)
+            table = image_table(states, scale=scale, title=title, captions=[("", [caption])], min_width=280)
             rows.append(side_by_side([table, curves.marked(t)]))
         pictures.append(framed(stacked(rows)))
     return pictures
