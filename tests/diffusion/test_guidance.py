@@ -404,7 +404,7 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
     asked = [reconstruct(trained, SamplingConfig(class_=k, **settings), x_0, 600)[1] for k in ((), (3,), (5,))]
     assert not torch.equal(asked[1], asked[2])
     assert not torch.equal(asked[0], asked[1])
-    with pytest.raises(InputError, match="guidance needs --class here"):
+    with pytest.raises(InputError, match="--guidance requires --class"):
         reconstruct(trained, SamplingConfig(guidance=2.0, **settings), x_0, 600)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.pictures.drawing import GAP, LINE, MARGIN, enlarged, image_table, short_number, side_by_side, stacked
-from ddpm_lab.pictures.film import check_kind, save_film
+from ddpm_lab.pictures.film import check_output, save_film
 from ddpm_lab.pictures.picture_settings import PictureConfig
 
 
@@ -89,7 +89,7 @@ def test_films_that_fail_leave_the_old_one(tmp_path):
         assert path.read_bytes() == b"old"
     with pytest.raises(InputError, match="at least one frame"):
         save_film(path, [], PictureConfig())
-    with pytest.raises(ValueError, match="the first was"):
+    with pytest.raises(ValueError, match="the shape of the first"):
         save_film(path, [*frames(), frames(height=35)[0]], PictureConfig())
     with pytest.raises(InputError, match="must end in"):
         save_film(tmp_path / "a.avi", frames(), PictureConfig())
@@ -113,9 +113,9 @@ def test_a_film_without_an_encoder_is_refused_before_the_work(tmp_path, monkeypa
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", absent)
     with pytest.raises(InputError, match="mp4 needs ffmpeg"):
-        check_kind(tmp_path / "a.mp4", PictureConfig(), None)
-    assert check_kind(tmp_path / "a.gif", PictureConfig(), None)
-    assert not check_kind(tmp_path / "a.png", PictureConfig(), 5)
+        check_output(tmp_path / "a.mp4", PictureConfig())
+    check_output(tmp_path / "a.gif", PictureConfig())
+    check_output(tmp_path / "a.png", PictureConfig(columns=5))
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,14 @@ def test_impossible_films_are_refused(settings):
         PictureConfig(**settings)
 
 
-def test_frames_are_at_most_the_states():
-    assert PictureConfig().num_frames(1001) == 101
-    assert PictureConfig().num_frames(21) == 21
-    assert PictureConfig(frames=21).num_frames(21) == 21
-    with pytest.raises(InputError, match="from 2 to 21"):
-        PictureConfig(frames=22).num_frames(21)
+@pytest.mark.parametrize(("name", "setting", "default"), [("a.gif", "frames", 101), ("a.png", "columns", 11)])
+def test_a_file_shows_at_most_the_available_states(name, setting, default):
+    out = Path(name)
+    assert PictureConfig().num_states(out, 1001) == default
+    assert PictureConfig().num_states(out, 10) == 10
+    assert PictureConfig(**{setting: 21}).num_states(out, 21) == 21
+    with pytest.raises(InputError, match=f"{setting} must be from 2 to 21"):
+        PictureConfig(**{setting: 22}).num_states(out, 21)
 
 
 def test_enlarging_repeats_pixels():

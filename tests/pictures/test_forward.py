@@ -9,14 +9,16 @@ from PIL import Image
 
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.datasets import load_images, to_float, to_uint8
-from ddpm_lab.diffusion.schedule import linear_schedule
+from ddpm_lab.diffusion.schedule import build_schedule, linear_schedule
 from ddpm_lab.pictures.drawing import MARGIN, enlarged
 from ddpm_lab.pictures.forward import (
-    chosen_images,
     forward_frames,
     forward_picture,
+    forward_processes,
     forward_states,
-    processes,
+    noised_images,
+    process_label,
+    random_images,
     show_forward,
     shown_timesteps,
     snr_at,
@@ -87,46 +89,48 @@ def test_columns_run_from_the_image_to_the_end():
 
 
 def test_both_conventions_and_three_lengths_are_shown():
-    shown = processes([500, 1000, 2000], ["rescaled", "fixed", "cosine"])
-    assert [process.label for process in shown][::4] == [
+    processes = forward_processes([500, 1000, 2000], ["rescaled", "fixed", "cosine"])
+    assert [process_label(process) for process in processes][::4] == [
         "T = 500, linear, rescaled", "T = 1000, linear, fixed range", "T = 2000, cosine",
     ]  # fmt: skip
-    ends = {process.label: snr_at(process.schedule, process.config.num_timesteps) for process in shown}
+    ends = {process_label(process): snr_at(build_schedule(process), process.num_timesteps) for process in processes}
     assert ends["T = 500, linear, fixed range"] == pytest.approx(0.0797**2, rel=0.02)  # x_T is not noise
     with pytest.raises(InputError, match="more than 20"):
-        processes([20], ["rescaled"])
+        forward_processes([20], ["rescaled"])
 
 
 def test_a_picture_shows_the_states(x_0):
     images = x_0[:2]
-    picture = forward_picture(processes([100], ["rescaled"]), images, 3)
+    (process,) = forward_processes([100], ["rescaled"])
+    picture = forward_picture([noised_images(process, images, 3)])
     scale = visible_scale(8)
     first = enlarged(to_uint8(images[0]), scale)
     corners = np.lib.stride_tricks.sliding_window_view(picture[:, :, 0], first.shape[:2])
-    found = (corners[:, : MARGIN * 8] == first[:, :, 0]).all((2, 3))
-    assert found.sum() == 1  # the clean image, exactly once, at the left
+    matches = (corners[:, : MARGIN * 8] == first[:, :, 0]).all((2, 3))
+    assert matches.sum() == 1  # the clean image, exactly once, at the left
 
 
 def test_films_have_the_frames_asked_for_and_begin_with_the_image(x_0):
-    shown = list(forward_frames(processes([50, 100], ["rescaled"]), x_0[:2], 6))
-    assert len(shown) == 6
-    assert len({frame.shape for frame in shown}) == 1
-    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(shown))  # the mark moves at least
+    processes = forward_processes([50, 100], ["rescaled"])
+    frames = list(forward_frames([noised_images(process, x_0[:2], 6) for process in processes]))
+    assert len(frames) == 6
+    assert len({frame.shape for frame in frames}) == 1
+    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(frames))  # the mark moves at least
 
 
-def test_chosen_images_are_those_of_a_seed():
-    a, b = chosen_images("digits", "test", 5, 0), chosen_images("digits", "test", 8, 0)
+def test_random_images_are_those_of_a_seed():
+    a, b = random_images("digits", "test", 5, 0), random_images("digits", "test", 8, 0)
     assert torch.equal(a, b[:5])
-    assert not torch.equal(a, chosen_images("digits", "test", 5, 1))
+    assert not torch.equal(a, random_images("digits", "test", 5, 1))
     with pytest.raises(InputError, match="from 1 to 64"):
-        chosen_images("digits", "test", 65, 0)
+        random_images("digits", "test", 65, 0)
 
 
 def test_every_kind_of_file_is_made(tmp_path):
-    shown = processes([50], ["cosine"])
+    processes = forward_processes([50], ["cosine"])
     for name in ("a.png", "a.gif", "a.mp4"):
-        kind = {"columns": 4} if name == "a.png" else {"look": PictureConfig(frames=4, hold=0.1)}
-        line = show_forward(tmp_path / name, shown, "digits", num_images=2, **kind)
+        settings = PictureConfig(columns=4) if name == "a.png" else PictureConfig(frames=4, hold=0.1)
+        line = show_forward(tmp_path / name, processes, "digits", num_images=2, settings=settings)
         assert line.startswith(f"{tmp_path / name}: 2 images of digits:test at 4 timesteps, T = 50, cosine")
         assert (tmp_path / name).stat().st_size > 1000
 
@@ -135,7 +139,7 @@ def test_a_folder_of_few_pictures_and_a_short_chain_are_shown_by_the_defaults(tm
     (tmp_path / "pictures").mkdir()
     for index in range(5):
         Image.new("L", (8, 8), 40 * index).save(tmp_path / "pictures" / f"{index}.png")
-    line = show_forward(tmp_path / "a.png", processes([8], ["cosine"]), str(tmp_path / "pictures"))
+    line = show_forward(tmp_path / "a.png", forward_processes([8], ["cosine"]), str(tmp_path / "pictures"))
     assert line.endswith(f"4 images of {tmp_path / 'pictures'}:train at 9 timesteps, T = 8, cosine, seed 0")
     with pytest.raises(InputError, match=r"num_images of 5 exceeds the 4 images of .*:train; give fewer"):
-        show_forward(tmp_path / "b.png", processes([8], ["cosine"]), str(tmp_path / "pictures"), num_images=5)
+        show_forward(tmp_path / "b.png", forward_processes([8], ["cosine"]), str(tmp_path / "pictures"), num_images=5)

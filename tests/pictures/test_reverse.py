@@ -15,7 +15,7 @@ from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.models.trained import load
 from ddpm_lab.pictures.curves import norm_figure, read_runs, schedule_figure, state_norms, training_figure
 from ddpm_lab.pictures.drawing import enlarged, rendered
-from ddpm_lab.pictures.forward import chosen_images, processes
+from ddpm_lab.pictures.forward import forward_processes, random_images
 from ddpm_lab.pictures.picture_settings import PictureConfig
 from ddpm_lab.pictures.reverse import (
     interpolate,
@@ -35,25 +35,25 @@ def trained(tiny_run):
     return load(tiny_run, device="cpu")
 
 
-class Knows(torch.nn.Module):
-    """A network of x_0 prediction that knows the images, and notes where it is asked."""
+class PerfectDenoiser(torch.nn.Module):
+    """A network of x_0 prediction that returns the true images, and records its timesteps."""
 
     def __init__(self, x_0):
         super().__init__()
         self.x_0 = torch.nn.Parameter(x_0, requires_grad=False)
-        self.asked = []
+        self.timesteps = []
 
     def forward(self, x_t, t):
-        self.asked.append(int(t[0]))
+        self.timesteps.append(int(t[0]))
         return self.x_0.expand_as(x_t)
 
 
-def knowing(trained, x_0):
-    """The trained model with its network replaced by one that knows."""
+def with_perfect_denoiser(trained, x_0):
+    """The trained model with its network replaced by a perfect denoiser."""
     config = dataclasses.replace(
         trained.config, diffusion=dataclasses.replace(trained.config.diffusion, prediction="x_0")
     )
-    return dataclasses.replace(trained, model=Knows(x_0), config=config)
+    return dataclasses.replace(trained, model=PerfectDenoiser(x_0), config=config)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_trajectory_ends_in_the_sampled_images(trained, config):
 
 def test_every_state_is_shown_beside_its_prediction(trained):
     x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
-    shown = record_trajectory(knowing(trained, x_0), SamplingConfig(num_steps=5, batch_size=2), 2, 6)
+    shown = record_trajectory(with_perfect_denoiser(trained, x_0), SamplingConfig(num_steps=5, batch_size=2), 2, 6)
     for predicted in shown.x_0_hat:
         assert torch.equal(predicted, to_uint8(x_0).expand(2, -1, -1, -1))
     assert shown.timesteps == [1000, 800, 600, 400, 200, 0]
@@ -97,12 +97,11 @@ def test_generators_of_different_lengths_go_in_step(trained):
     assert reverse_picture([short, long]).shape[0] > 1.8 * one.shape[0]
 
 
-def test_the_last_frame_shows_what_ddpm_sample_draws(tiny_run, trained, tmp_path):
+def test_the_last_frame_shows_what_ddpm_sample_draws(trained, tmp_path):
     config = SamplingConfig(num_steps=4, batch_size=4)
     images = torch.cat(list(generate(trained, 2, config)))
-    picture, film = PictureConfig(scale=2), PictureConfig(scale=2, hold=0.5)
-    for name, kind in (("a.gif", {"look": film}), ("a.png", {"look": picture, "columns": 5})):
-        show_reverse(tmp_path / name, [str(tiny_run)], config, num_images=2, device="cpu", **kind)
+    for name, settings in (("a.gif", {"hold": 0.5}), ("a.png", {"columns": 5})):
+        show_reverse(tmp_path / name, [trained], config, num_images=2, settings=PictureConfig(scale=2, **settings))
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 5
         film.seek(4)
@@ -130,19 +129,19 @@ def test_an_interpolation_joins_the_images_of_two_seeds(trained):
     same = interpolate(trained, config, 5, 2, 3)
     assert (same[:, 0].int() - same[:, 1].int()).abs().max() <= 1
     for noisy in (SamplingConfig(sampler="ddpm"), SamplingConfig(eta=0.5), SamplingConfig(sampler="dpmpp", eta=1.0)):
-        with pytest.raises(InputError, match="without noise on the way"):
+        with pytest.raises(InputError, match="requires a deterministic sampler"):
             interpolate(trained, noisy, 9, 2, 3)
 
 
 def test_noise_between_two_seeds_keeps_its_norm(trained):
-    class Notes(Knows):
+    class Recorder(PerfectDenoiser):
         def forward(self, x_t, t):
-            self.asked.append(x_t.clone())
+            self.x_T = x_t.clone()
             return super().forward(x_t, t)
 
-    spy = dataclasses.replace(trained, model=Notes(torch.zeros(1, 1, 8, 8)))
+    spy = dataclasses.replace(trained, model=Recorder(torch.zeros(1, 1, 8, 8)))
     interpolate(spy, SamplingConfig(num_steps=1, batch_size=64), 9, 4, 11)
-    norms = spy.model.asked[0].flatten(1).norm(dim=1).view(4, 11)
+    norms = spy.model.x_T.flatten(1).norm(dim=1).view(4, 11)
     low, high = torch.minimum(norms[:, 0], norms[:, -1]), torch.maximum(norms[:, 0], norms[:, -1])
     assert bool((norms > 0.9 * low[:, None]).all())  # the straight line would fall to 0.7
     assert bool((norms < 1.1 * high[:, None]).all())
@@ -151,18 +150,18 @@ def test_noise_between_two_seeds_keeps_its_norm(trained):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
 def test_what_is_denoised_starts_where_it_was_noised(trained, sampler):
     x_0 = torch.rand(1, 1, 8, 8) * 2 - 1
-    model = knowing(trained, x_0)
-    x_t, came = reconstruct(model, SamplingConfig(sampler=sampler, num_steps=20, batch_size=4), x_0, 500)
-    torch.testing.assert_close(came, x_0, rtol=0, atol=1e-5)
-    assert model.model.asked[0] == 499
-    assert len(model.model.asked) == 10  # its share of the twenty
+    model = with_perfect_denoiser(trained, x_0)
+    x_t, denoised = reconstruct(model, SamplingConfig(sampler=sampler, num_steps=20, batch_size=4), x_0, 500)
+    torch.testing.assert_close(denoised, x_0, rtol=0, atol=1e-5)
+    assert model.model.timesteps[0] == 499
+    assert len(model.model.timesteps) == 10  # its share of the twenty
     signal = trained.schedule.alpha_bar[499].sqrt()
     noise = (x_t - signal.float() * x_0) / (1 - trained.schedule.alpha_bar[499]).sqrt().float()
     assert float(noise.abs().mean()) == pytest.approx(0.8, abs=0.2)
 
 
 def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
-    x_0 = chosen_images("digits", "test", 4, 0)
+    x_0 = random_images("digits", "test", 4, 0)
     near, far = (
         float((reconstruct(trained, SamplingConfig(num_steps=50), x_0, t)[1] - x_0).square().mean()) for t in (20, 1000)
     )
@@ -171,22 +170,21 @@ def test_reconstruction_from_little_noise_is_nearly_the_image(trained):
         reconstruct(trained, SamplingConfig(), x_0, 1001)
 
 
-def test_every_kind_of_file_is_made(tiny_run, tmp_path):
+def test_every_kind_of_file_is_made(trained, tmp_path):
     sampling = SamplingConfig(num_steps=4, batch_size=4)
-    film, picture = {"look": PictureConfig(frames=3, hold=0.1)}, {"columns": 3}
     for name in ("a.png", "a.gif", "a.mp4"):
-        kind = picture if name == "a.png" else film
-        show_reverse(tmp_path / name, [str(tiny_run)] * 2, sampling, device="cpu", **kind)
+        settings = PictureConfig(columns=3) if name == "a.png" else PictureConfig(frames=3, hold=0.1)
+        show_reverse(tmp_path / name, [trained] * 2, sampling, settings=settings)
         assert (tmp_path / name).stat().st_size > 1000
-        show_interpolation(tmp_path / f"i{name}", str(tiny_run), sampling, 1, device="cpu", **kind)
+        show_interpolation(tmp_path / f"i{name}", trained, sampling, 1, settings=settings)
         assert (tmp_path / f"i{name}").stat().st_size > 1000
-    line = show_reconstruction(tmp_path / "r.png", str(tiny_run), sampling, [10, 900], device="cpu")
+    line = show_reconstruction(tmp_path / "r.png", trained, sampling, [10, 900])
     assert "from t = 10, " in line
 
 
 def test_figures_are_drawn(tiny_run, trained):
     shapes = {
-        "schedules": schedule_figure(processes([50, 100], ["rescaled", "fixed", "cosine"])),
+        "schedules": schedule_figure(forward_processes([50, 100], ["rescaled", "fixed", "cosine"])),
         "training": training_figure(read_runs([tiny_run])),
         "norms": norm_figure(state_norms(trained, SamplingConfig(num_steps=4, batch_size=8), 8)),
     }
@@ -196,7 +194,7 @@ def test_figures_are_drawn(tiny_run, trained):
         assert (picture < 128).mean() > 0.002, name
 
 
-def test_lines_that_no_run_writes_are_not_drawn(tiny_run, tmp_path):
+def test_damaged_lines_of_a_log_are_not_drawn(tiny_run, tmp_path):
     """Found by scripts/fuzz.py."""
     lines = (tiny_run / "log.jsonl").read_text().splitlines()
     (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
@@ -220,19 +218,19 @@ def test_noised_images_have_the_norm_of_theory(trained):
     expected = np.array([norms.theory[t - 1] for t, _ in norms.noised])
     assert np.abs(measured / expected - 1).max() < 0.05
     assert [t for t, _ in norms.sampled] == [1000, 750, 500, 250, 0]
-    half = knowing(trained, torch.full((1, 1, 8, 8), 0.5))  # images of one grey
+    half = with_perfect_denoiser(trained, torch.full((1, 1, 8, 8), 0.5))  # images of one grey
     shown = dict(state_norms(half, SamplingConfig(num_steps=4, batch_size=64), 64).sampled)
     assert shown[0] == pytest.approx(0.5)
     assert shown[500] == pytest.approx((1 - 0.75 * float(trained.schedule.alpha_bar[499])) ** 0.5, rel=0.02)
 
 
-def test_pictures_of_few_steps_need_no_word_of_columns(tiny_run, tmp_path):
-    line = show_reverse(tmp_path / "a.png", [str(tiny_run)], SamplingConfig(num_steps=3, batch_size=4), device="cpu")
+def test_a_picture_of_few_steps_has_a_column_for_each_state(trained, tmp_path):
+    line = show_reverse(tmp_path / "a.png", [trained], SamplingConfig(num_steps=3, batch_size=4))
     assert "4 images in 4 states" in line
 
 
 @pytest.mark.parametrize("command", ["reverse", "interpolate", "reconstruct", "curves norms"])
-def test_pictures_are_sampled_in_small_batches_whatever_else_is_said(command):
+def test_pictures_are_sampled_in_small_batches_by_default(command):
     from ddpm_lab.cli import picture_commands  # noqa: F401 (registers them)
     from ddpm_lab.cli.commands import app
 
@@ -242,12 +240,12 @@ def test_pictures_are_sampled_in_small_batches_whatever_else_is_said(command):
         assert sampling.batch_size == size
 
 
-def test_pictures_of_a_folder_are_fitted_to_the_network(tiny_run, tmp_path):
+def test_pictures_of_a_folder_are_fitted_to_the_network(trained, tmp_path):
     (tmp_path / "pictures").mkdir()
     for index in range(5):
         Image.new("L", (20, 30), 40 * index).save(tmp_path / "pictures" / f"{index}.png")
     config, pictures = SamplingConfig(num_steps=3, batch_size=4), str(tmp_path / "pictures")
-    line = show_reconstruction(tmp_path / "a.png", str(tiny_run), config, [500], dataset=pictures, device="cpu")
+    line = show_reconstruction(tmp_path / "a.png", trained, config, [500], dataset=pictures)
     assert "from t = 500" in line
 
 
@@ -256,8 +254,8 @@ def test_an_imported_network_is_asked_what_it_was_trained_on(tiny_run, tmp_path)
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     record["config"]["data"]["dataset"] = "unknown"
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    config = SamplingConfig(num_steps=3)
+    config, imported = SamplingConfig(num_steps=3), load(tmp_path / "run", device="cpu")
     with pytest.raises(InputError, match="give --dataset"):
-        show_reconstruction(tmp_path / "a.png", str(tmp_path / "run"), config, [500], device="cpu")
+        show_reconstruction(tmp_path / "a.png", imported, config, [500])
     with pytest.raises(InputError, match="ddpm import --dataset"):
-        state_norms(load(tmp_path / "run", device="cpu"), config, 4)
+        state_norms(imported, config, 4)

@@ -19,19 +19,19 @@ from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import append_line
 from ddpm_lab.pictures.drawing import image_table
-from ddpm_lab.studio.forward import chosen, drawn, fitted, noised, uploaded
-from ddpm_lab.studio.page import forget_other_formats
+from ddpm_lab.studio.forward import dataset_image, drawn, fitted, noised, uploaded
+from ddpm_lab.studio.page import remove_other_formats
 from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
-from ddpm_lab.studio.scores import nearest, records, scored_runs, table, told
+from ddpm_lab.studio.scores import nearest, record_text, records, score_row, scored_runs
 from ddpm_lab.studio.sources import guide_names, model_names, open_model, source_of
 from tests.conftest import png
 
 
 def test_models_are_those_below_the_folder(studio_runs):
     assert model_names(studio_runs) == ["mnist", "broken", "study/cells/one", "tiny"]
-    kept = [name for name in guide_names(studio_runs) if "averages" in name]
-    assert kept[-2:] == ["tiny/averages/step_00000001", "tiny/averages/step_00000003"]
-    assert source_of(studio_runs, kept[-1]) == str(studio_runs / kept[-1])
+    averages = [name for name in guide_names(studio_runs) if "averages" in name]
+    assert averages[-2:] == ["tiny/averages/step_00000001", "tiny/averages/step_00000003"]
+    assert source_of(studio_runs, averages[-1]) == str(studio_runs / averages[-1])
     with pytest.raises(InputError, match="there is no model"):
         source_of(studio_runs, "../outside")
     assert open_model(studio_runs, "tiny", "cpu").step == 12
@@ -69,7 +69,7 @@ def test_the_server_itself_knows_no_other_formats(monkeypatch):
     Image.init()
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setattr(Image, "ID", list(Image.ID))
-    forget_other_formats()
+    remove_other_formats()
     assert {"EPS", "WMF"}.isdisjoint(Image.OPEN)
     assert {"EPS", "WMF"}.isdisjoint(Image.ID)
     assert Image.open(io.BytesIO(png(Image.new("L", (3, 3))))).size == (3, 3)
@@ -96,7 +96,7 @@ def test_weights_are_read_again_when_they_change(tiny_run, tmp_path):
     assert open_model(tmp_path, "run", "cpu").weights_sha256 != sha256
 
 
-def test_runs_are_told_with_what_is_wrong(studio_runs, tmp_path):
+def test_the_table_of_runs_shows_what_is_wrong(studio_runs, tmp_path):
     """Their table, curves, grids of one step and reports; nothing outside, and a broken one harms no other."""
     here = tmp_path / "runs"
     shutil.copytree(studio_runs, here, symlinks=True)
@@ -134,24 +134,24 @@ def test_runs_are_told_with_what_is_wrong(studio_runs, tmp_path):
         curves(here, ["../secret"])
 
 
-def test_scores_are_told_with_the_record_behind_them(studio_runs, tmp_path):
-    """What `ddpm evaluate` tells, with the floor; of a record of another make no more than that."""
+def test_scores_are_shown_with_their_records(studio_runs, tmp_path):
+    """What `ddpm evaluate` prints, with the floor; a record with other fields is shown as far as possible."""
     here = tmp_path / "runs"
     shutil.copytree(studio_runs, here, symlinks=True)
     foreign = {"step": 3, "seconds": 1.0, "fid_label": "FID", "fid": 7, "floor": [], "kid": {"value": "?"}}
     append_line(here / "study" / "cells" / "one" / "scores.jsonl", foreign)
     assert scored_runs(here) == ["study/cells/one", "tiny"]
     (record,) = records(here, "tiny")
-    ((step, count, label, value, interval, floor, _, _, sampler),) = table([record])
+    step, count, label, value, interval, floor, _, _, sampler = score_row(record)
     assert (step, count, label, sampler) == ("12", "40", "FD-classifier", "ddim, 5 evaluations")
     assert (float(value), float(floor)) == pytest.approx((record["fid"]["value"], record["floor"]["fid"]), rel=1e-3)
     assert " to " in interval
-    assert "95 % interval" in told(record)
+    assert "95 % interval" in record_text(record)
     (other,) = records(here, "study/cells/one")
-    assert table([other]) == [["3", "", "", "", "", "", "", "", ""]]
-    assert "lacks what" in told(other)
+    assert score_row(other) == ["3", "", "", "", "", "", "", "", ""]
+    assert "lacks fields" in record_text(other)
     fewer = record | {"inception_score": {"value": 7.5}, "floor": record["floor"] | {"num_images": 1360}}
-    ((*_, floor, inception_score, _, _),) = table([fewer])
+    *_, floor, inception_score, _, _ = score_row(fewer)
     assert floor.endswith(" (n=1,360)")
     assert inception_score == "7.5 of 10 classes"
     with pytest.raises(InputError, match="there is no run"):
@@ -186,7 +186,7 @@ def test_a_picture_is_cut_scaled_and_noised():
     assert len({kind.shape for kinds in pictures for kind in kinds}) == 1, "the picture does not jump while t moves"
 
 
-def test_the_six_chains_are_told_as_their_formulas_say(monkeypatch):
+def test_the_captions_of_the_six_chains_agree_with_their_formulas(monkeypatch):
     """t, alpha_bar and SNR of each, from linear betas computed here; and the state shown has that much of the image."""
     seen = []
 
@@ -203,11 +203,11 @@ def test_the_six_chains_are_told_as_their_formulas_say(monkeypatch):
         low, high = (1e-4, 0.02) if fixed else (0.1 / T, 20 / T)
         t = round(0.4 * T)
         alpha_bar = np.prod(1 - np.linspace(low, high, T)[:t])
-        told_of = re.fullmatch(r"t = (\d+) +alpha_bar (\S+) +SNR (\S+)", caption)
+        caption_match = re.fullmatch(r"t = (\d+) +alpha_bar (\S+) +SNR (\S+)", caption)
         assert title.startswith(f"T = {T}, linear, {'fixed range' if fixed else 'rescaled'}")
-        assert int(told_of[1]) == t
-        assert float(told_of[2]) == pytest.approx(alpha_bar, rel=0.05)
-        assert float(told_of[3]) == pytest.approx(alpha_bar / (1 - alpha_bar), rel=0.05)
+        assert int(caption_match[1]) == t
+        assert float(caption_match[2]) == pytest.approx(alpha_bar, rel=0.05)
+        assert float(caption_match[3]) == pytest.approx(alpha_bar / (1 - alpha_bar), rel=0.05)
         share_white = float((states == 255).double().mean())  # of N(sqrt(alpha_bar), 1 - alpha_bar): what is cut at 1
         expected = 0.5 * math.erfc((1 - alpha_bar**0.5) / (2 * (1 - alpha_bar)) ** 0.5)
         assert share_white == pytest.approx(expected, abs=0.06)
@@ -230,9 +230,9 @@ def test_sixteen_bits_and_transparency_are_seen_as_they_are():
     assert (int(seen[30, 10]), int(seen[30, 60])) == (0, 255)
 
 
-def test_a_number_that_there_is_no_image_of_is_refused():
+def test_an_index_without_an_image_is_refused():
     with pytest.raises(InputError, match="test images 0 to 359, not 360"):
-        chosen("digits", 360)
+        dataset_image("digits", 360)
 
 
 def test_a_picture_that_is_too_large_is_refused():
@@ -243,19 +243,19 @@ def test_a_picture_that_is_too_large_is_refused():
 def test_a_drawing_becomes_a_light_digit_in_the_middle():
     sheet = np.full((280, 280, 4), 255, np.uint8)
     sheet[20:120, 30:50, :3] = 0
-    found = np.asarray(drawn({"composite": sheet}))
-    assert found.shape == (28, 28)
-    rows, columns = np.nonzero(found > 128)
+    digit = np.asarray(drawn({"composite": sheet}))
+    assert digit.shape == (28, 28)
+    rows, columns = np.nonzero(digit > 128)
     assert (rows.min(), rows.max()) == (4, 23)
     assert abs(columns.mean() - 13.5) < 1
     for nothing in (None, {"composite": None}, {"composite": np.full((280, 280, 4), 255, np.uint8)}):
-        with pytest.raises(InputError, match="nothing is drawn"):
+        with pytest.raises(InputError, match="the drawing is empty"):
             drawn(nothing)
 
 
 @pytest.mark.parametrize(
     ("port", "words"),
-    [("0", "from 1 to 65535"), ("70000", "from 1 to 65535"), ("TAKEN", "cannot be had (Address already")],
+    [("0", "from 1 to 65535"), ("70000", "from 1 to 65535"), ("TAKEN", "is not available (Address already")],
 )
 def test_a_port_that_cannot_be_is_refused(tmp_path, capsys, port, words):
     with socket.socket() as held:

@@ -51,12 +51,14 @@ def served(studio_runs, tmp_path_factory):
     assert serving.stdout.readline().startswith(f"http://127.0.0.1:{port}")
     yield f"http://127.0.0.1:{port}", serving
     serving.send_signal(signal.SIGINT)
-    said = serving.communicate(timeout=30)[0]
-    assert serving.returncode == 130, said
+    output = serving.communicate(timeout=30)[0]
+    assert serving.returncode == 130, output
     assert [path.name for path in scratch.iterdir()] == []
-    # The server itself complains of browsers that close in the midst, and OwnOrigin.__call__ is on its way to all.
-    ours = [line for line in said.splitlines() if "ddpm_lab" in line and not re.search(r"page.py.* in __call__$", line)]
-    assert ours == [], said
+    # The server itself complains of browsers that close in the midst, and SameOrigin.__call__ is on its way to all.
+    ours = [
+        line for line in output.splitlines() if "ddpm_lab" in line and not re.search(r"page.py.* in __call__$", line)
+    ]
+    assert ours == [], output
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +103,14 @@ def post_file(studio, name, content):
         return json.load(answer)[0]
 
 
-def choose(page, where, option):
-    page.locator(f"{where} input").click()
+def choose(page, control, option):
+    page.locator(f"{control} input").click()
     page.get_by_role("option", name=option, exact=True).click()
 
 
-def fill(page, where, value):
-    page.locator(f"{where} input").first.fill(str(value))
-    page.locator(f"{where} input").first.press("Tab")
+def fill(page, control, value):
+    page.locator(f"{control} input").first.fill(str(value))
+    page.locator(f"{control} input").first.press("Tab")
 
 
 def seconds_used(process):
@@ -120,13 +122,13 @@ def seconds_used(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def source(page, where):
-    return page.locator(f"{where} img").first.get_attribute("src")
+def source(page, picture):
+    return page.locator(f"{picture} img").first.get_attribute("src")
 
 
 @pytest.mark.slow
 def test_classes_can_be_asked_for_of_the_model_that_comes_first(page):
-    """The packaged digits, which are told classes, unlike the run chosen then."""
+    """The packaged network is conditional, unlike the run chosen then."""
     page.wait_for_selector("#class", state="visible")
     choose(page, "#class", "7")
     choose(page, "#model", "tiny")
@@ -141,7 +143,7 @@ def test_images_are_made_looked_back_at_and_repeated(page, studio, studio_runs, 
     fill(page, "#seed", 3)
     page.click("#generate")
     page.wait_for_selector("#command .cm-content", timeout=60_000)
-    assert "16 images by 7 evaluations each" in page.inner_text("#told")
+    assert "16 images by 7 evaluations each" in page.inner_text("#status")
     command = page.inner_text("#command .cm-content").split()
     assert command[:3] == ["ddpm", "sample", str(studio_runs / "tiny")]
     last = source(page, "#x_t")
@@ -168,7 +170,7 @@ def test_a_guide_can_be_chosen(page, studio_runs):
     fill(page, "#steps", 7)
     page.click("#generate")
     page.wait_for_selector("#command .cm-content", timeout=60_000)
-    assert "16 images by 14 evaluations each" in page.inner_text("#told")
+    assert "16 images by 14 evaluations each" in page.inner_text("#status")
     words = page.inner_text("#command .cm-content")
     assert f"--guidance 2.0 --guide {studio_runs / 'tiny' / 'averages' / 'step_00000003'}" in " ".join(words.split())
 
@@ -183,7 +185,7 @@ def test_sampling_is_seen_and_stopped(page, served):
     first = source(page, "#x_t")
     page.wait_for_function("before => document.querySelector('#x_t img').src !== before", arg=first, timeout=60_000)
     page.click("#stop")
-    page.wait_for_function("() => document.querySelector('#told').innerText.includes('stopped')", timeout=60_000)
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('stopped')", timeout=60_000)
     time.sleep(1)
     held, used = source(page, "#x_t"), seconds_used(served[1])
     time.sleep(2)
@@ -193,7 +195,7 @@ def test_sampling_is_seen_and_stopped(page, served):
     fill(page, "#steps", 3)
     page.click("#generate")
     page.wait_for_function(
-        "() => document.querySelector('#told').innerText.includes('by 3 evaluations')", timeout=60_000
+        "() => document.querySelector('#status').innerText.includes('by 3 evaluations')", timeout=60_000
     )
 
 
@@ -210,7 +212,7 @@ def test_two_visitors_do_not_disturb_each_other(browser, studio):
         page.click("#generate")
     for seed, page in enumerate(pages):
         page.wait_for_selector("#command .cm-content", timeout=60_000)
-        assert f"by {5 + seed} evaluations" in page.inner_text("#told")
+        assert f"by {5 + seed} evaluations" in page.inner_text("#status")
         assert f"--seed {seed} " in page.inner_text("#command .cm-content")
     ends = [page.evaluate("async () => (await (await fetch(document.querySelector('#x_t img').src)).blob()).size")
             for page in pages]  # fmt: skip
@@ -220,13 +222,13 @@ def test_two_visitors_do_not_disturb_each_other(browser, studio):
         page.locator("#back input[type=number]").fill("0")
         page.locator("#back input[type=number]").press("Tab")
         page.wait_for_function("before => document.querySelector('#x_t img').src !== before", arg=last, timeout=60_000)
-        assert page.inner_text("#told") == "t = 1000"
+        assert page.inner_text("#status") == "t = 1000"
         page.context.close()
     assert len(set(ends)) == 2, "other seeds are other pictures"
 
 
 @pytest.mark.slow
-def test_faults_are_told_and_harm_nothing(page):
+def test_errors_are_shown_and_harm_nothing(page):
     """A damaged run, and more steps than there are timesteps: a line each, and the page goes on."""
     choose(page, "#model", "broken")
     page.click("#generate")
@@ -279,7 +281,7 @@ def test_the_forward_tab(page, tmp_path):
     page.get_by_text("exceed").first.wait_for(timeout=60_000)
     page.get_by_role("tab", name="Draw").click()
     page.click("#use-drawing")
-    page.get_by_text("nothing is drawn yet").first.wait_for(timeout=60_000)
+    page.get_by_text("the drawing is empty").first.wait_for(timeout=60_000)
     page.locator("#sketch button[aria-label=Brush]").click()
     box = page.locator("#sketch canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2
@@ -292,7 +294,7 @@ def test_the_forward_tab(page, tmp_path):
     choose(page, "#denoiser", "tiny")
     page.click("#denoise")
     page.wait_for_selector("#denoised img", timeout=60_000)
-    assert "of 1000 by tiny" in page.inner_text("#forward-told")
+    assert "of 1000 by tiny" in page.inner_text("#forward-status")
 
 
 @pytest.mark.slow
@@ -301,12 +303,12 @@ def test_the_runs_tab(page, studio_runs):
     page.get_by_role("tab", name="Runs").click()
     page.wait_for_selector("#curves img", timeout=60_000)
     page.wait_for_selector("#left-grid img", timeout=60_000)
-    assert "step 12" in page.inner_text("#grid-told")
+    assert "step 12" in page.inner_text("#grid-step")
     before = source(page, "#left-grid")
     page.locator("#place input[type=number]").fill("0")
     page.locator("#place input[type=number]").press("Tab")
     page.wait_for_function("b => document.querySelector('#left-grid img').src !== b", arg=before, timeout=60_000)
-    assert "step 6" in page.inner_text("#grid-told")
+    assert "step 6" in page.inner_text("#grid-step")
     log = studio_runs / "study" / "cells" / "one" / "log.jsonl"
     line = log.read_text().splitlines()[-1].replace('"step": 12', '"step": 4321')
     with log.open("a") as stream:
@@ -329,16 +331,16 @@ def test_the_runs_tab(page, studio_runs):
 
 @pytest.mark.slow
 def test_the_scores_tab(page):
-    """The newest record of the run is told; a search shows pairs and the command that repeats it."""
+    """The newest record of the run is shown; a search shows pairs and the command that repeats it."""
     page.get_by_role("tab", name="Scores").click()
     page.wait_for_function(
-        "() => document.querySelector('#record-told')?.innerText.includes('95 % interval')", timeout=60_000
+        "() => document.querySelector('#record-text')?.innerText.includes('95 % interval')", timeout=60_000
     )
     assert "ddim, 5 evaluations" in page.inner_text("#scores")
     choose(page, "#nearest-of", "tiny")
     page.click("#find")
     page.wait_for_selector("#pairs img", timeout=120_000)
-    assert "lie nearer to a training image" in page.inner_text("#nearest-told")
+    assert "lie nearer to a training image" in page.inner_text("#nearest-text")
     choose(page, "#nearest-of", "broken")
     page.click("#find")
     page.get_by_text("is damaged").first.wait_for(timeout=60_000)

@@ -1,20 +1,41 @@
-"""The commands of `ddpm` that show: pictures and films of both processes, and curves."""
+"""The commands of `ddpm` that make pictures, films and curves."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from ddpm_lab.cli.commands import Checkpoint, DataDir, Device, Source, Weights, app
 from ddpm_lab.core.config import FewImagesConfig
-from ddpm_lab.pictures.picture_settings import PictureConfig
+from ddpm_lab.pictures.picture_settings import PICTURE_ENDINGS, PictureConfig
+
+if TYPE_CHECKING:
+    from ddpm_lab.models.trained import TrainedModel
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which weights of a model are loaded, and where they run."""
+
+    weights: Weights = "ema"
+    checkpoint: Checkpoint = None
+    device: Device = "auto"
+
+    def load(self, source: str) -> "TrainedModel":
+        """Load a model."""
+        from ddpm_lab.models.trained import load
+
+        return load(source, weights=self.weights, checkpoint=self.checkpoint, device=self.device)
+
 
 NumTimesteps = Annotated[tuple[int, ...], Parameter(help="T, one or several chains above one another")]
 Betas = Annotated[
     tuple[Literal["rescaled", "fixed", "cosine"], ...],
     Parameter(help="linear times 1000/T (rescaled), linear 1e-4 .. 0.02 at every T (fixed), cosine; one or several"),
 ]
-Look = Annotated[PictureConfig, Parameter(name="*")]
+Picture = Annotated[PictureConfig, Parameter(name="*")]
 Sampling = Annotated[FewImagesConfig, Parameter(name="*")]
 curves = App(
     name="curves",
@@ -33,35 +54,32 @@ def forward(
     num_images: int = 4,
     num_timesteps: NumTimesteps = (1000,),
     betas: Betas = ("rescaled",),
-    columns: int | None = None,
     spacing: Literal["uniform", "logsnr"] = "uniform",
     closed_form: bool = False,
-    look: Look = PictureConfig(),  # noqa: B008 (frozen)
+    settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
     image_size: int | None = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Show real images on their way into noise: a row for each, a column for each timestep, or a film.
+    """Show how real images turn into noise: a row for each image and a column for each timestep, or a film.
 
     Args:
         out: FILE.png for a picture; FILE.gif or FILE.mp4 for a film, with a mark on the curves of alpha_bar and SNR.
         dataset: mnist, cifar10, digits, or the path of a folder of images.
-        split: which part of it; unset: test, but train of a folder, whose test part is a twentieth.
-        num_images: drawn at random, from 1 to 64.
-        columns: timesteps in a picture, the clean image and the last among them; unset: 11, or as many as there are.
+        split: part of the data set; unset: test, but train for a folder, whose test part is a twentieth of it.
+        num_images: images drawn at random, from 1 to 64.
         spacing: columns and frames even in t (uniform), or in the logarithm of the signal-to-noise ratio (logsnr).
-        closed_form: jump from the image to each timestep with one noise, rather than walk step by step.
-        seed: of the images and of the noise.
+        closed_form: jump from the image to each timestep with one noise, instead of going step by step.
+        seed: of the choice of images and of the noise.
         image_size: pixels to which the images of a folder are cropped and scaled; unset: they have one size already.
     """
-    from ddpm_lab.pictures.forward import processes, show_forward
+    from ddpm_lab.pictures.forward import forward_processes, show_forward
 
-    shown = processes(num_timesteps, betas)
-    made = show_forward(
-        out, shown, dataset, split=split, num_images=num_images, columns=columns, spacing=spacing,
-        closed_form=closed_form, look=look, seed=seed, data_dir=data_dir, image_size=image_size,
-    )  # fmt: skip
-    print(made)
+    processes = forward_processes(num_timesteps, betas)
+    print(show_forward(
+        out, processes, dataset, split=split, num_images=num_images, spacing=spacing, closed_form=closed_form,
+        settings=settings, seed=seed, data_dir=data_dir, image_size=image_size,
+    ))  # fmt: skip
 
 
 @app.command
@@ -69,27 +87,22 @@ def reverse(
     *sources: Source,
     out: Path,
     num_images: int = 4,
-    columns: int | None = None,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
-    look: Look = PictureConfig(),  # noqa: B008 (frozen)
-    weights: Weights = "ema",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
+    settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
+    model: ModelOptions = ModelOptions(),
 ) -> None:
-    """Show images coming out of noise, x_t beside the predicted x_0; several models go in step.
+    """Show how images come out of noise: x_t beside the predicted x_0; several models advance together.
 
     Args:
         out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
         num_images: from 1 to 64; image i of a seed is that of `ddpm sample`.
-        columns: states in a picture, the noise and the image among them; unset: 11, or as many as there are.
     """
+    from ddpm_lab.pictures.film import check_output
     from ddpm_lab.pictures.reverse import show_reverse
 
-    made = show_reverse(
-        out, sources, sampling, num_images=num_images, columns=columns, look=look,
-        weights=weights, checkpoint=checkpoint, device=device,
-    )  # fmt: skip
-    print(made)
+    check_output(out, settings)
+    trained = [model.load(source) for source in sources]
+    print(show_reverse(out, trained, sampling, num_images=num_images, settings=settings))
 
 
 @app.command
@@ -100,28 +113,22 @@ def interpolate(
     out: Path,
     to_seed: int = 1,
     num_images: int = 4,
-    columns: int | None = None,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
-    look: Look = PictureConfig(),  # noqa: B008 (frozen)
-    weights: Weights = "ema",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
+    settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
+    model: ModelOptions = ModelOptions(),
 ) -> None:
-    """Show what lies between the images of two seeds, along the great circle between their noises.
+    """Show the images between those of two seeds, along the great circle between their noises.
 
     Args:
         out: FILE.png for a picture, FILE.gif or FILE.mp4 for a film.
-        to_seed: where it ends; it begins at --seed.
+        to_seed: the seed of the last column or frame; --seed is that of the first.
         num_images: from 1 to 64, each a row.
-        columns: images of a row, the two ends among them; unset: 11.
     """
+    from ddpm_lab.pictures.film import check_output
     from ddpm_lab.pictures.reverse import show_interpolation
 
-    made = show_interpolation(
-        out, source, sampling, to_seed, num_images=num_images, columns=columns, look=look,
-        weights=weights, checkpoint=checkpoint, device=device,
-    )  # fmt: skip
-    print(made)
+    check_output(out, settings)
+    print(show_interpolation(out, model.load(source), sampling, to_seed, num_images=num_images, settings=settings))
 
 
 @app.command
@@ -136,28 +143,28 @@ def reconstruct(
     num_images: int = 4,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
     scale: int | None = None,
-    weights: Weights = "ema",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
+    model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
 ) -> None:
-    """Show how much of a real image survives: noised to t, and denoised again from there.
+    """Show how well real images are restored after they were noised to t, for several t.
 
     Args:
         out: FILE.png.
-        timesteps: from 2 to T; unset: ten even ones.
-        dataset: whose images; unset: those the model was trained on. Those of a folder are cropped and scaled.
-        split: which part of it; unset: test, but train of a folder, whose test part is a twentieth.
-        num_images: drawn at random, from 1 to 64.
+        timesteps: from 2 to T; unset: ten evenly spaced ones.
+        dataset: where the images come from; unset: the data set of the model. Images of a folder are cropped and
+            scaled to the model's size.
+        split: part of the data set; unset: test, but train for a folder, whose test part is a twentieth of it.
+        num_images: images drawn at random, from 1 to 64.
         scale: whole factor by which images are enlarged, without blur; unset: to 56 pixels or more.
     """
     from ddpm_lab.pictures.reverse import show_reconstruction
+    from ddpm_lab.sampling.image_files import check_writable
 
-    made = show_reconstruction(
-        out, source, sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
-        look=PictureConfig(scale=scale), weights=weights, checkpoint=checkpoint, device=device, data_dir=data_dir,
-    )  # fmt: skip
-    print(made)
+    check_writable(out, PICTURE_ENDINGS)
+    print(show_reconstruction(
+        out, model.load(source), sampling, timesteps, dataset=dataset, split=split, num_images=num_images,
+        scale=PictureConfig(scale=scale).scale, data_dir=data_dir,
+    ))  # fmt: skip
 
 
 @curves.command
@@ -168,9 +175,9 @@ def schedules(*, out: Path, num_timesteps: NumTimesteps = (500, 1000, 2000), bet
         out: FILE.png.
     """
     from ddpm_lab.pictures.curves import save_figure, schedule_figure
-    from ddpm_lab.pictures.forward import processes
+    from ddpm_lab.pictures.forward import forward_processes
 
-    save_figure(out, lambda: schedule_figure(processes(num_timesteps, betas)))
+    print(save_figure(out, schedule_figure(forward_processes(num_timesteps, betas))))
 
 
 @curves.command
@@ -183,8 +190,7 @@ def training(*runs: Path, out: Path) -> None:
     """
     from ddpm_lab.pictures.curves import read_runs, save_figure, training_figure
 
-    logs = read_runs(runs)
-    save_figure(out, lambda: training_figure(logs))
+    print(save_figure(out, training_figure(read_runs(runs))))
 
 
 @curves.command
@@ -195,22 +201,17 @@ def norms(
     out: Path,
     num_images: int = 64,
     sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
-    weights: Weights = "ema",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
+    model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
 ) -> None:
-    """Draw the norm of x_t: noised real images, the sampler's states, and what theory says.
+    """Draw the norm of x_t: of noised real images, of the sampler's states, and as the theory predicts it.
 
     Args:
         out: FILE.png.
-        num_images: of each.
+        num_images: number of real images, and of sampled ones.
     """
-    from ddpm_lab.models.trained import load
     from ddpm_lab.pictures.curves import norm_figure, save_figure, state_norms
     from ddpm_lab.sampling.image_files import check_writable
 
-    check_writable(out, (".png",))
-    trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
-    norms_of = state_norms(trained, sampling, num_images, data_dir)
-    save_figure(out, lambda: norm_figure(norms_of))
+    check_writable(out, PICTURE_ENDINGS)
+    print(save_figure(out, norm_figure(state_norms(model.load(source), sampling, num_images, data_dir))))

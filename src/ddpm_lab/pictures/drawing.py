@@ -1,7 +1,8 @@
-"""Pictures put together pixel for pixel: tables of images with captions, and curves beside them.
+"""Compose pictures: tables of images with captions, and pictures beside or above one another.
 
-Images are enlarged by whole factors, without blur. All pictures are (height, width, 3) uint8 on white, so that they
-look alike on light and on dark pages; colours are those of Okabe and Ito, which the colour-blind can tell apart.
+Images are enlarged by whole factors, without blur. All pictures are (height, width, 3) uint8 on a white background, so
+that they look the same on light and dark pages. The colours are those of Okabe and Ito, which colour-blind readers can
+tell apart.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ddpm_lab.sampling.image_files import visible_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +35,7 @@ def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
 
 
 def enlarged(image: Tensor, scale: int) -> Picture:
-    """One image, (C, H, W) uint8 with C of 1 or 3, every pixel repeated `scale` times each way."""
+    """One image, (C, H, W) uint8 with C of 1 or 3, with every pixel repeated `scale` times in both directions."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).repeat(scale, axis=0).repeat(scale, axis=1)
 
@@ -40,43 +43,41 @@ def enlarged(image: Tensor, scale: int) -> Picture:
 def image_table(
     images: Tensor,
     *,
-    scale: int = 1,
+    scale: int | None = None,
     title: str = "",
     row_labels: Sequence[str] = (),
     captions: Sequence[tuple[str, Sequence[str]]] = (),
-    least_width: float = 0,
+    min_width: float = 0,
 ) -> Picture:
-    """Images in rows and columns, with a title above, labels at the left and lines of captions under the columns.
+    """Images in rows and columns, with a title above, labels at the left and lines of captions below the columns.
 
     Args:
         images: (R, N, C, H, W) uint8, C of 1 or 3.
-        scale: whole factor of enlargement.
-        title: above; none where empty.
-        row_labels: R of them, or none.
-        captions: lines, each with what it is (at the left) and N texts; one text is for the line as a whole.
-        least_width: pixels for images and captions, so that tables with other texts are as wide.
+        scale: whole factor of enlargement; None: the smallest that gives 56 pixels or more.
+        title: a line above the images; '' for none.
+        row_labels: R labels, or none.
+        captions: lines, each with a label at the left and N texts, one for each column; a single text belongs to the
+            whole line.
+        min_width: pixels for images and captions, so that tables with different texts get the same width.
     """
     R, N, _, H, W = images.shape
+    scale = scale or visible_scale(W)
     height, width = H * scale, W * scale
-    names = [*row_labels, *(name for name, _ in captions)]
-    left = MARGIN + (round(text_width(names)) + GAP * 2 if any(names) else 0)
-    top = LINE + 4 if title else 0
-    wide = left + max(N * (width + GAP) - GAP, round(least_width))
-    wide = max(wide, MARGIN + round(text_width([title], TITLE_SIZE)))
-    wide = max(wide, left + round(text_width(texts[0] for _, texts in captions if len(texts) == 1)))
-    canvas = Image.new("RGB", (wide, top + R * (height + GAP) + LINE * len(captions)), PAPER)
+    labels = [*row_labels, *(label for label, _ in captions)]
+    left = MARGIN + (round(text_width(labels)) + GAP * 2 if any(labels) else 0)
+    whole_lines = text_width(texts[0] for _, texts in captions if len(texts) == 1)
+    inner_width = max(N * (width + GAP) - GAP, round(min_width), round(whole_lines))
+    canvas = Image.new("RGB", (left + inner_width, R * (height + GAP) + LINE * len(captions)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    if title:
-        draw.text((MARGIN, 0), title, INK, font(TITLE_SIZE))
     for row in range(R):
-        y = top + row * (height + GAP)
+        y = row * (height + GAP)
         for column in range(N):
             canvas.paste(Image.fromarray(enlarged(images[row, column], scale)), (left + column * (width + GAP), y))
         if row_labels:
             draw.text((left - GAP * 2, y + height // 2), row_labels[row], INK, font(), anchor="rm")
-    for index, (name, texts) in enumerate(captions):
-        y = top + R * (height + GAP) + LINE * index + LINE // 2
-        draw.text((left - GAP * 2, y), name, INK, font(), anchor="rm")
+    for index, (label, texts) in enumerate(captions):
+        y = R * (height + GAP) + LINE * index + LINE // 2
+        draw.text((left - GAP * 2, y), label, INK, font(), anchor="rm")
         if len(texts) == 1:
             draw.text((left, y), texts[0], INK, font(), anchor="lm")
             continue
@@ -85,42 +86,42 @@ def image_table(
             while size > 7 and font(size).getlength(text) > width:
                 size -= 1
             draw.text((left + column * (width + GAP) + width // 2, y), text, INK, font(size), anchor="mm")
-    return np.asarray(canvas)
+    table = np.asarray(canvas)
+    return stacked([title_line(title, canvas.width), table], gap=0) if title else table
 
 
 def text_width(texts: Iterable[str], size: int = TEXT_SIZE) -> float:
-    """Pixels that the longest of some texts takes."""
+    """Width in pixels of the longest of some texts."""
     return max((font(size).getlength(text) for text in texts), default=0.0)
 
 
-def text_line(text: str) -> Picture:
-    """A title of its own."""
-    canvas = Image.new("RGB", (MARGIN + round(text_width([text], TITLE_SIZE)), LINE + 4), PAPER)
+def title_line(text: str, min_width: int = 0) -> Picture:
+    """A title as a picture of one line."""
+    width = max(min_width, MARGIN + round(text_width([text], TITLE_SIZE)))
+    canvas = Image.new("RGB", (width, LINE + 4), PAPER)
     ImageDraw.Draw(canvas).text((MARGIN, 0), text, INK, font(TITLE_SIZE))
     return np.asarray(canvas)
 
 
 def side_by_side(pictures: Sequence[Picture], gap: int = MARGIN * 2) -> Picture:
-    """Pictures from left to right, their tops in line."""
-    height = max(picture.shape[0] for picture in pictures)
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, gap), (0, 0)), constant_values=255) for p in pictures]
-    return np.concatenate(padded, axis=1)[:, : -gap or None]
+    """Pictures from left to right, aligned at the top."""
+    return stacked([picture.transpose(1, 0, 2) for picture in pictures], gap).transpose(1, 0, 2)
 
 
 def stacked(pictures: Sequence[Picture], gap: int = MARGIN) -> Picture:
-    """Pictures from top to bottom, their left edges in line."""
+    """Pictures from top to bottom, aligned at the left."""
     width = max(picture.shape[1] for picture in pictures)
     padded = [np.pad(p, ((0, gap), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
     return np.concatenate(padded)[: -gap or None]
 
 
-def framed(picture: Picture, margin: int = MARGIN) -> Picture:
-    """A picture with white around it."""
-    return np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
+def framed(picture: Picture) -> Picture:
+    """A picture with a white margin."""
+    return np.pad(picture, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255)
 
 
 def rendered(figure: "Figure") -> Picture:
-    """A matplotlib figure in pixels."""
+    """A matplotlib figure as pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -129,13 +130,12 @@ def rendered(figure: "Figure") -> Picture:
 
 
 def printable(name: str) -> str:
-    """A name as figures can draw it, though it be no text, as names of files need not be."""
+    """A name that figures can draw, also where a file's name is not valid text: its invalid bytes become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def escape_mathtext(text: str) -> str:
-    """A text that matplotlib draws as it stands: no mathematics between dollars, and in the legend whatever it begins
-    with (what begins with an underscore it leaves out)."""
+    """A text that matplotlib draws as it is: dollars are no mathematics, and a leading underscore hides no legend."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 

@@ -1,160 +1,144 @@
-"""Pictures in a row as a film: GIF, which everything shows, or MP4, which is smaller and has all colours."""
+"""Write pictures as the frames of a film: GIF, which every viewer shows, or MP4, which is smaller and has all colours.
+
+A film is written frame by frame under a temporary name; an existing file stays until the new one is complete.
+"""
 
 import itertools
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 
-from ddpm_lab.core.errors import InputError, RunError
+from ddpm_lab.core.errors import InputError, RunError, require
 from ddpm_lab.core.files import atomic_file
+from ddpm_lab.core.progress import counted, progress
 from ddpm_lab.pictures.drawing import PAPER, Picture
-from ddpm_lab.pictures.picture_settings import PictureConfig
-from ddpm_lab.sampling.image_files import check_writable
-
-FILM_ENDINGS = (".gif", ".mp4")
-PICTURE_ENDINGS = (".png",)
+from ddpm_lab.pictures.picture_settings import FILM_ENDINGS, PICTURE_ENDINGS, PictureConfig, is_film
+from ddpm_lab.sampling.image_files import check_writable, save_png
 
 
-def check_kind(path: Path, look: PictureConfig, columns: int | None) -> bool:
-    """Whether a path is of a film; refuses settings that a picture, or a film, does not have.
+def check_output(out: Path, settings: PictureConfig) -> None:
+    """Refuse an output file, or settings that its kind of file does not have, before any work is done.
 
     Raises:
-        InputError: such a setting, or what `images.check_writable` refuses; or there is no program that encodes MP4.
+        InputError: the file cannot be written (see `check_writable`); settings of a film are given for a picture, or
+            the reverse; an .mp4 is asked for and no ffmpeg is installed.
     """
-    check_writable(path, PICTURE_ENDINGS + FILM_ENDINGS)
-    moving = path.suffix.lower() in FILM_ENDINGS
-    usual = PictureConfig()
-    given = ["columns"] if columns is not None else []
-    if not moving:
-        given = [name for name in ("frames", "fps", "hold") if getattr(look, name) != getattr(usual, name)]
-    if given:
-        kind, other = ("film", "picture") if moving else ("picture", "film")
-        flags = ", ".join(f"--{name}" for name in given)
-        raise InputError(f"{flags}: for a {other}, and {path} is a {kind}")
-    if path.suffix.lower() == ".mp4":
+    check_writable(out, PICTURE_ENDINGS + FILM_ENDINGS)
+    kind, unused = ("film", ["columns"]) if is_film(out) else ("picture", ["frames", "fps", "hold"])
+    given = [f"--{name}" for name in unused if getattr(settings, name) != getattr(PictureConfig(), name)]
+    require(not given, f"{', '.join(given)} cannot be used with {out}, which is a {kind}")
+    if out.suffix.lower() == ".mp4":
         encoder_path()
-    return moving
 
 
-def save_film(path: Path, frames: Iterable[Picture], film: PictureConfig) -> None:
-    """Write a film whose last frame stays a while; the old file stays until the new one is whole.
+def save_drawing(out: Path, drawing: Picture | Iterable[Picture], settings: PictureConfig, num_frames: int) -> None:
+    """Save a picture as PNG, or the frames of a film with a progress bar."""
+    if isinstance(drawing, np.ndarray):
+        save_png(out, drawing)
+    else:
+        with progress("drawing", num_frames, "frames") as advance:
+            save_film(out, counted(drawing, advance), settings)
 
-    A GIF keeps the last frame by its duration (durations are hundredths of a second), and repeats for ever; an MP4
-    repeats it. MP4 is H.264 with yuv420p, which browsers play; odd sizes get a white line, for it knows even ones only.
+
+def save_film(path: Path, frames: Iterable[Picture], settings: PictureConfig) -> None:
+    """Write a film that holds its last frame.
+
+    A GIF gives the last frame a longer duration (durations are hundredths of a second) and repeats for ever; an MP4
+    repeats the frame. MP4 is H.264 with yuv420p, which browsers play; it needs even sizes, so an odd size gets a white
+    line at the right or the bottom.
 
     Args:
         path: ends in .gif or .mp4.
-        frames: (height, width, 3) uint8, all of one size, one at least; memory holds one at a time for MP4.
-        film: frames per second and seconds to hold; it does not count the frames.
+        frames: (height, width, 3) uint8, at least one, all of one size; for MP4 memory holds one at a time.
+        settings: frames per second, and seconds to hold the last frame; the number of frames in it is not used.
     Raises:
-        InputError: another ending, or no frame.
-        ValueError: frames of two sizes.
-        RunError: the encoder failed; it says why (a full disk, mostly).
+        InputError: the ending is another one, or there is no frame.
+        ValueError: the frames differ in size.
+        RunError: the encoder failed; the message is the encoder's (usually a full disk).
     """
-    if path.suffix.lower() not in FILM_ENDINGS:
-        raise InputError(f"{path} must end in {' or '.join(FILM_ENDINGS)}")
+    require(is_film(path), f"{path} must end in {' or '.join(FILM_ENDINGS)}")
+    save = _save_gif if path.suffix.lower() == ".gif" else _save_mp4
     with atomic_file(path) as temporary:
-        if path.suffix.lower() == ".gif":
-            _save_gif(temporary, _alike(frames), film)
-        else:
-            _save_mp4(temporary, _held(_alike(frames), round(film.hold * film.fps)), film.fps)
+        save(temporary, _checked(frames), settings)
 
 
-def _alike(frames: Iterable[Picture]) -> Iterator[Picture]:
-    """The frames, at least one, and all of the first one's size."""
+def _checked(frames: Iterable[Picture]) -> Iterator[Picture]:
+    """The frames; raises where there is none, or where one differs in size from the first."""
     shape = None
     for frame in frames:
-        if frame.shape != (shape or frame.shape):
-            raise ValueError(f"a frame is {frame.shape}, the first was {shape}")
-        shape = frame.shape
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise ValueError(f"all frames must have the shape of the first, {shape}, not {frame.shape}")
         yield frame
-    if shape is None:
-        raise InputError("a film needs at least one frame")
+    require(shape is not None, "a film needs at least one frame")
 
 
-def _held(frames: Iterable[Picture], times: int) -> Iterator[Picture]:
-    """The frames, the last of them `times` times more."""
-    for frame in frames:
-        yield frame
-    yield from itertools.repeat(frame, times)
-
-
-def _save_gif(path: Path, frames: Iterable[Picture], film: PictureConfig) -> None:
+def _save_gif(path: Path, frames: Iterator[Picture], settings: PictureConfig) -> None:
     from PIL import Image
 
-    # One palette for all, so that what does not move does not flicker; no dithering, which would look like noise.
+    # One palette for all frames, so that still parts do not flicker; no dithering, which would look like noise.
     pictures = list(frames)
-    seen = np.concatenate([picture[::2] for picture in pictures[:: max(1, len(pictures) // 16)]])
-    palette = Image.fromarray(seen).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    sampled = np.concatenate([picture[::2] for picture in pictures[:: max(1, len(pictures) // 16)]])
+    palette = Image.fromarray(sampled).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
-    for exact in (PAPER, (0, 0, 0)):  # the nearest is a little off, and white would show on a white page
+    for exact in (PAPER, (0, 0, 0)):  # the palette's nearest is slightly off, which would show on a white page
         colours[np.abs(colours - exact).sum(1).argmin()] = exact
-    indexed = [Image.fromarray(_nearest(picture, colours)) for picture in pictures]
-    for image in indexed:
+    first, *others = [Image.fromarray(_nearest(picture, colours)) for picture in pictures]
+    for image in (first, *others):
         image.putpalette(colours.ravel().tolist())
-    duration = round(100 / film.fps) * 10
-    indexed[0].save(
-        path,
-        format="GIF",
-        save_all=True,
-        append_images=indexed[1:],
-        duration=[duration] * (len(indexed) - 1) + [duration + round(film.hold * 100) * 10],
-        loop=0,
-        optimize=False,
-    )
+    duration = round(100 / settings.fps) * 10  # milliseconds
+    durations = [duration] * len(others) + [duration + round(settings.hold * 100) * 10]
+    first.save(
+        path, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False
+    )  # fmt: skip
 
 
 def _nearest(picture: Picture, colours: np.ndarray) -> np.ndarray:
-    """The index of each pixel's nearest colour, (height, width) uint8: exactly, which Pillow's own search is not."""
+    """The index of the nearest colour for each pixel, (height, width) uint8; Pillow's own search is inexact."""
     packed = picture.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     present, where = np.unique(packed, return_inverse=True)
     rgb = np.stack([present >> 16, present >> 8 & 255, present & 255], axis=1)
-    nearest = [
-        np.square(part[:, None] - colours[None]).sum(2).argmin(1) for part in np.array_split(rgb, -(-len(rgb) // 4096))
-    ]
-    index: np.ndarray = np.concatenate(nearest).astype(np.uint8)[where].reshape(packed.shape)
-    return index
+    distances = np.square(colours).sum(1) - 2 * rgb @ colours.T  # squared, less |rgb|^2, which is the same for all
+    nearest: np.ndarray = distances.argmin(1).astype(np.uint8)[where].reshape(packed.shape)
+    return nearest
 
 
 def encoder_path() -> str:
-    """The program that encodes MP4.
+    """The path of ffmpeg, which encodes MP4.
 
     Raises:
-        InputError: there is none.
+        InputError: it is not installed.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
 
     try:
         return str(get_ffmpeg_exe())
     except RuntimeError as error:
-        raise InputError("an .mp4 needs ffmpeg, which is not installed here; name a .gif, or install it") from error
+        raise InputError("an .mp4 needs ffmpeg, which is not installed; install it, or name a .gif") from error
 
 
-def _save_mp4(path: Path, frames: Iterable[Picture], frames_per_second: int) -> None:
-    encoder = None
+def _save_mp4(path: Path, frames: Iterator[Picture], settings: PictureConfig) -> None:
+    first = next(frames)
+    size, num_held = f"{first.shape[1]}x{first.shape[0]}", round(settings.hold * settings.fps)
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(settings.fps), "-s", size, "-i", "-"]
+    even = f"pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white,tpad=stop_mode=clone:stop={num_held}"
+    coded = ["-vf", even, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart"]
+    command = [encoder_path(), "-y", "-loglevel", "error", *raw, *coded, "-f", "mp4", str(path)]
+    encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert encoder.stdin is not None
     try:
-        for frame in frames:
-            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
-            if encoder is None:
-                raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(frames_per_second)]
-                raw += ["-s", f"{even.shape[1]}x{even.shape[0]}", "-i", "-"]
-                coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart"]
-                command = [encoder_path(), "-y", "-loglevel", "error", *raw, *coded, "-f", "mp4", str(path)]
-                encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-            cast(IO[bytes], encoder.stdin).write(even.tobytes())
-        errors = cast(subprocess.Popen[bytes], encoder).communicate()[1]
-    except BrokenPipeError:  # it has died, and says why
-        errors = cast(subprocess.Popen[bytes], encoder).communicate()[1]
+        for frame in itertools.chain([first], frames):
+            encoder.stdin.write(frame.tobytes())
+    except BrokenPipeError:  # the encoder has ended; its error is read below
+        pass
     except BaseException:
-        if encoder is not None:
-            encoder.kill()
-            encoder.communicate()
+        encoder.kill()
         raise
-    if encoder is not None and encoder.returncode:
+    finally:
+        errors = encoder.communicate()[1]
+    if encoder.returncode:
         lines = errors.decode(errors="replace").strip().splitlines()
-        raise RunError(
-            f"the film cannot be encoded: {lines[-1] if lines else f'ffmpeg ended with {encoder.returncode}'}"
-        )
+        message = lines[-1] if lines else f"ffmpeg ended with exit code {encoder.returncode}"
+        raise RunError(f"the film cannot be encoded: {message}")

@@ -1,24 +1,34 @@
-"""Settings of pictures and films. Nothing here imports what draws, so that the command line answers at once."""
+"""Settings of pictures and films. Nothing here imports a drawing library, so that `ddpm --help` stays fast."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ddpm_lab.core.errors import require
 from ddpm_lab.core.settings import SettingsGroup
 
+PICTURE_ENDINGS, FILM_ENDINGS = (".png",), (".gif", ".mp4")
+
+
+def is_film(path: Path) -> bool:
+    """Whether a file's name is that of a film, .gif or .mp4."""
+    return path.suffix.lower() in FILM_ENDINGS
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureConfig(SettingsGroup):
-    """How pictures look, and how films (.gif and .mp4) run."""
+    """Settings of a picture (.png) and of a film (.gif or .mp4)."""
 
-    _grouped = False  # its flags stand without a group
+    _grouped = False  # the flags are --scale, --columns and so on, without the name of a group
     scale: int | None = None
     """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
+    columns: int | None = None
+    """columns of a picture, from one end of the chain to the other; unset: 11, or as many as there are states"""
     frames: int | None = None
-    """frames from one end of the chain to the other; unset: 101, or as many as there are states"""
+    """frames of a film, from one end of the chain to the other; unset: 101, or as many as there are states"""
     fps: int = 20
     """frames per second, from 1 to 50"""
     hold: float = 2.0
-    """seconds that the last frame stays"""
+    """seconds for which a film shows its last frame, from 0 to 60"""
 
     def _check(self) -> None:
         self._at_least(1, "scale")
@@ -28,27 +38,28 @@ class PictureConfig(SettingsGroup):
         require(1 <= self.fps <= 50, f"fps must be from 1 to 50, not {self.fps}")
         require(0 <= self.hold <= 60, f"hold must be from 0 to 60 seconds, not {self.hold}")
 
-    def num_frames(self, states: int) -> int:
-        """How many frames there are, of a chain that has so many states.
+    def num_states(self, out: Path, available: int) -> int:
+        """How many states of a chain a file shows: the frames of a film, or the columns of a picture.
 
+        Args:
+            out: the file to write.
+            available: the number of states of the chain.
         Raises:
-            InputError: more frames than states.
+            InputError: the setting is below 2 or above `available`.
         """
-        frames = min(101, states) if self.frames is None else self.frames
-        require(frames <= states, f"frames must be from 2 to {states}, one a state, not {frames}")
-        return frames
+        name, value, default = ("frames", self.frames, 101) if is_film(out) else ("columns", self.columns, 11)
+        count = min(default, available) if value is None else value
+        require(2 <= count <= available, f"{name} must be from 2 to {available}, the number of states, not {count}")
+        return count
 
 
-COLUMNS = 11  # of a picture, unless told otherwise
-SHORT_FILM = PictureConfig(frames=31, fps=10, hold=2.0)  # small enough to lie beside every generator
+SHORT_FILM = PictureConfig(frames=31, fps=10, hold=2.0)  # a small file, for reports and downloads
 
 
-def num_columns(columns: int | None, states: int) -> int:
-    """How many columns a picture has, of a chain that has so many states; None: 11, or as many as there are.
+def check_num_images(num_images: int) -> None:
+    """Refuse a number of images that does not fit in one picture.
 
     Raises:
-        InputError: fewer than 2, or more than states.
+        InputError: it is not from 1 to 64.
     """
-    count = min(COLUMNS, states) if columns is None else columns
-    require(2 <= count <= states, f"columns must be from 2 to {states}, the states there are, not {count}")
-    return count
+    require(1 <= num_images <= 64, f"num_images must be from 1 to 64 in one picture, not {num_images}")

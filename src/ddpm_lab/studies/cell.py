@@ -26,7 +26,7 @@ from ddpm_lab.models.checkpoint import checkpoint_steps
 from ddpm_lab.models.trained import TrainedModel, load, with_timesteps
 from ddpm_lab.pictures.drawing import framed, image_table
 from ddpm_lab.pictures.film import save_film
-from ddpm_lab.pictures.forward import Process, forward_frames
+from ddpm_lab.pictures.forward import forward_frames, noised_images
 from ddpm_lab.pictures.picture_settings import SHORT_FILM
 from ddpm_lab.pictures.reverse import record_trajectory, reverse_frames
 from ddpm_lab.sampling.generation import evaluations_of
@@ -272,6 +272,5 @@ def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_di
         save_film(folder / "reverse.gif", reverse_frames([named], scale), SHORT_FILM)
     if not (folder / "forward.gif").exists():
         data = load_images(cell.config.data.dataset, "test", data_dir, cell.config.data.image_size)
-        process = Process(shown.config.diffusion)
-        frames = forward_frames([process], to_float(data.images[:2]), SHORT_FILM.frames or 2, scale=scale)
-        save_film(folder / "forward.gif", frames, SHORT_FILM)
+        noised = noised_images(shown.config.diffusion, to_float(data.images[:2]), SHORT_FILM.frames or 2)
+        save_film(folder / "forward.gif", forward_frames([noised], scale), SHORT_FILM)

@@ -1,4 +1,4 @@
-"""The tab of the forward process: draw or choose an image, move t, see what is left, and denoise it from there."""
+"""The tab of the forward process: choose or draw an image, noise it to any t, and denoise it from there."""
 
 import io
 from collections.abc import Iterator
@@ -12,83 +12,84 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddpm_lab.core.config import SamplingConfig
-from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.config import DiffusionConfig, SamplingConfig
+from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
 from ddpm_lab.data.image_formats import as_seen, opened_picture
+from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.pictures.drawing import Picture, framed, image_table, short_number, side_by_side, stacked
-from ddpm_lab.pictures.forward import Curves, Process, forward_states, processes, snr_at
+from ddpm_lab.pictures.forward import Betas, Curves, forward_processes, forward_states, process_label, snr_at
 from ddpm_lab.pictures.reverse import reconstruct
-from ddpm_lab.sampling.image_files import visible_scale
-from ddpm_lab.studio.sources import model_names, open_model, show_errors, whole
+from ddpm_lab.sampling.image_files import image_array, visible_scale
+from ddpm_lab.studio.controls import QUIET, image_box, show_errors, whole
+from ddpm_lab.studio.sources import model_names, open_model
 
 CHAINS = (500, 1000, 2000)
-MOST_PIXELS = 30_000_000  # of an upload
-DRAWN, UPLOADED = 28, 64  # pixels a side of what is drawn, as MNIST's are, and of what is uploaded
+BETAS: tuple[Betas, ...] = ("rescaled", "fixed")
+MAX_PIXELS = 30_000_000  # of an upload
+DRAWN_SIZE, UPLOAD_SIZE = 28, 64  # pixels a side of a drawing, as those of MNIST, and of an upload
 
 
 @lru_cache
-def _chains() -> list[list[tuple[Process, Curves]]]:
-    """For each convention of the betas three lengths, with their curves."""
-    kinds = (processes(CHAINS, ["rescaled"]), processes(CHAINS, ["fixed"]))
-    return [[(process, Curves(process.schedule)) for process in kind] for kind in kinds]
+def _curves(process: DiffusionConfig) -> Curves:
+    return Curves(build_schedule(process))
 
 
 def noised(picture: Image.Image, fraction: float, seed: int = 0) -> list[Picture]:
-    """An image at the same fraction t / T of six chains: for each convention a picture of three lengths."""
+    """An image at the same fraction t / T of six chains: for each kind of betas, a picture of three lengths."""
     x_0 = to_float(fitted(picture, (1 if picture.mode == "L" else 3, *picture.size))[None])
-    columns = []
-    for kind in _chains():
+    scale = 2 * visible_scale(x_0.shape[-1])
+    pictures = []
+    for betas in BETAS:
         rows = []
-        for process, curves in kind:
-            t = round(fraction * process.schedule.num_timesteps)
-            states = to_uint8(forward_states(process.schedule, x_0, [t], seed, closed_form=True))
-            alpha_bar = process.schedule.alpha_bar_at(t - 1)
-            caption = f"t = {t}   alpha_bar {short_number(alpha_bar)}   SNR {short_number(snr_at(process.schedule, t))}"
-            scale = 2 * visible_scale(x_0.shape[-1])
-            table = image_table(states, scale=scale, title=process.label, captions=[("", [caption])], least_width=280)
+        for process in forward_processes(CHAINS, [betas]):
+            curves = _curves(process)
+            schedule, t = curves.schedule, round(fraction * process.num_timesteps)
+            states = to_uint8(forward_states(schedule, x_0, [t], seed, closed_form=True))
+            alpha_bar, snr = short_number(schedule.alpha_bar_at(t - 1)), short_number(snr_at(schedule, t))
+            caption = f"t = {t}   alpha_bar {alpha_bar}   SNR {snr}"
+            title = process_label(process)
+            table = image_table(states, scale=scale, title=title, captions=[("", [caption])], min_width=280)
             rows.append(side_by_side([table, curves.marked(t)]))
-        columns.append(framed(stacked(rows)))
-    return columns
+        pictures.append(framed(stacked(rows)))
+    return pictures
 
 
 def fitted(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """A picture as an image of a shape, (C, H, W) uint8: cut to its centre square, scaled, grey or colour."""
+    """A picture as an image of a given shape, (C, H, W) uint8: its centre square, scaled, in grey or colour."""
     channels, height, width = shape
     square = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).reshape(height, width, channels).permute(2, 0, 1)
 
 
 def uploaded(content: bytes) -> Image.Image:
-    """A picture from a file's bytes, 64 pixels wide and high, as `pictures.as_seen` has it.
+    """A picture from the bytes of a file, 64 pixels wide and high; see `as_seen`.
 
     Raises:
-        InputError: no picture, a damaged one, or one that is too large.
+        InputError: the file is no picture, or it is damaged or too large.
     """
-    with opened_picture(io.BytesIO(content), "this picture", MOST_PIXELS) as opened:
-        return ImageOps.fit(as_seen(opened), (UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
+    with opened_picture(io.BytesIO(content), "this picture", MAX_PIXELS) as opened:
+        return ImageOps.fit(as_seen(opened), (UPLOAD_SIZE, UPLOAD_SIZE), Image.Resampling.LANCZOS)
 
 
 def drawn(sketch: dict[str, Any] | None) -> Image.Image:
-    """What was drawn, dark on light, as a light digit on a dark ground like those of MNIST.
+    """A drawing, dark on light, as a light digit on a dark ground like those of MNIST.
 
     Raises:
-        InputError: nothing was drawn.
+        InputError: the drawing is empty.
     """
-    layers = None if sketch is None else sketch.get("composite")
-    if layers is None:
-        raise InputError("nothing is drawn yet")
-    ink = np.asarray(layers)
-    grey = (
-        ink[..., 3] if ink.ndim == 3 and ink.shape[2] == 4 and ink[..., 3].min() < 255 else 255 - ink[..., :3].mean(-1)
-    )
-    if float(grey.max()) < 30:
-        raise InputError("nothing is drawn yet")
+    ink = np.asarray(None if sketch is None else sketch.get("composite"))
+    if ink.ndim != 3:
+        raise InputError("the drawing is empty")
+    has_transparency = ink.shape[2] == 4 and ink[..., 3].min() < 255
+    grey = ink[..., 3] if has_transparency else 255 - ink[..., :3].mean(-1)
     picture = Image.fromarray(grey.astype(np.uint8), "L")
     box = picture.point(lambda value: 255 * (value > 30)).getbbox()
-    cut = ImageOps.contain(picture.crop(box), (20, 20), Image.Resampling.LANCZOS)  # as MNIST's are: 20 of 28 pixels
-    ground = Image.new("L", (DRAWN, DRAWN), 0)
-    ground.paste(cut, ((DRAWN - cut.width) // 2, (DRAWN - cut.height) // 2))
+    if box is None:
+        raise InputError("the drawing is empty")
+    digit = ImageOps.contain(picture.crop(box), (20, 20), Image.Resampling.LANCZOS)  # 20 of 28 pixels, as in MNIST
+    ground = Image.new("L", (DRAWN_SIZE, DRAWN_SIZE), 0)
+    ground.paste(digit, ((DRAWN_SIZE - digit.width) // 2, (DRAWN_SIZE - digit.height) // 2))
     return ground
 
 
@@ -97,24 +98,24 @@ def _images(dataset: str) -> Tensor:
     return load_images(dataset, "test").images
 
 
-def chosen(dataset: str, index: float) -> Image.Image:
+def dataset_image(dataset: str, index: int) -> Image.Image:
     """A test image of a data set.
 
     Raises:
         InputError: it has no image of that number.
     """
     images = _images(dataset)
-    if not 0 <= int(index) < len(images):
-        raise InputError(f"{dataset} has test images 0 to {len(images) - 1:,}, not {int(index):,}")
-    image = images[int(index)].permute(1, 2, 0).numpy()
-    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    require(0 <= index < len(images), f"{dataset} has test images 0 to {len(images) - 1:,}, not {index:,}")
+    return Image.fromarray(image_array(images[index]))
 
 
 def denoised(
     runs: Path, device: str, name: str, picture: Image.Image, fraction: float
 ) -> Iterator[tuple[Picture | None, str]]:
-    """The image, what it is when noised, and what a model makes of that.
+    """Noise an image and denoise it with a model.
 
+    Yields:
+        A picture of the image, its noised state and the result (None at first), and a status line.
     Raises:
         InputError: no such model.
     """
@@ -124,17 +125,17 @@ def denoised(
     yield None, f"denoising from t = {t} of {T}"
     x_0 = fitted(picture, trained.image_shape)
     sampling = SamplingConfig(num_steps=min(50, T), batch_size=1)
-    x_t, out = reconstruct(trained, sampling, to_float(x_0[None]), t)
-    row = torch.stack([x_0, to_uint8(x_t[0]), to_uint8(out[0])])[None]
+    x_t, result = reconstruct(trained, sampling, to_float(x_0[None]), t)
+    row = torch.stack([x_0, to_uint8(x_t[0]), to_uint8(result[0])])[None]
     scale = 2 * visible_scale(x_0.shape[-1])
     table = image_table(row, scale=scale, captions=[("", ["the image", f"at t = {t}", "denoised"])])
-    yield framed(table), f"denoised from t = {t} of {T} by {name}, with noise of its own"
+    yield framed(table), f"denoised from t = {t} of {T} by {name}; its noise differs from that of the pictures above"
 
 
 def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
-    """Lay out the tab and say what its controls do."""
+    """Lay out the tab and connect its controls."""
     datasets, names = here(), model_names(runs)
-    picture = gr.State(None)
+    picture = gr.State(dataset_image(datasets[0], 0))
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             with gr.Tab("Choose"), gr.Row():
@@ -149,52 +150,42 @@ def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
             with gr.Tab("Upload"):
                 upload = gr.File(label="A picture", type="binary", elem_id="upload")
             fraction = gr.Slider(0, 1, value=0.3, step=0.01, label="t / T", elem_id="fraction")
-            model = gr.Dropdown(names, value=names[0], label="Denoise it with", elem_id="denoiser")
+            model = gr.Dropdown(names, value=names[0], label="Denoise with", elem_id="denoiser")
             denoise = gr.Button("Denoise from here", variant="primary", elem_id="denoise")
-            told = gr.Markdown("", elem_id="forward-told")
+            status = gr.Markdown("", elem_id="forward-status")
         with gr.Column(scale=3):
-            gr.Markdown("**The same image, as far along six chains**")
+            gr.Markdown("**The same image at the same t / T of six chains**")
             with gr.Row(elem_id="chains"):
                 chains = [
-                    gr.Image(
-                        show_label=False, interactive=False, format="png", buttons=["fullscreen"], min_width=320,
-                        alt_text=f"the image noised by chains of 500, 1000 and 2000 timesteps, betas {kind}",
+                    image_box(
+                        f"the image noised by chains of 500, 1000 and 2000 timesteps, betas {kind}", min_width=320
                     )
                     for kind in ("rescaled", "of a fixed range")
-                ]  # fmt: skip
-            result = gr.Image(
-                show_label=False, interactive=False, format="png", elem_id="denoised", buttons=["fullscreen"],
-                visible=False, alt_text="the image, noised, and denoised again",
-            )  # fmt: skip
+                ]
+            result = image_box("the image, noised, and denoised again", elem_id="denoised", visible=False)
 
-    # A picture is chosen by one handler and shown by another, so that neither a late picture nor a late t is lost.
+    # One handler chooses the picture and another shows it, so that neither a late picture nor a late t is lost.
     @show_errors
-    def from_dataset(name: str, number_: float | None) -> Image.Image:
-        if name not in datasets:
-            raise InputError("there is no such data set here")
-        return chosen(name, whole(number_, "image"))
+    def from_dataset(name: str, number: float | None) -> Image.Image:
+        require(name in datasets, f"there is no data set {name!r} here")
+        return dataset_image(name, whole(number, "image"))
 
     @show_errors
     def from_file(content: bytes | None) -> Any:
         return gr.skip() if content is None else uploaded(content)
 
     @show_errors
-    def show(found: Image.Image | None, at: float) -> Any:
-        return noised(found or chosen(datasets[0], 0), at)
+    def run(name: str, chosen: Image.Image, at: float) -> Iterator[Any]:
+        for row, text in denoised(runs, device, name, chosen, at):
+            yield gr.skip() if row is None else gr.Image(value=row, visible=True), text
 
-    @show_errors
-    def run(name: str, found: Image.Image | None, at: float) -> Iterator[Any]:
-        for row, words in denoised(runs, device, name, found or chosen(datasets[0], 0), at):
-            yield gr.skip() if row is None else gr.Image(value=row, visible=True), words
-
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
     for event in (
-        gr.on([dataset.change, index.change], from_dataset, [dataset, index], picture, **quiet),
-        use.click(show_errors(drawn), sketch, picture, **quiet),
-        upload.upload(from_file, upload, picture, **quiet),
+        gr.on([dataset.change, index.change], from_dataset, [dataset, index], picture, **QUIET),
+        use.click(show_errors(drawn), sketch, picture, **QUIET),
+        upload.upload(from_file, upload, picture, **QUIET),
     ):
-        event.success(show, [picture, fraction], chains, **quiet)
-    fraction.change(show, [picture, fraction], chains, trigger_mode="always_last", **quiet)
-    page.load(show, [picture, fraction], chains, **quiet)
-    denoise.click(run, [model, picture, fraction], [result, told], **quiet)
-    gr.on([page.load, tab.select], lambda: gr.Dropdown(model_names(runs)), None, model, **quiet)
+        event.success(noised, [picture, fraction], chains, **QUIET)
+    fraction.change(noised, [picture, fraction], chains, trigger_mode="always_last", **QUIET)
+    page.load(noised, [picture, fraction], chains, **QUIET)
+    denoise.click(run, [model, picture, fraction], [result, status], **QUIET)
+    gr.on([page.load, tab.select], lambda: gr.Dropdown(model_names(runs)), None, model, **QUIET)

@@ -1,89 +1,81 @@
-"""What the studio may open: packaged weights, and what lies below the folder of runs; and where it writes."""
+"""What the studio may open: packaged weights and what lies below the folder of runs; and where it writes."""
 
-import functools
-import inspect
+import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
-from ddpm_lab.core.errors import InputError, RunError, is_out_of_memory
+from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import read_lines
 from ddpm_lab.data.datasets import DATASETS, here
 from ddpm_lab.data.image_folder import files_below
 from ddpm_lab.models.checkpoint import checkpoint_steps
 from ddpm_lab.models.diffusers_format import is_diffusers
 from ddpm_lab.models.trained import TrainedModel, load, packaged_names
-from ddpm_lab.studio import HELD
+from ddpm_lab.studio import TEMPORARY
 
-DEPTH = 4  # of folders below that of the runs: a cell of a study is at runs/STUDY/cells/NAME
+DEPTH = 4  # levels of folders below that of the runs: a cell of a study is at runs/STUDY/cells/NAME
 
 
 def new_folder() -> Path:
-    """An empty folder for what one press of a button makes; it lasts as long as the studio."""
-    return Path(tempfile.mkdtemp(dir=HELD.name))
+    """An empty folder for the files that one click makes; it is deleted when the studio ends."""
+    return Path(tempfile.mkdtemp(dir=TEMPORARY.name))
 
 
 def inside(runs: Path, path: Path) -> bool:
-    """Whether a path is below the folder, also where links lead."""
+    """Whether a path lies below the folder of runs, after links are followed."""
     return path.resolve().is_relative_to(runs.resolve())
 
 
 def run_folders(runs: Path) -> list[Path]:
-    """Folders below `runs` that hold a config.json or a pipeline, in order; links that lead away are not followed."""
-    found: list[Path] = []
-    waiting = [(runs, 0)]
-    while waiting:
-        folder, depth = waiting.pop()
-        try:
-            entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
-            held = [folder / name for name in ("config.json", "model_index.json") if (folder / name).is_file()]
-            away = held and not all(inside(runs, path) for path in _read_of(folder))
-        except OSError:
-            continue
-        if held and not away:
-            found.append(folder)
-        elif depth < DEPTH:
-            waiting += [(entry, depth + 1) for entry in entries if not entry.name.startswith(".")]
-    return sorted(found)
+    """Folders below `runs` that hold a run or a pipeline of diffusers, sorted.
+
+    Links to folders are not followed, and a folder with a link that leads out of `runs` is left out.
+    """
+    run_paths = []
+    for path, folders, files in os.walk(runs):
+        folder = Path(path)
+        if not {"config.json", "model_index.json"}.isdisjoint(files) and _stays_inside(runs, folder):
+            run_paths.append(folder)
+            folders.clear()
+        elif len(folder.relative_to(runs).parts) == DEPTH:
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(run_paths)
 
 
-def _read_of(folder: Path) -> Iterator[Path]:
-    """What the page reads of a run or a pipeline, as far as it is there."""
-    yield from folder.iterdir()
-    for below in ("checkpoints", "averages", "samples", "unet", "scheduler"):
-        for path in (folder / below).glob("*"):
-            yield path
-            yield from path.glob("*") if path.is_dir() else ()
+def _stays_inside(runs: Path, folder: Path) -> bool:
+    """Whether all that the page reads of a run or a pipeline lies below `runs`."""
+    below = ("checkpoints", "averages", "samples", "unet", "scheduler")
+    patterns = ["*", *(f"{name}/*" for name in below), *(f"{name}/*/*" for name in below)]
+    try:
+        return all(inside(runs, path) for pattern in patterns for path in folder.glob(pattern))
+    except OSError:
+        return False
 
 
 def check_data(runs: Path, trained: TrainedModel) -> None:
-    """Refuse images that a run's config.json names and that are neither a known data set nor below the folder.
-
-    A run may be a stranger's, and this page shows what it finds.
+    """Refuse training images outside the folder of runs: a run's config.json may come from a stranger.
 
     Raises:
-        InputError: they are elsewhere, or not fetched yet.
+        InputError: the images are neither a known data set nor below the folder, or the data set is not here yet.
     """
     dataset = trained.config.data.dataset
     if dataset in DATASETS:
         if dataset not in here():
-            raise InputError(f"{dataset} is not on this machine yet: ddpm data {dataset} fetches it")
+            raise InputError(f"{dataset} is not on this machine; fetch it with: ddpm data {dataset}")
         return
     folder = Path(dataset)
     if not inside(runs, folder) or (folder.is_dir() and not all(inside(runs, file) for file in files_below(folder))):
         raise InputError(
-            f"the images that {trained.name} was trained on lie outside the folder of runs, in {dataset}; "
-            "the studio reads nothing there"
+            f"the training images of {trained.name} lie outside the folder of runs, in {dataset}; "
+            "the studio does not read them"
         )
 
 
-def entries_of(runs: Path, path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's file of JSON lines; none where it cannot be read, or is not below `runs`."""
+def read_entries(runs: Path, path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's file of JSON lines; none if it cannot be read or lies outside `runs`."""
     try:
         return read_lines(path) if inside(runs, path) else []
     except OSError:
@@ -91,9 +83,9 @@ def entries_of(runs: Path, path: Path) -> list[dict[str, Any]]:
 
 
 def model_names(runs: Path) -> list[str]:
-    """What can be generated from: packaged weights, and runs that have a checkpoint, by their path below `runs`.
+    """Models that can generate: packaged weights, and runs with a checkpoint, by their path below `runs`.
 
-    A run that is called like packaged weights has ./ before its name.
+    A run with the name of packaged weights gets the prefix ./ to tell them apart.
     """
     packaged = packaged_names()
     names = [str(path.relative_to(runs)) for path in run_folders(runs) if _weights_file(path) is not None]
@@ -101,18 +93,18 @@ def model_names(runs: Path) -> list[str]:
 
 
 def guide_names(runs: Path) -> list[str]:
-    """What can guide a model: all of `model_names`, and the averages that runs kept early, `RUN/averages/step_...`."""
-    kept = [
+    """Models that can guide another: all of `model_names`, and the early averages of runs, `RUN/averages/step_...`."""
+    averages = [
         str(folder.relative_to(runs))
         for run in run_folders(runs)
         for folder in sorted((run / "averages").glob("step_*"))
         if (folder / "meta.json").is_file() and inside(runs, folder / "meta.json")
     ]
-    return [*model_names(runs), *kept]
+    return [*model_names(runs), *averages]
 
 
 def _weights_file(path: Path) -> Path | None:
-    """A file that changes when the weights do."""
+    """A file that changes when the weights do; None if there are no weights."""
     try:
         if is_diffusers(path):
             return next(iter(sorted(path.rglob("*.safetensors"))), path / "model_index.json")
@@ -123,10 +115,10 @@ def _weights_file(path: Path) -> Path | None:
 
 
 def source_of(runs: Path, name: str) -> str:
-    """What a name of `guide_names` is for a command: packaged weights, or a path of a run.
+    """The SOURCE argument of a command for a name of `guide_names`: packaged weights, or the path of a run.
 
     Raises:
-        InputError: no such name, so that no other path can be asked for.
+        InputError: no such name; no other path can be opened.
     """
     if name in packaged_names():
         return name
@@ -139,56 +131,14 @@ def open_model(runs: Path, name: str, device: str) -> TrainedModel:
     """The model of a name of `model_names`.
 
     Raises:
-        InputError: no such name; or a broken one.
+        InputError: no such name, or the model is damaged.
     """
     source = source_of(runs, name)
-    if source == name:
-        return _loaded(source, (), device)
-    weights = _weights_file(Path(source))
-    try:
-        stamp = () if weights is None else (str(weights), weights.stat().st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from error
-    return _loaded(source, stamp, device)
+    weights = None if source == name else _weights_file(Path(source))
+    return _loaded(source, None if weights is None else (weights, weights.stat().st_mtime_ns), device)
 
 
 @lru_cache(maxsize=2)
-def _loaded(source: str, stamp: tuple[Any, ...], device: str) -> TrainedModel:
-    """Kept until its weights have changed."""
+def _loaded(source: str, version: tuple[Path, int] | None, device: str) -> TrainedModel:
+    """Load a model; it is kept until its weights change."""
     return load(source, device=device)
-
-
-@contextmanager
-def _telling() -> Iterator[None]:
-    """Within it, faults are told on the page in a line, as the command line would tell them."""
-    try:
-        yield
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        memory = is_out_of_memory(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and not memory:
-            raise  # a fault of ours, with its traceback
-        raise gr.Error("not enough memory for that" if memory else str(error), print_exception=False) from error
-
-
-def show_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose faults are told on the page."""
-    if not inspect.isgeneratorfunction(handler):
-        return _telling()(handler)
-
-    @functools.wraps(handler)
-    def generator(*values: Any) -> Any:
-        with _telling():
-            yield from handler(*values)
-
-    return generator
-
-
-def whole(value: float | None, name: str) -> int:
-    """The number in a box.
-
-    Raises:
-        InputError: the box is empty.
-    """
-    if value is None:
-        raise InputError(f"{name} is empty: give a number")
-    return int(value)
