@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
-from ddpm_lab.core.config import RECIPES, Config, SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import RECIPES, Config, SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.messages import say
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.core.settings import read_toml
 
 DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.config import DiffusionConfig, Spacing, check_chain
+from ddpm_lab.core.config import DiffusionConfig, Spacing
 from ddpm_lab.core.errors import InputError
 
 LEAST_LOG_SNR = -10.2  # where the linear chain of T = 1000 ends, and nothing of the image is left
@@ -74,9 +74,7 @@ def linear_schedule(num_timesteps: int = 1000, rescale_betas: bool = True) -> No
     Raises:
         InputError: T out of range, or too small to rescale.
     """
-    check_chain(num_timesteps, "linear", rescale_betas)
-    scale = 1000 / num_timesteps if rescale_betas else 1.0
-    return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64))
+    return build_schedule(DiffusionConfig(num_timesteps=num_timesteps, rescale_betas=rescale_betas))
 
 
 def cosine_schedule(num_timesteps: int = 1000) -> NoiseSchedule:
@@ -87,18 +85,19 @@ def cosine_schedule(num_timesteps: int = 1000) -> NoiseSchedule:
     Raises:
         InputError: T out of range.
     """
-    check_chain(num_timesteps, "cosine", None)
-    s = 0.008
-    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
-    return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+    return build_schedule(DiffusionConfig(num_timesteps=num_timesteps, schedule="cosine"))
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The schedule that a configuration describes."""
-    if config.schedule == "cosine":
-        return cosine_schedule(config.num_timesteps)
-    return linear_schedule(config.num_timesteps, rescale_betas=config.rescale_betas is not False)
+    """The schedule of a configuration; see `linear_schedule` and `cosine_schedule`."""
+    T = config.num_timesteps
+    if config.schedule == "linear":
+        scale = 1000 / T if config.rescale_betas else 1.0
+        return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64))
+    s = 0.008
+    time = torch.arange(T + 1, dtype=torch.float64) / T
+    alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
+    return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
 def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "uniform") -> list[int]:

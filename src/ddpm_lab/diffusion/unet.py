@@ -224,7 +224,8 @@ class UNet(nn.Module):
             base_channels * multiplier for multiplier in channel_multipliers
         ):
             warnings.warn(
-                f"a level of {norm_groups} channels in {norm_groups} groups cannot see t; give model.norm_groups less",
+                f"model.norm_groups of {norm_groups} equals the channels of a level, which then ignores the timestep; "
+                "use fewer groups",
                 stacklevel=2,
             )
         self.image_channels, self.num_timesteps = image_channels, num_timesteps

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ddpm_lab.core import processes
-from ddpm_lab.core.config import Config, SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import Config, SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.core.log import append_line
 from ddpm_lab.core.messages import show_deferred_warnings
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import DATASETS, ImageSet, here, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
 from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images

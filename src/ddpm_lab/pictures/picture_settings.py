@@ -1,9 +1,10 @@
 """Settings of pictures and films. Nothing here imports what draws, so that the command line answers at once."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ddpm_lab.core.errors import require
-from ddpm_lab.core.settings import SettingsGroup
+from ddpm_lab.core.settings import Range, SettingsGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,22 +12,14 @@ class PictureConfig(SettingsGroup):
     """How pictures look, and how films (.gif and .mp4) run."""
 
     _grouped = False  # its flags stand without a group
-    scale: int | None = None
+    scale: Annotated[int | None, Range(1, 16)] = None
     """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
-    frames: int | None = None
+    frames: Annotated[int | None, Range(2, 10_001)] = None
     """frames from one end of the chain to the other; unset: 101, or as many as there are states"""
-    fps: int = 20
+    fps: Annotated[int, Range(1, 50)] = 20
     """frames per second, from 1 to 50"""
-    hold: float = 2.0
+    hold: Annotated[float, Range(0, 60)] = 2.0
     """seconds that the last frame stays"""
-
-    def _check(self) -> None:
-        self._at_least(1, "scale")
-        self._at_most(16, "scale")
-        self._at_least(2, "frames")
-        self._at_most(10_001, "frames")
-        require(1 <= self.fps <= 50, f"fps must be from 1 to 50, not {self.fps}")
-        require(0 <= self.hold <= 60, f"hold must be from 0 to 60 seconds, not {self.hold}")
 
     def num_frames(self, states: int) -> int:
         """How many frames there are, of a chain that has so many states.
