@@ -209,7 +209,7 @@ BAD_INPUTS = {
     "truncated array file": (EVALUATE.format("torn.npz"), "torn.npz"),
     "array shorter than it says": (EVALUATE.format("short.npz"), "not as long as its shape"),
     "oblong images": (EVALUATE.format("oblong.npz"), "must be square"),
-    "colour against grey": (EVALUATE.format("colour.npz"), "holds images in colour, and grey ones are asked for"),
+    "colour against grey": (EVALUATE.format("colour.npz"), "holds images in colour, and grey images are required"),
     "images of another size": (EVALUATE.format("large.npz"), "images of grey 9x9"),
     "a folder of another size": (EVALUATE.format("good"), "images of grey 9x9"),
     "one image": (EVALUATE.format("one.npz"), "at least 2"),

@@ -1,4 +1,4 @@
-"""Cached results are known by the code that made them: any change of a module that is reached makes them anew."""
+"""Cached results are known by the code that made them: any change of an imported module makes them anew."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ddpm_lab
-from ddpm_lab.core.source_version import reached, source_sha256
+from ddpm_lab.core.source_version import imported_modules, source_sha256
 
 PACKAGE = Path(ddpm_lab.__file__).parent
 
@@ -29,8 +29,8 @@ def copied(tmp_path):
         ("evaluation.feature_store", ["evaluation.metrics", "evaluation.classifier"]),
     ],
 )
-def test_a_change_in_any_module_that_is_reached_is_seen(copied, module, expected):
-    names, before = reached(module), source_sha256(module)
+def test_a_change_in_any_imported_module_changes_the_hash(copied, module, expected):
+    names, before = imported_modules(module), source_sha256(module)
     assert source_sha256(module, copied) == before
     assert set(expected) <= set(names)
     for name in names:
@@ -57,7 +57,7 @@ def test_imports_inside_functions_and_of_packages_are_followed(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert reached("a", tmp_path) == ["a", "b", "c", "d", "d.e"]
+    assert imported_modules("a", tmp_path) == ["a", "b", "c", "d", "d.e"]
 
 
 @pytest.mark.slow

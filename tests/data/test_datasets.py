@@ -66,10 +66,9 @@ def small_mnist(monkeypatch) -> dict[str, bytes]:
     """Official files of three images, known to the module by their hashes; gives their contents."""
     pixels = np.arange(3 * 784, dtype=np.uint32).astype(np.uint8).tobytes()
     contents = {"images": bytes([0, 0, 8, 3]) + bytes(12) + pixels, "labels": bytes(8) + bytes([7, 1, 2])}
-    files = tuple(data._File(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items())
-    for table in (data.MNIST_FILES, data.OFFICIAL_FILES["mnist"]):
-        monkeypatch.setitem(table, "train", files)
-        monkeypatch.setitem(table, "test", files)
+    files = tuple(data.File(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items())
+    for split in ("train", "test"):
+        monkeypatch.setitem(data.OFFICIAL_FILES, ("mnist", split), files)
     return contents
 
 
@@ -206,7 +205,7 @@ def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
 def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
     """Else it would be taken up again at every try."""
     content = np.random.default_rng(0).bytes(5000)
-    file = data._File("test_batch.bin", len(content), hashlib.sha256(content).hexdigest())
+    file = data.File("test_batch.bin", len(content), hashlib.sha256(content).hexdigest())
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         member = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
@@ -215,7 +214,7 @@ def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
     flawed = bytearray(archive.getvalue())
     flawed[flaw] ^= 1
     (tmp_path / "a.tar.gz").write_bytes(flawed)
-    absent = data._File("absent", 1, "")  # which is looked for to the end of the archive
+    absent = data.File("absent", 1, "")  # which is looked for to the end of the archive
     with pytest.raises(InputError, match="is not the official archive"):
         data._unpack(tmp_path / "a.tar.gz", [file, absent], tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(archive.getvalue())
@@ -228,15 +227,14 @@ def small_cifar10(monkeypatch) -> dict[str, bytes]:
     """Official files of two pictures each, known to the module by their hashes; gives their contents."""
     contents = {
         f.name: bytes([i]) + bytes(3072) + bytes([i]) + bytes(range(256)) * 12
-        for i, f in enumerate((*data.CIFAR10_FILES["train"], *data.CIFAR10_FILES["test"]))
+        for i, f in enumerate(data.OFFICIAL_FILES["cifar10", "train"] + data.OFFICIAL_FILES["cifar10", "test"])
     }
     for split in ("train", "test"):
         files = tuple(
-            data._File(f.name, len(contents[f.name]), hashlib.sha256(contents[f.name]).hexdigest())
-            for f in data.CIFAR10_FILES[split]
+            data.File(f.name, len(contents[f.name]), hashlib.sha256(contents[f.name]).hexdigest())
+            for f in data.OFFICIAL_FILES["cifar10", split]
         )
-        for table in (data.CIFAR10_FILES, data.OFFICIAL_FILES["cifar10"]):
-            monkeypatch.setitem(table, split, files)
+        monkeypatch.setitem(data.OFFICIAL_FILES, ("cifar10", split), files)
     return contents
 
 
@@ -263,7 +261,7 @@ def test_files_are_found_where_the_archive_lays_them(tmp_path, small_cifar10, pl
     for name, content in small_cifar10.items():
         (tmp_path / place / name).write_bytes(content)
     assert load_images("cifar10", "train", tmp_path).images.shape == (10, 3, 32, 32)
-    assert "cifar10" in data.here(tmp_path)
+    assert "cifar10" in data.available_datasets(tmp_path)
 
 
 def test_files_are_found_where_torchvision_lays_them(tmp_path, small_mnist):
@@ -282,11 +280,11 @@ def test_of_pickles_it_is_said_that_they_are_not_read(tmp_path, small_cifar10, s
 
 
 def test_another_set_under_the_same_names_is_not_to_be_deleted(tmp_path, small_mnist, monkeypatch):
-    monkeypatch.setattr(data, "MNIST_NAMES", frozenset(data.MNIST_FILES["train"]))
+    monkeypatch.setattr(data, "MNIST_NAMES", frozenset(small_mnist))
     small_mnist["images"] = small_mnist["images"][:-1] + b"x"
     write_all(tmp_path, small_mnist, "", bytes)
     with pytest.raises(
-        InputError, match=r"images is not MNIST's file: .* \(Fashion-MNIST, KMNIST\); name another"
+        InputError, match=r"images is not the file of MNIST: .* \(Fashion-MNIST, KMNIST\); name another"
     ) as told:
         load_images("mnist", "train", tmp_path)
     assert "delete" not in str(told.value)

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.image_folder import open_folder
-from ddpm_lab.data.image_formats import NAMED_FORMATS, as_seen, formats, opened_picture
+from ddpm_lab.data.image_formats import NAMED_FORMATS, as_seen, formats, open_picture
 from ddpm_lab.data.image_stream import open_images
 from ddpm_lab.evaluation.reference import open_reference
 
@@ -87,8 +87,8 @@ def test_only_named_formats_are_ever_asked(tmp_path, monkeypatch, capsys):
         assert run_command(command) == 2
         err = capsys.readouterr().err
         assert "2 of 2 files cannot be used" in err
-        assert "a.png cannot be read: it is no PNG, JPEG" in err
-    with pytest.raises(InputError, match="it is no PNG"):
+        assert "a.png cannot be read: it is not a file of PNG, JPEG" in err
+    with pytest.raises(InputError, match="it is not a file of PNG"):
         uploaded(EPS)
     assert asked == []
 
@@ -110,7 +110,7 @@ def test_formats_are_known_by_content_and_what_is_none_is_named(tmp_path, recwar
         (tmp_path / "set" / f"notes{index}.txt").write_text("no picture")
     found = open_folder(tmp_path / "set", None, "--size")
     assert [path.name for path in found.paths] == ["a", "b.dat", "c.pgm", "d.png"]
-    (told,) = [str(one.message) for one in recwarn if "passed over" in str(one.message)]
+    (told,) = [str(one.message) for one in recwarn if "skipped in" in str(one.message)]
     assert "notes0.txt, notes1.txt" in told
     assert told.endswith("and 2 more")
 
@@ -135,7 +135,7 @@ def test_grey_is_grey_whatever_the_format_holds_it_as(tmp_path, kind):
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     Image.fromarray(np.array([[0, 30_000], [65_535, 257]], np.uint16)).save(tmp_path / "a.png")
     assert open_folder(tmp_path, None, "--size").read([0]).ravel().tolist() == [0, 117, 255, 1]
-    with opened_picture(tmp_path / "a.png", "a") as opened:
+    with open_picture(tmp_path / "a.png", "a") as opened:
         assert as_seen(opened).mode == "L"
 
 
@@ -154,7 +154,7 @@ def test_an_npz_of_equal_planes_is_grey_as_a_folder_is(tmp_path):
     pixels[4, 7, 7, 2] += 1
     path = str(save_npz(tmp_path / "b.npz", images=pixels))
     assert open_images(path).shape == (3, 8, 8)
-    with pytest.raises(InputError, match="in colour, and grey ones are asked for"):
+    with pytest.raises(InputError, match="in colour, and grey images are required"):
         open_images(path, channels=1)
     path = str(save_npz(tmp_path / "c.npz", images=pixels[..., :1]))
     assert open_images(path, channels=3).shape == (3, 8, 8)

@@ -413,7 +413,7 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
     [
         (["train", "digits", "--run", "RUN", "--model.num-classes", "9"], "num_classes must be 10 for digits, not 9"),
         (["train", "digits", "--run", "RUN", "--model.num-classes", "1"], "model.num_classes must be from 2"),
-        (["train", "digits", "--run", "RUN", *CLASSES, "--training.class-dropout", "1.5"], "class_dropout must be from"),
+        (["train", "digits", "--run", "RUN", *CLASSES, "--training.class-dropout", "1.5"], "must be from 0 to 1"),
         (["sample", "TOLD", "--class", "10", "--out", "RUN.png"], "has the classes 0 .. 9, not 10"),
         (["sample", "TOLD", "--class", "-1", "--out", "RUN.png"], "class must be at least 0, not -1"),
         (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),

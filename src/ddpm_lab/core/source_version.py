@@ -1,6 +1,6 @@
-"""Which code made a cached result: the hash of the modules that compute it, found by following their imports.
+"""The version of the code behind a cached result: a hash of the modules that compute it, found through their imports.
 
-The package's version says too little: whoever changes a sampler must not be given the scores of the old one.
+The version of the package is not enough: after a change of a sampler, scores of the old one must not be reused.
 """
 
 import ast
@@ -13,30 +13,30 @@ PACKAGE = "ddpm_lab"
 
 @cache
 def source_sha256(module: str, root: Path = Path(__file__).parent.parent) -> str:
-    """SHA-256 of a module's source and that of all modules of this package it imports, directly or not.
+    """SHA-256 of the source of a module and of all modules of this package that it imports, directly or not.
 
-    Imports inside functions count. A comment counts too: a cached result is then made again for nothing, which costs
-    time and is never wrong.
+    Imports inside functions count. A changed comment counts too: the cached result is then computed again, which costs
+    time but is never wrong.
 
     Args:
         module: a name below the package, such as "sampling.generation".
         root: the package's folder.
     """
     digest = hashlib.sha256()
-    for name in reached(module, root):
+    for name in imported_modules(module, root):
         digest.update(f"{name}\n".encode() + _path(name, root).read_bytes())
     return digest.hexdigest()
 
 
-def reached(module: str, root: Path = Path(__file__).parent.parent) -> list[str]:
-    """The module and all modules of this package that it imports, directly or not, in order of their names."""
-    found, waiting = set(), [module]
-    while waiting:
-        name = waiting.pop()
+def imported_modules(module: str, root: Path = Path(__file__).parent.parent) -> list[str]:
+    """The module and all modules of this package that it imports, directly or not, sorted by name."""
+    found, pending = set(), [module]
+    while pending:
+        name = pending.pop()
         if name not in found and _path(name, root).is_file():
             found.add(name)
             parents = [name.rpartition(".")[0]] if "." in name else []  # a package is run before its modules
-            waiting += parents + _imported(_path(name, root))
+            pending += parents + _imported(_path(name, root))
     return sorted(found)
 
 
@@ -46,7 +46,7 @@ def _path(name: str, root: Path) -> Path:
 
 
 def _imported(path: Path) -> list[str]:
-    """What a file may import of this package; names that turn out to be no modules are passed over by the caller."""
+    """The names of this package that a file imports; some of them may not be modules."""
     names = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
-from ddpm_lab.data.image_formats import as_seen, opened_picture
+from ddpm_lab.data.datasets import available_datasets, load_images, to_float, to_uint8
+from ddpm_lab.data.image_formats import as_seen, open_picture
 from ddpm_lab.pictures.drawing import Picture, framed, image_table, short_number, side_by_side, stacked
 from ddpm_lab.pictures.forward import Curves, Process, forward_states, processes, snr_at
 from ddpm_lab.pictures.reverse import reconstruct
@@ -65,7 +65,7 @@ def uploaded(content: bytes) -> Image.Image:
     Raises:
         InputError: no picture, a damaged one, or one that is too large.
     """
-    with opened_picture(io.BytesIO(content), "this picture", MOST_PIXELS) as opened:
+    with open_picture(io.BytesIO(content), "this picture", MOST_PIXELS) as opened:
         return ImageOps.fit(as_seen(opened), (UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
 
 
@@ -133,7 +133,7 @@ def denoised(
 
 def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     """Lay out the tab and say what its controls do."""
-    datasets, names = here(), model_names(runs)
+    datasets, names = available_datasets(), model_names(runs)
     picture = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
