@@ -100,7 +100,7 @@ def test_guidance_acts_at_the_noise_levels_of_its_interval():
     outputs = [float(model(torch.zeros(1, 1, 1, 1), torch.tensor([t]))) for t in (acting.start - 1, acting.start)]
     assert outputs == [0, 1 + 3 * (0 - 1)]
     assert calls == [1, 2]
-    with pytest.raises(InputError, match="holds no timestep; their noise levels go from"):
+    with pytest.raises(InputError, match="contains no timestep; the noise levels are from"):
         guided_timesteps(schedule, (1e-9, 1e-8))
 
 
