@@ -172,11 +172,11 @@ def test_a_guide_that_does_not_fit_is_refused(told, tiny_run, tmp_path):
         with pytest.raises(InputError, match=words):
             build_sampler(load(source, device="cpu"), SamplingConfig(guide=str(guide), guidance=2.0))
     for settings, words in (
-        ({"guide": "x"}, "guide needs a guidance"),
-        ({"guide": "x", "guidance": 1.0}, "guide needs a guidance"),
+        ({"guide": "x"}, "guide requires a guidance"),
+        ({"guide": "x", "guidance": 1.0}, "guide requires a guidance"),
         ({"guidance_interval": (1.0,), "guidance": 2.0}, "two noise levels"),
         ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower first"),
-        ({"guidance_interval": (1.0, 2.0)}, "guidance_interval needs a guidance"),
+        ({"guidance_interval": (1.0, 2.0)}, "guidance_interval requires a guidance"),
     ):
         with pytest.raises(InputError, match=words):
             SamplingConfig(**settings)
