@@ -68,7 +68,7 @@ def test_what_another_process_writes_stays(filled, capsys):
     [
         (["--clear", "everything"], "--clear takes all, generated"),
         (["--clear", "all", "--older-than", "-1"], "at least 0 days"),
-        (["--older-than", "3"], "goes with --clear"),
+        (["--older-than", "3"], "requires --clear"),
     ],
 )
 def test_what_cannot_be_cleared_is_refused(filled, capsys, flags, words):

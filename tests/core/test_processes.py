@@ -244,7 +244,11 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
     ("arguments", "count", "message"),
     [
         (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "is not a multiple of the 2 processes"),
-        (["study", "digits", "--out", "RUN"], 2, "study runs in one process; several share train, sample, evaluate"),
+        (
+            ["study", "digits", "--out", "RUN"],
+            2,
+            "study runs in one process; only train, sample, evaluate",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, capsys, arguments, count, message):
@@ -303,7 +307,7 @@ def waiting(seconds: float) -> subprocess.Popen:
 def test_others_that_do_not_come_are_told():
     ((code, _, err),) = outcome([waiting(1.0)])
     assert code == 1
-    assert "error: process 0 of 2 did not meet the others" in err
+    assert "error: process 0 of 2 could not connect to the others" in err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
