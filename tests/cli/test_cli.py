@@ -103,8 +103,8 @@ def _write_arrays() -> None:
         "none": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "crooked": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
     }
-    for name, held in arrays.items():
-        np.savez(f"{name}.npz", **held)
+    for name, content in arrays.items():
+        np.savez(f"{name}.npz", **content)
     Path("torn.npz").write_bytes(Path("torn.npz").read_bytes()[:3000])
     content = io.BytesIO()
     np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (99, 8, 8, 1)})
@@ -482,7 +482,7 @@ def test_help_imports_nothing_heavy():
         assert f"'{heavy}'" not in out
 
 
-def test_absent_data_is_told_in_time(tmp_path):
+def test_absent_data_is_an_error_in_time(tmp_path):
     """Without a network, or with one, the answer comes; here the mirrors' names lead nowhere."""
     code = (
         "from ddpm_lab.data import datasets; datasets.MNIST_MIRRORS = ('http://127.0.0.1:9/', 'http://mirror.invalid/');"
@@ -509,7 +509,7 @@ def test_a_command_that_is_terminated_ends_as_by_ctrl_c(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_work_goes_on_when_nobody_reads_how_far_it_is(monkeypatch):
+def test_work_continues_when_nobody_reads_its_progress(monkeypatch):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
@@ -525,8 +525,8 @@ def test_work_goes_on_when_nobody_reads_how_far_it_is(monkeypatch):
 def test_the_demo_is_the_study_of_digits(tmp_path, monkeypatch):
     from ddpm_lab.studies import study
 
-    asked = []
-    monkeypatch.setattr(study, "run_study", lambda *given, **more: asked.append((given, more)))
+    calls = []
+    monkeypatch.setattr(study, "run_study", lambda *given, **more: calls.append((given, more)))
     assert run_command(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
-    (((found, out), more),) = asked
+    (((found, out), more),) = calls
     assert (found.name, out, more["device"]) == ("digits", tmp_path / "demo", "cpu")

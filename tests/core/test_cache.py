@@ -33,13 +33,13 @@ def filled(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_cache_is_told_by_kind(filled, capsys):
+def test_the_cache_is_listed_by_kind(filled, capsys):
     assert run_command(["cache"]) == 0
-    told = capsys.readouterr().out
-    assert str(filled) in told
-    (line,) = [line for line in told.splitlines() if line.split()[0] == "features"]
+    output = capsys.readouterr().out
+    assert str(filled) in output
+    (line,) = [line for line in output.splitlines() if line.split()[0] == "features"]
     assert "2 entries, the oldest 40 days old" in line
-    assert "nothing" in next(line for line in told.splitlines() if "onnx" in line)
+    assert "nothing" in next(line for line in output.splitlines() if "onnx" in line)
 
 
 def test_it_is_cleared_by_kind_and_age(filled, capsys):
@@ -58,8 +58,8 @@ def test_what_another_process_writes_stays(filled, capsys):
         assert other.stdout.readline() == "held\n"
         assert run_command(["cache", "--clear", "generated", "features"]) == 0
         other.kill()
-    told = capsys.readouterr().out
-    assert "generated: 0 deleted, 0 B; 1 in use remain" in told
+    output = capsys.readouterr().out
+    assert "generated: 0 deleted, 0 B; 1 in use remain" in output
     assert (filled / "generated" / "one" / "00000000.png").is_file()
 
 
@@ -121,7 +121,7 @@ def test_what_is_in_another_user_s_cache_can_be_used(tmp_path, tiny_run, monkeyp
         assert run_command(command) == 0, capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_cache_is_an_error_that_names_the_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
     refuse_writing(monkeypatch)
     assert run_command(["evaluate", *EVALUATE]) == 2
@@ -136,7 +136,7 @@ def without_flock(monkeypatch):
     monkeypatch.setattr("fcntl.flock", unsupported)
 
 
-def test_a_weaker_lock_is_said_to_be_one(tmp_path, monkeypatch, recwarn):
+def test_a_weaker_lock_warns(tmp_path, monkeypatch, recwarn):
     without_flock(monkeypatch)
     who = r"process \d+ on .* \(if that process no longer runs, delete .*\.lock\)"
     with locked(tmp_path, "--run"), pytest.raises(InUse, match=who), locked(tmp_path, "--run"):
@@ -146,7 +146,7 @@ def test_a_weaker_lock_is_said_to_be_one(tmp_path, monkeypatch, recwarn):
         assert (tmp_path / ".lock").is_file()
 
 
-def test_a_lock_left_by_a_host_that_is_gone_is_named_with_the_way_out(tmp_path, monkeypatch, capsys):
+def test_a_lock_of_a_failed_host_is_named_with_the_remedy(tmp_path, monkeypatch, capsys):
     without_flock(monkeypatch)
     lock = tmp_path / ".lock"
     lock.write_text("4242\nelsewhere.example\n")

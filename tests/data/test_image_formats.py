@@ -58,24 +58,24 @@ def test_what_is_transparent_is_white(tmp_path, kind):
     assert (shown[30, 10], shown[30, 60]) == (0, 255)
 
 
-def test_only_named_formats_are_ever_asked(tmp_path, monkeypatch, capsys):
+def test_only_named_formats_are_tried(tmp_path, monkeypatch, capsys):
     """Postscript under the name of a picture reaches no other plugin of Pillow, whatever command meets it."""
     from ddpm_lab.studio.forward import uploaded
 
     formats()
-    asked = []
+    tried = []
     for name, (factory, accept) in list(Image.OPEN.items()):
         if name not in NAMED_FORMATS:
 
             def spy(*arguments, name=name, factory=factory):
-                asked.append(name)
+                tried.append(name)
                 return factory(*arguments)
 
             monkeypatch.setitem(Image.OPEN, name, (spy, accept))
     with contextlib.suppress(OSError), Image.open(io.BytesIO(EPS)):
         pass
-    assert asked, "so it is seen where nobody restrains Pillow"
-    asked.clear()
+    assert tried, "so it is seen where nobody restrains Pillow"
+    tried.clear()
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "b.jpg"):
         (tmp_path / "pictures" / name).write_bytes(EPS)
@@ -90,10 +90,10 @@ def test_only_named_formats_are_ever_asked(tmp_path, monkeypatch, capsys):
         assert "a.png cannot be read: it is not a file of PNG, JPEG" in err
     with pytest.raises(InputError, match="it is not a file of PNG"):
         uploaded(EPS)
-    assert asked == []
+    assert tried == []
 
 
-def test_formats_are_known_by_content_and_what_is_none_is_named(tmp_path, recwarn):
+def test_formats_are_known_by_content_and_other_files_are_named(tmp_path, recwarn):
     """Whatever the ending; links are followed, not in circles; what is passed over is counted and named."""
     pixels = Image.fromarray(np.full((8, 8), 90, np.uint8))
     pixels.save(tmp_path / "a", "PNG")
@@ -110,9 +110,9 @@ def test_formats_are_known_by_content_and_what_is_none_is_named(tmp_path, recwar
         (tmp_path / "set" / f"notes{index}.txt").write_text("no picture")
     found = open_folder(tmp_path / "set", None, "--size")
     assert [path.name for path in found.paths] == ["a", "b.dat", "c.pgm", "d.png"]
-    (told,) = [str(one.message) for one in recwarn if "skipped in" in str(one.message)]
-    assert "notes0.txt, notes1.txt" in told
-    assert told.endswith("and 2 more")
+    (output,) = [str(one.message) for one in recwarn if "skipped in" in str(one.message)]
+    assert "notes0.txt, notes1.txt" in output
+    assert output.endswith("and 2 more")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "palette", "RGB"])
@@ -214,12 +214,12 @@ def test_small_files_do_not_fill_the_memory(tmp_path, arrays, command, words):
     done = subprocess.run(
         [sys.executable, "-c", program, command, str(path)], capture_output=True, text=True, check=True, env=os.environ
     )
-    *told, memory = done.stdout.splitlines()
-    assert any(word in " ".join(told) for word in words.split("|")), done.stdout
+    *output, memory = done.stdout.splitlines()
+    assert any(word in " ".join(output) for word in words.split("|")), done.stdout
     assert int(memory.split()[0]) < 200
 
 
-def test_a_picture_too_large_to_decode_is_told_from_its_header(tmp_path):
+def test_a_picture_too_large_to_decode_is_refused_by_its_header(tmp_path):
     Image.new("1", (9_000, 9_000)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a.png has 9000 x 9000 pixels; 67,108,864 are the most"):
         open_folder(tmp_path, None, "--size")
