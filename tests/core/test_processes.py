@@ -286,7 +286,7 @@ def test_processes_connect_only_on_supported_devices(monkeypatch):
 
 
 def waiting(seconds: float) -> subprocess.Popen:
-    """A process that is told of another, which never comes."""
+    """A process that waits for another one, which never connects."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -103,7 +103,7 @@ def test_damaged_files_are_named(tmp_path, small_mnist, damage, ending):
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; breaks off after `allowed` bytes; understands Range; keeps what was asked."""
+    """Serves `files`; breaks off after `allowed` bytes; understands Range; records the requests."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012
     allowed = 10**9

@@ -42,7 +42,7 @@ def images(source, num_images, **settings):
 
 
 def test_guidance_is_the_paper_s_formula_whatever_is_predicted():
-    """eps = (1 + w) eps(x, c) - w eps(x), eq. 6, with guidance 1 + w, also where x_0 or v is what the networks say."""
+    """eps = (1 + w) eps(x, c) - w eps(x), eq. 6, with guidance 1 + w, also for networks that predict x_0 or v."""
     generator = torch.Generator().manual_seed(0)
     x_t, eps_of = torch.randn(3, 1, 2, 2, generator=generator), torch.randn(5, 1, 2, 2, generator=generator)
     t, y, alpha_bar = torch.tensor([7, 8, 9]), torch.tensor([0, 2, 3]), 0.3
@@ -134,7 +134,7 @@ def test_evaluations_are_counted_as_they_happen(labelled, monkeypatch, settings,
 
 
 def test_a_guide_changes_images_and_is_recorded(labelled, tmp_path):
-    """Guided by itself a network says what it says anyway; by an early average not; the record names it."""
+    """A network as its own guide changes nothing, an early average changes the images, and the record names it."""
     unguided = images(labelled, 4)
     assert torch.equal(images(labelled, 4, guidance=1.0), unguided)
     itself = images(labelled, 4, guidance=3.0, guide=str(labelled))
@@ -222,7 +222,7 @@ def test_a_guided_graph_computes_what_pytorch_does(labelled, tmp_path):
 
 
 def test_a_perfect_network_samples_the_requested_class():
-    """Data with one image a class: the exact network of each class leads there, from any noise."""
+    """Data with one image per class: the exact network samples that image from any noise."""
     centres = torch.tensor([-0.6, 0.1, 0.8]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
     schedule = linear_schedule()
 
@@ -278,7 +278,7 @@ def test_classes_change_nothing_else_that_is_random(tiny_recipe):
 
 
 def test_labels_are_those_of_the_images(tiny_recipe, monkeypatch):
-    """What the network is told is the class of the image that it sees, or none."""
+    """The label that the network receives is that of its image, or no class."""
     digits = load_images("digits")
     seen = []
     config = load_recipe(str(tiny_recipe))
@@ -325,7 +325,7 @@ def test_resuming_with_classes_ends_in_the_same_weights(tiny_recipe, tmp_path):
 
 
 def test_an_image_depends_on_its_seed_number_and_class_alone(labelled):
-    """Image i of a class is the same whether asked for alone or in turn; guidance 0 leaves classes out; they matter."""
+    """Image i of a class is the same alone or in turn; guidance 0 ignores classes; labels change images."""
     in_turn = images(labelled, 12)
     assert torch.equal(images(labelled, 12, class_=tuple(range(10))), in_turn)
     sevens = images(labelled, 12, class_=(7,))
@@ -485,7 +485,7 @@ def test_invalid_labels_and_guidance_are_refused(labelled, tiny_run, tmp_path, c
 
 
 def test_a_network_without_class_dropout_is_not_evaluated_without_labels(tiny_recipe, tmp_path):
-    """What stands for no class is as random as it was, where no class was ever withheld."""
+    """If no label is ever dropped, the embedding of no class keeps its random initial values."""
     always = [*CLASSES, "--training.class-dropout", "0", "--training.num-steps", "2", "--device", "cpu"]
     assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *always]) == 0
     trained = load(tmp_path / "run", device="cpu")
