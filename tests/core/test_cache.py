@@ -59,7 +59,7 @@ def test_what_another_process_writes_stays(filled, capsys):
         assert run_command(["cache", "--clear", "generated", "features"]) == 0
         other.kill()
     output = capsys.readouterr().out
-    assert "generated: 0 deleted, 0 B; 1 in use remain" in output
+    assert "generated: 0 deleted, 0 bytes; 1 in use remain" in output
     assert (filled / "generated" / "one" / "00000000.png").is_file()
 
 

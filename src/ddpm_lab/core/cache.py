@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import TEMPORARY_PREFIX, InUse, cache_dir, locked
-from ddpm_lab.core.progress import size
 
 DAY = 86_400  # seconds
 WRITING = 1 / 24  # days for which an incomplete entry counts as being written
@@ -67,10 +68,10 @@ def describe_cache() -> list[str]:
         amount, count = "nothing", ""
         if found:
             oldest = max(entry.days for entry in found)
-            amount = size(num_bytes)
+            amount = decimal(num_bytes)
             count = f"{len(found)} entr{'y' if len(found) == 1 else 'ies'}, the oldest {oldest:.0f} days old: "
         lines.append(f"  {kind:10} {amount:>9}  {count}{words}")
-    return [*lines, f"{size(total)} in all; `ddpm cache --clear KIND ...` or `--clear all` deletes it"]
+    return [*lines, f"{decimal(total)} in all; `ddpm cache --clear KIND ...` or `--clear all` deletes it"]
 
 
 def clear_cache(kinds: tuple[str, ...], older_than: float | None = None) -> list[str]:
@@ -90,7 +91,7 @@ def clear_cache(kinds: tuple[str, ...], older_than: float | None = None) -> list
         old = [entry for entry in entries(kind) if older_than is None or entry.days >= older_than]
         deleted = [entry.num_bytes for entry in old if _delete(entry)]
         in_use = f"; {len(old) - len(deleted)} in use remain" if len(deleted) < len(old) else ""
-        lines.append(f"{kind}: {len(deleted)} deleted, {size(sum(deleted))}{in_use}")
+        lines.append(f"{kind}: {len(deleted)} deleted, {decimal(sum(deleted))}{in_use}")
     return lines
 
 

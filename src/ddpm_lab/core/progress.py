@@ -99,12 +99,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{h} h {min_} min"
     return f"{min_} min {s} s" if minutes else f"{s} s"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in decimal units: 940 kB, 17.9 MB, 1.2 GB."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
