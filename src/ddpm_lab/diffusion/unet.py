@@ -77,9 +77,8 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _convolution(out_channels, out_channels, scale=0)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else _convolution(in_channels, out_channels, kernel_size=1)
-        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else _convolution(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -227,7 +226,6 @@ class UNet(nn.Module):
                 stacklevel=2,
             )
         self.image_channels, self.num_timesteps = image_channels, num_timesteps
-        self.patch_size, self.base_channels = patch_size, base_channels
         embedding_channels = 4 * base_channels
         last = len(widths) - 1
 
@@ -242,29 +240,27 @@ class UNet(nn.Module):
 
         # `kept` holds the channels of every state on the way down; the way up concatenates the states in reverse order.
         kept = [base_channels]
-        down: list[Level] = []
+        self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
-            resample = Downsample(width) if index < last else None
-            down.append(Level(blocks, self.config, index in attention_levels, resample))
+            resample: nn.Module | None = Downsample(width) if index < last else None
+            self.down.append(Level(blocks, self.config, index in attention_levels, resample))
             kept += [width] * (num_blocks + (index < last))
-
-        self.down = nn.ModuleList(down)
 
         middle = widths[-1]
         self.middle_in = ResidualBlock(middle, middle, self.config)
         self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
         self.middle_out = ResidualBlock(middle, middle, self.config)
 
-        up: list[Level] = []
+        self.up = nn.ModuleList()
         current = middle
         for index, width in reversed(list(enumerate(widths))):
             blocks = []
             for _ in range(num_blocks + 1):
                 blocks.append((current + kept.pop(), width))
                 current = width
-            up.append(Level(blocks, self.config, index in attention_levels, Upsample(width) if index > 0 else None))
-        self.up = nn.ModuleList(up)
+            resample = Upsample(width) if index > 0 else None
+            self.up.append(Level(blocks, self.config, index in attention_levels, resample))
         assert not kept
 
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=NORM_EPS)
@@ -285,7 +281,7 @@ class UNet(nn.Module):
     @property
     def size_multiple(self) -> int:
         """Height and width of images must be multiples of this."""
-        return int(self.patch_size * 2 ** (len(self.down) - 1))
+        return int(self.config.patch_size * 2 ** (len(self.down) - 1))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from noised images.
@@ -299,6 +295,7 @@ class UNet(nn.Module):
         Raises:
             InputError: channels or size that do not fit the network, or labels for an unconditional network.
         """
+        patch_size = self.config.patch_size
         _, C, H, W = x_t.shape
         if self.image_channels != C or H % self.size_multiple or W % self.size_multiple:
             raise InputError(
@@ -307,7 +304,7 @@ class UNet(nn.Module):
             )
         # The position stands for the noise level, for every T; in float32, for bfloat16 rounds 999 to 1000.
         position = 1000 * (t.float() + 1) / self.num_timesteps - 1
-        embedding = self.time_embedding(timestep_embedding(position, self.base_channels))  # (B, E)
+        embedding = self.time_embedding(timestep_embedding(position, self.config.base_channels))  # (B, E)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
         elif y is not None:
@@ -316,7 +313,7 @@ class UNet(nn.Module):
 
         if self.input_scale is not None:
             x_t = x_t * self.input_scale[t][:, None, None, None]
-        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
+        h = self.conv_in(F.pixel_unshuffle(x_t, patch_size) if patch_size > 1 else x_t)
         states = [h]
         for level in cast(Iterable[Level], self.down):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
@@ -333,7 +330,7 @@ class UNet(nn.Module):
                 h = level.resample(h)
         assert not states
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else cast(Tensor, h)
+        return F.pixel_shuffle(h, patch_size) if patch_size > 1 else cast(Tensor, h)
 
 
 def build_unet(
