@@ -296,7 +296,7 @@ class SamplingConfig(SettingsGroup):
     """bf16 computes convolutions, products and attention in bfloat16, which is faster where the device supports it and
     changes images a little; auto: bf16 where the device has fast instructions for it"""
     engine: Literal["torch", "compile"] = "torch"
-    """compile: compile the network with torch.compile, which takes a minute or more at the start and pays on a GPU"""
+    """compile: compile the network with torch.compile, which takes a minute or more at the start and is faster on a GPU"""
 
     def _check(self) -> None:
         for name, given, samplers in (
@@ -306,7 +306,7 @@ class SamplingConfig(SettingsGroup):
         ):
             require(
                 not given or self.sampler in samplers,
-                f"{name} applies to the sampler {' and '.join(samplers)}, not to {self.sampler}",
+                f"{name} applies to {' and '.join(samplers)}, not to {self.sampler}",
             )
         require(not (self.eta and self.singlestep), "eta above 0 cannot be combined with singlestep")
         interval = self.guidance_interval
