@@ -296,7 +296,7 @@ class SamplingConfig(SettingsGroup):
     """bf16 computes convolutions, products and attention in bfloat16, which is faster where the device supports it and
     changes images a little; auto: bf16 where the device has fast instructions for it"""
     engine: Literal["torch", "compile"] = "torch"
-    """compile: compile the network with torch.compile, which takes a minute or more at the start and is faster on a GPU"""
+    """compile: use torch.compile, which takes a minute or more at the start and makes sampling faster on a GPU"""
 
     def _check(self) -> None:
         for name, given, samplers in (
