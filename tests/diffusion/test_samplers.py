@@ -227,7 +227,7 @@ def test_even_in_log_snr_spends_one_step_on_pure_noise():
     assert max(a - b for a, b in itertools.pairwise(reversed(log_snr[1:]))) < 1.5
 
 
-@pytest.mark.parametrize(("num_steps", "singlestep", "asked"), [(4, False, 4), (4, True, 8)])
+@pytest.mark.parametrize(("num_steps", "singlestep", "calls"), [(4, False, 4), (4, True, 8)])
 def test_dpmpp_takes_the_documented_number_of_evaluations(num_steps, singlestep, calls):
     times = []
 
