@@ -266,7 +266,7 @@ BAD_INPUTS = {
     ),
     "a size for no folder": (EVALUATE.format("run") + " --image-size 4", "for folders of images, and there is none"),
     "an engine for no sampling": (EVALUATE.format("digits:test") + " --engine compile", "--engine: for a model"),
-    "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "is empty"),
+    "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "no images ''"),
     "scores of too many images": (EVALUATE.format("run") + " --num-images 100000000000", "from 2 to 10000000"),
     "statistics of nothing": (STATISTICS.format("none.npz"), "no statistics"),
     "sampling of images": (

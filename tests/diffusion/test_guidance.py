@@ -196,7 +196,7 @@ def test_a_guide_that_does_not_fit_is_refused(labelled, tiny_run, tmp_path):
         ({"guide": "x"}, "guide requires a guidance"),
         ({"guide": "x", "guidance": 1.0}, "guide requires a guidance"),
         ({"guidance_interval": (1.0,), "guidance": 2.0}, "two noise levels"),
-        ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower first"),
+        ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower one first"),
         ({"guidance_interval": (1.0, 2.0)}, "guidance_interval requires a guidance"),
     ):
         with pytest.raises(InputError, match=words):
@@ -260,7 +260,7 @@ def test_a_network_without_labels_gets_the_label_of_no_class():
     one = model(x_t, t, torch.tensor([0, 3]))
     assert not torch.allclose(one[0], unconditional[0], atol=1e-3)
     torch.testing.assert_close(one[1], unconditional[1])
-    with pytest.raises(InputError, match="told no classes"):
+    with pytest.raises(InputError, match="is unconditional"):
         UNet(1, 16, (1,), 1, (), norm_groups=4)(x_t, t, torch.tensor([0, 0]))
 
 
