@@ -1,10 +1,10 @@
-"""Damage every kind of file that ddpm-lab reads, at random, and see that each command ends in one clear line.
+"""Damage every kind of file that ddpm-lab reads, at random, and check that each command ends with one clear line.
 
     python scripts/fuzz.py --minutes 60 --seed 0 [--only NAME ...] --out DIR
 
 A try damages one file of a sound set, runs a command on it within this process, and expects exit code 0 or 1, or 2
-with exactly one line that begins with `error: `. What comes otherwise (an exception, a second line, another code) is kept
-under DIR, with the damaged file and what was raised. Try number k of a seed is always the same.
+with exactly one line that begins with `error: `. For any other result (an exception, a second line, another code) the
+damaged file and the error are kept under DIR. Try number k of a seed is always the same.
 """
 
 import argparse
@@ -72,7 +72,7 @@ bound_images = 2
 num_steps = 2
 batch_size = 4
 """
-SECONDS = 20  # after which a try is given up, and counted
+SECONDS = 20  # time limit of a try
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,20 @@ class Target:
     file: str
     command: list[str]
     damage: Callable[[random.Random, bytes], bytes]
-    hashed: str = ""  # its name in the meta.json beside it, which is brought up to date, so that the parser is reached
+    hashed: str = ""  # its name in the meta.json beside it, which is updated, so that the file reaches the parser
 
 
-def any_bytes(chance: random.Random, content: bytes) -> bytes:
-    """One to four damages: bits flipped, pieces cut, doubled, zeroed, put in, or the end missing."""
+def any_bytes(rng: random.Random, content: bytes) -> bytes:
+    """One to four changes: bits flipped, pieces removed, doubled, zeroed or inserted, or the end removed."""
     held = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(held) + 1)
-        # the head of a file is where its structure is
-        at = min(at, chance.choice([16, 256, 4096, 1 << 40]))
-        length = chance.choice([1, 2, 4, 8, 100, 1000])
-        kind = chance.randrange(7)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(held) + 1)
+        # the structure of a file is at its beginning
+        at = min(at, rng.choice([16, 256, 4096, 1 << 40]))
+        length = rng.choice([1, 2, 4, 8, 100, 1000])
+        kind = rng.randrange(7)
         if kind == 0 and at < len(held):
-            held[at] ^= 1 << chance.randrange(8)
+            held[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
             del held[at : at + length]
         elif kind == 2:
@@ -103,11 +103,11 @@ def any_bytes(chance: random.Random, content: bytes) -> bytes:
         elif kind == 3:
             held[at : at + length] = bytes(len(held[at : at + length]))
         elif kind == 4:
-            held[at:at] = chance.randbytes(length)
+            held[at:at] = rng.randbytes(length)
         elif kind == 5:
             del held[at:]
         elif at < len(held):
-            held[at : at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80"])
+            held[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80"])
     return bytes(held)
 
 
@@ -117,45 +117,45 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
-def any_json(chance: random.Random, content: bytes) -> bytes:
-    """A value changed, taken away, or put in, somewhere in the tree; or plain damage to the bytes."""
-    if chance.random() < 0.25:
-        return any_bytes(chance, content)
+def any_json(rng: random.Random, content: bytes) -> bytes:
+    """A value of the tree changed, removed or inserted; or damaged bytes."""
+    if rng.random() < 0.25:
+        return any_bytes(rng, content)
     lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
-    row = chance.randrange(len(lines))
+    row = rng.randrange(len(lines))
     tree = json.loads(lines[row])
-    for _ in range(chance.randint(1, 3)):
-        tree = _change(chance, tree)
+    for _ in range(rng.randint(1, 3)):
+        tree = _change(rng, tree)
     lines[row] = json.dumps(tree)
     return ("\n".join(lines) + "\n").encode()
 
 
-def _change(chance: random.Random, tree: Any) -> Any:
-    if chance.random() < 0.25 or not isinstance(tree, dict | list) or not tree:
-        return chance.choice(ODD)
+def _change(rng: random.Random, tree: Any) -> Any:
+    if rng.random() < 0.25 or not isinstance(tree, dict | list) or not tree:
+        return rng.choice(ODD)
     if isinstance(tree, list):
-        at = chance.randrange(len(tree))
-        return [*tree[:at], _change(chance, tree[at]), *tree[at + 1 :]]
-    name = chance.choice(sorted(tree))
-    if chance.random() < 0.15:
+        at = rng.randrange(len(tree))
+        return [*tree[:at], _change(rng, tree[at]), *tree[at + 1 :]]
+    name = rng.choice(sorted(tree))
+    if rng.random() < 0.15:
         return {key: value for key, value in tree.items() if key != name}
-    if chance.random() < 0.05:
-        return tree | {chance.choice(["", "x", "seed"]): chance.choice(ODD)}
-    return tree | {name: _change(chance, tree[name])}
+    if rng.random() < 0.05:
+        return tree | {rng.choice(["", "x", "seed"]): rng.choice(ODD)}
+    return tree | {name: _change(rng, tree[name])}
 
 
-def any_toml(chance: random.Random, content: bytes) -> bytes:
-    """A line's value changed, a line doubled, taken away or moved; or plain damage to the bytes."""
-    if chance.random() < 0.25:
-        return any_bytes(chance, content)
+def any_toml(rng: random.Random, content: bytes) -> bytes:
+    """The value of a line changed, or a line doubled, removed or moved; or damaged bytes."""
+    if rng.random() < 0.25:
+        return any_bytes(rng, content)
     lines = content.decode().splitlines()
-    for _ in range(chance.randint(1, 2)):
-        row = chance.randrange(len(lines))
-        kind = chance.randrange(4)
+    for _ in range(rng.randint(1, 2)):
+        row = rng.randrange(len(lines))
+        kind = rng.randrange(4)
         if kind == 0:
             del lines[row]
         elif kind == 1:
-            lines.insert(chance.randrange(len(lines)), lines[row])
+            lines.insert(rng.randrange(len(lines)), lines[row])
         else:
             name = lines[row].partition("=")[0].strip() or "x"
             values = [
@@ -176,27 +176,27 @@ def any_toml(chance: random.Random, content: bytes) -> bytes:
                 '"v"',
                 "[[2]]",
             ]
-            lines[row] = f"{name} = {chance.choice(values)}"
+            lines[row] = f"{name} = {rng.choice(values)}"
     return "\n".join(lines).encode()
 
 
-def any_header(chance: random.Random, content: bytes) -> bytes:
-    """An .npz whose arrays say they are larger, of another type or order, or otherwise shaped; consistent or not."""
+def any_header(rng: random.Random, content: bytes) -> bytes:
+    """An .npz with another size, dtype, order or shape in the header of an array, consistent with its data or not."""
     with np.load(io.BytesIO(content)) as held:
         arrays = dict(held)
-    chosen, packed = chance.choice(sorted(arrays)), io.BytesIO()
+    chosen, packed = rng.choice(sorted(arrays)), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
             data = array.tobytes()
             if name == chosen:
-                sides = [chance.choice([0, 1, 2, 3, 7, 300, 5000, 2**31, 2**62]) for _ in range(chance.randint(0, 5))]
-                kept = [chance.choice([side, *sides]) if sides else side for side in array.shape]
-                header["shape"] = tuple(chance.choice([sides, kept]))
-                header["descr"] = chance.choice([array.dtype.str, "|u1", "<f8", "<f2", "|O", "<U9", "<M8[s]", "|V3"])
-                header["fortran_order"] = chance.random() < 0.5
+                sides = [rng.choice([0, 1, 2, 3, 7, 300, 5000, 2**31, 2**62]) for _ in range(rng.randint(0, 5))]
+                kept = [rng.choice([side, *sides]) if sides else side for side in array.shape]
+                header["shape"] = tuple(rng.choice([sides, kept]))
+                header["descr"] = rng.choice([array.dtype.str, "|u1", "<f8", "<f2", "|O", "<U9", "<M8[s]", "|V3"])
+                header["fortran_order"] = rng.random() < 0.5
                 size = int(np.prod([float(side) for side in header["shape"]])) if header["shape"] else 1
-                if chance.random() < 0.5 and size < 2**26:
+                if rng.random() < 0.5 and size < 2**26:
                     data = bytes(size * np.dtype(header["descr"]).itemsize)
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array_header_2_0(stream, header)
@@ -204,8 +204,8 @@ def any_header(chance: random.Random, content: bytes) -> bytes:
     return packed.getvalue()
 
 
-def save_as_people_have_them(sound: Path, images: torch.Tensor) -> None:
-    """Pictures of every named format and mode, arrays of the field, and CIFAR-10's archive as one puts it there."""
+def save_other_formats(sound: Path, images: torch.Tensor) -> None:
+    """Save pictures of every named format and mode, arrays of other projects, and an archive of CIFAR-10."""
     rng = np.random.default_rng(1)
     colour = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8))
     for place, made in {
@@ -236,7 +236,7 @@ def save_as_people_have_them(sound: Path, images: torch.Tensor) -> None:
 
 
 def prepare(sound: Path) -> list[Target]:
-    """Make one sound file of each kind, and say what reads it."""
+    """Write one sound file of each kind; returns the files with the commands that read them."""
     (sound / "recipe.toml").write_text(RECIPE)
     (sound / "study.toml").write_text(STUDY)
     run, device = str(sound / "run"), ["--device", "cpu"]
@@ -253,9 +253,9 @@ def prepare(sound: Path) -> list[Target]:
     for index, image in enumerate(images[:20]):
         Image.fromarray(image[0].numpy()).save(sound / "pictures" / f"{index:02d}.png")
     Image.fromarray(images[0, 0].numpy()).save(sound / "pictures" / "20.bmp")
-    save_as_people_have_them(sound, images)
+    save_other_formats(sound, images)
     (sound / "data" / "mnist").mkdir(parents=True, exist_ok=True)
-    for part, count in (("train", 60), ("t10k", 10)):  # not the official ones, which are told by their hash
+    for part, count in (("train", 60), ("t10k", 10)):  # not the official files, which their hash identifies
         head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
         held = head + bytes(count * 784)
         (sound / "data" / "mnist" / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(held, 1))
@@ -275,16 +275,16 @@ def prepare(sound: Path) -> list[Target]:
     )  # fmt: skip
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(sound / "pipeline")
     assert quietly(["sample", str(sound / "pipeline"), "--num-steps", "1", "--out", str(sound / "x.png")])[0] == 0
-    told = [
-        part.replace("SOUND", str(sound)) for part in ["train", "SOUND/recipe.toml", "--run", "SOUND/told", *device]
+    labelled = [
+        part.replace("SOUND", str(sound)) for part in ["train", "SOUND/recipe.toml", "--run", "SOUND/labelled", *device]
     ]
-    assert quietly([*told, "--model.num-classes", "10"])[0] == 0
+    assert quietly([*labelled, "--model.num-classes", "10"])[0] == 0
     plain = ["--diffusion.num-timesteps", "1000", "--diffusion.schedule", "linear", "--evaluation.score-every", "2"]
     plain += ["--evaluation.score-images", "20", "--evaluation.sample-steps", "2"]
-    assert quietly([*told[:2], "--run", str(sound / "plain"), *device, *plain])[0] == 0
+    assert quietly([*labelled[:2], "--run", str(sound / "plain"), *device, *plain])[0] == 0
     export = ["export", "SOUND/plain", "--to", "diffusers", "--out", "SOUND/new"]
     assert quietly([part.replace("SOUND", str(sound)) for part in [*export[:-1], "SOUND/exported"]])[0] == 0
-    begun = ["train", "SOUND/recipe.toml", "--run", "SOUND/new", "--from", "SOUND/run", *device]
+    fine_tuning = ["train", "SOUND/recipe.toml", "--run", "SOUND/new", "--from", "SOUND/run", *device]
 
     last = "run/checkpoints/step_00000002"
     score = ["--reference", "digits:train", "--features", "classifier", "--metrics", "fid", "is", *device]
@@ -321,11 +321,11 @@ def prepare(sound: Path) -> list[Target]:
         Target("pipeline/unet/config.json", of_pipeline, any_json),
         Target("pipeline/scheduler/scheduler_config.json", taken, any_json),
         Target("pipeline/unet/diffusion_pytorch_model.safetensors", of_pipeline, any_bytes),
-        Target("told/config.json", ["sample", "SOUND/told", "--num-steps", "1", "--num-images", "2", "--class", "3", *device, "--out", "SOUND/x.png"], any_json),
+        Target("labelled/config.json", ["sample", "SOUND/labelled", "--num-steps", "1", "--num-images", "2", "--class", "3", *device, "--out", "SOUND/x.png"], any_json),
         Target("plain/config.json", export, any_json),
         Target("plain/scores.jsonl", export, any_json),
         Target("plain/scores.jsonl", ["curves", "training", "SOUND/plain", "--out", "SOUND/x.png"], any_json),
-        Target("run/config.json", begun, any_json),
+        Target("run/config.json", fine_tuning, any_json),
         Target("recipe.toml", ["train", "SOUND/recipe.toml", "--run", "SOUND/new", *device], any_toml),
         Target("study.toml", ["study", "SOUND/study.toml", "--out", "SOUND/new", "--cell", "999"], any_toml),
         Target("run/config.json", drawn, any_json),
@@ -356,18 +356,18 @@ def prepare(sound: Path) -> list[Target]:
 
 
 def quietly(command: list[str]) -> tuple[int, str]:
-    """Run a command here; its exit code and what it said on stderr."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    """Run a command in this process; its exit code and its output on stderr."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
         code = run_command(command)
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def attempt(target: Target, sound: Path, place: Path, chance: random.Random) -> tuple[str, str]:
-    """One try: ('', its ending) where all is as it should be, else what is wrong."""
+def attempt(target: Target, sound: Path, place: Path, rng: random.Random) -> tuple[str, str]:
+    """One try: an empty text and the result if all is right, else a description of the fault and an empty text."""
     shutil.copytree(sound, place)
     path = place / target.file
-    damaged = target.damage(chance, path.read_bytes())
+    damaged = target.damage(rng, path.read_bytes())
     path.write_bytes(damaged)
     if target.hashed:
         import hashlib
@@ -383,20 +383,20 @@ def attempt(target: Target, sound: Path, place: Path, chance: random.Random) -> 
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
     try:
-        code, said = quietly(command)
+        code, output = quietly(command)
     except TimeoutError:
         return "", "given up"
     except BaseException:
         return traceback.format_exc(), ""
     finally:
         signal.alarm(0)
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    if "too long" in said:
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    if "too long" in output:
         return "", "given up"
-    if code == 2 and (len(errors) != 1 or said.count("\n") != 1):
-        return f"exit code 2 and not one line:\n{said}", ""
-    if code not in (0, 1, 2) or "Traceback" in said:
-        return f"exit code {code}:\n{said}", ""
+    if code == 2 and (len(errors) != 1 or output.count("\n") != 1):
+        return f"exit code 2 and not one line:\n{output}", ""
+    if code not in (0, 1, 2) or "Traceback" in output:
+        return f"exit code {code}:\n{output}", ""
     return "", f"exit code {code}"
 
 
@@ -405,33 +405,33 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for what was found")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the faults")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
     ended: Counter[str] = Counter()
-    found: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as held:
         os.environ["DDPM_CACHE_DIR"] = f"{held}/cache"
         sound = Path(held) / "sound"
         sound.mkdir()
-        targets = [t for t in prepare(sound) if not given.only or any(part in t.file for part in given.only)]
+        targets = [t for t in prepare(sound) if not arguments.only or any(part in t.file for part in arguments.only)]
         for target in targets:
-            code, said = quietly([part.replace("SOUND", str(sound)) for part in target.command])
-            print(f"sound: {target.file}: exit code {code} {said.strip().splitlines()[-1:] or ''}", flush=True)
+            code, output = quietly([part.replace("SOUND", str(sound)) for part in target.command])
+            print(f"sound: {target.file}: exit code {code} {output.strip().splitlines()[-1:] or ''}", flush=True)
             shutil.rmtree(sound / "new", ignore_errors=True)
-        until, number = time.monotonic() + 60 * given.minutes, 0
+        until, number = time.monotonic() + 60 * arguments.minutes, 0
         while time.monotonic() < until:
             target = targets[number % len(targets)]
             place = Path(held) / "place"
-            wrong, ending = attempt(target, sound, place, random.Random(f"{given.seed} {number}"))
+            wrong, ending = attempt(target, sound, place, random.Random(f"{arguments.seed} {number}"))
             if wrong:
                 last = wrong.strip().splitlines()[-1]
                 key = f"{target.file}: {target.command[0]}: {last[:160]}"
-                found[key] += 1
-                if found[key] == 1:
-                    kept = given.out / f"{Path(target.file).name}-{given.seed}-{number}"
+                faults[key] += 1
+                if faults[key] == 1:
+                    kept = arguments.out / f"{Path(target.file).name}-{arguments.seed}-{number}"
                     shutil.rmtree(kept, ignore_errors=True)
                     kept.mkdir()
                     shutil.copy(place / target.file, kept)
@@ -442,11 +442,11 @@ def main() -> None:
             shutil.rmtree(place)
             number += 1
             if number % 500 == 0:
-                print(f"{number} tries, {sum(found.values())} faults of {len(found)} kinds", flush=True)
+                print(f"{number} tries, {sum(faults.values())} faults of {len(faults)} kinds", flush=True)
     for name, count in sorted(ended.items()):
         print(f"{count:6d}  {name}")
-    print(f"{number} tries of seed {given.seed}: {sum(found.values())} faults of {len(found)} kinds")
-    for name, count in found.most_common():
+    print(f"{number} tries of seed {arguments.seed}: {sum(faults.values())} faults of {len(faults)} kinds")
+    for name, count in faults.most_common():
         print(f"{count:6d}  {name}")
 
 

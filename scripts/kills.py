@@ -1,9 +1,9 @@
-"""Kill train, sample, evaluate and study at random moments, again and again, and compare what comes out in the end.
+"""Kill train, sample, evaluate and study at random moments, restart them, and compare the results.
 
     python scripts/kills.py --kills 50 --seed 0
 
-Each command runs once undisturbed; then it is killed (SIGKILL) and started again until it ends by itself, once or more, and
-what it made must equal what the undisturbed one made, byte for byte, or for scores number for number. Exit code 1 where it does not.
+Each command runs once undisturbed. Then it is killed (SIGKILL) and started again until it ends by itself, once or more. Its
+result must equal that of the undisturbed command, byte for byte, or for scores number for number; if not, exit code 1.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def files(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def record(path: Path) -> list[dict[str, Any]]:
-    """Different scores of JSON lines, without what the clock or the place decides.
+    """The different scores of JSON lines, without entries that depend on time or place.
 
-    `evaluate` adds a line whenever it is called, so one killed after its line was written leaves another equal one.
+    `evaluate` appends a line at each call, so a call that is killed after it leaves an equal line.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     scores = ("fid", "inception_score", "kid", "floor")
@@ -64,13 +64,13 @@ def record(path: Path) -> list[dict[str, Any]]:
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """Records of a study, without what the clock or the place decides."""
+    """Records of a study, without entries that depend on time or place."""
     volatile = {"seconds", "seconds_an_image", "seconds_an_evaluation", "source", "images"}
     return [{k: v for k, v in one.items() if k not in volatile} for one in json.loads(path.read_text())]
 
 
 def commands(place: Path) -> dict[str, tuple[list[str], Callable[[], Any], list[Path]]]:
-    """What is run in a folder of its own, what is compared, and what is removed to begin anew."""
+    """By name: the command, a function that returns its result, and the files to delete before a new start."""
     run, samples, scores, study = place / "run", place / "samples", place / "scores.jsonl", place / "study"
     (place / "study.toml").write_text(STUDY)
     sampled = ["--batch-size", "8", "--num-steps", "20", "--device", "cpu"]
@@ -110,50 +110,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one of train, sample, evaluate, study; what it needs runs undisturbed")
-    given = parser.parse_args()
-    chance = random.Random(given.seed)
-    wrong = kills = 0
-    with tempfile.TemporaryDirectory() as held:
-        undisturbed, disturbed = Path(held, "one"), Path(held, "other")
+    parser.add_argument("--only", help="one of train, sample, evaluate, study; the others run undisturbed")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    differences = kills = 0
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, disturbed = Path(folder, "one"), Path(folder, "other")
         undisturbed.mkdir()
         disturbed.mkdir()
         pairs = zip(commands(undisturbed).items(), commands(disturbed).values(), strict=True)
-        for index, ((name, (command, made, _)), (again, made_again, outputs)) in enumerate(pairs):
-            begun = time.monotonic()
+        for index, ((name, (command, result, _)), (killed_command, killed_result, outputs)) in enumerate(pairs):
+            begin = time.monotonic()
             process = start(command, undisturbed / "cache")
-            said = process.communicate()[1].decode()
+            stderr = process.communicate()[1].decode()
             if process.returncode:
-                sys.exit(f"{name}: the undisturbed one ended with {process.returncode}: {said}")
-            lasted = time.monotonic() - begun
-            quota, own, ended = given.kills * (index + 1) // 4, 0, 0
-            if given.only is not None:
-                quota = given.kills if name == given.only else kills
+                sys.exit(f"{name}: the undisturbed one ended with {process.returncode}: {stderr}")
+            seconds = time.monotonic() - begin
+            quota, own_kills, ends = arguments.kills * (index + 1) // 4, 0, 0
+            if arguments.only is not None:
+                quota = arguments.kills if name == arguments.only else kills
             while True:
-                process = start(again, disturbed / "cache")
-                after = chance.uniform(0, lasted) if kills < quota else None
+                process = start(killed_command, disturbed / "cache")
+                after = rng.uniform(0, seconds) if kills < quota else None
                 try:
-                    said = process.communicate(timeout=after)[1].decode()
+                    stderr = process.communicate(timeout=after)[1].decode()
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.communicate()
-                    kills, own = kills + 1, own + 1
+                    kills, own_kills = kills + 1, own_kills + 1
                     continue
                 if process.returncode:
-                    sys.exit(f"{name}: after {own} kills it ended with {process.returncode}: {said}")
-                ended += 1
-                if made() != made_again():
-                    wrong += 1
-                    print(f"{name}: {made()}\nand after kills: {made_again()}", flush=True)
+                    sys.exit(f"{name}: after {own_kills} kills it ended with {process.returncode}: {stderr}")
+                ends += 1
+                if result() != killed_result():
+                    differences += 1
+                    print(f"{name}: {result()}\nand after kills: {killed_result()}", flush=True)
                 if kills >= quota:
                     break
-                for path in outputs:  # once more from the beginning
+                for path in outputs:  # start again from the beginning
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             print(
-                f"{name}: {own} kills, {ended} ends, undisturbed {lasted:.1f} s; {wrong} differences so far", flush=True
+                f"{name}: {own_kills} kills, {ends} ends, undisturbed {seconds:.1f} s; {differences} differences so far",
+                flush=True,
             )
-    print(f"{kills} kills, {wrong} differences")
-    sys.exit(wrong > 0)
+    print(f"{kills} kills, {differences} differences")
+    sys.exit(differences > 0)
 
 
 if __name__ == "__main__":

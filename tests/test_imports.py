@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 
 import ddpm_lab
+from ddpm_lab.core.source_version import FOLDERS
 
-FOLDERS = (
-    "core", "data", "diffusion", "models", "sampling", "evaluation", "pictures", "training", "studies", "exchange",
-    "studio", "cli",
-)  # fmt: skip
 PACKAGE = Path(ddpm_lab.__file__).parent
 
 

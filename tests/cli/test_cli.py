@@ -103,8 +103,8 @@ def _write_arrays() -> None:
         "none": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "crooked": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
     }
-    for name, held in arrays.items():
-        np.savez(f"{name}.npz", **held)
+    for name, content in arrays.items():
+        np.savez(f"{name}.npz", **content)
     Path("torn.npz").write_bytes(Path("torn.npz").read_bytes()[:3000])
     content = io.BytesIO()
     np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (99, 8, 8, 1)})
@@ -149,12 +149,12 @@ BAD_INPUTS = {
     "fraction for a count": (TRAIN + " --training.num-steps 2.5", "whole number"),
     "word for a number": (TRAIN + " --training.num-steps many", "whole number"),
     "no steps": (TRAIN + " --training.num-steps 0", "at least 1"),
-    "negative batch": (TRAIN + " --training.batch-size -4", "at least 1"),
-    "astronomic batch": (TRAIN + " --training.batch-size 100000000000", "at most 65536"),
+    "negative batch": (TRAIN + " --training.batch-size -4", "training.batch_size must be from 1 to 65536, not -4"),
+    "astronomic batch": (TRAIN + " --training.batch-size 100000000000", "from 1 to 65536"),
     "astronomic count": (TRAIN + " --training.seed 99999999999999999999", "whole number"),
     "number beyond all": (TRAIN + " --training.learning-rate 1" + "0" * 400, "finite number"),
-    "absurd width": (TRAIN + " --model.base-channels 3200000000000", "at most 4096"),
-    "absurd patch": (TRAIN + " --model.patch-size 1000000000", "at most 64"),
+    "absurd width": (TRAIN + " --model.base-channels 3200000000000", "from 4 to 4096"),
+    "absurd patch": (TRAIN + " --model.patch-size 1000000000", "from 1 to 64"),
     "run with no name": ("train tiny.toml --run= --device cpu", "is empty"),
     "recipe too deep": ("train deep.toml --run new", "not a TOML file"),
     "data folder is a file": ("data cifar10 --data-dir a_file", "--data-dir"),
@@ -166,7 +166,7 @@ BAD_INPUTS = {
     "unknown schedule": (TRAIN + " --diffusion.schedule square", "linear"),
     "channels not of the groups": (TRAIN + " --model.base-channels 44", "of model.norm_groups (8)"),
     "too many levels": (TRAIN + " --model.channel-multipliers 1 1 1 1 1", "multiple of 16"),
-    "level that is not": (TRAIN + " --model.attention-levels 7", "must lie in 0..1"),
+    "level that is not": (TRAIN + " --model.attention-levels 7", "must be from 0 to 1"),
     "unknown device": ("train tiny.toml --run new --device tpu", "cpu"),
     "absent device": ("train tiny.toml --run new --device cuda", "not on this machine"),
     "run is a file": ("train tiny.toml --run a_file", "is a file"),
@@ -194,8 +194,8 @@ BAD_INPUTS = {
     "no sampling steps": (SAMPLE + " --num-steps 0", "at least 1"),
     "more steps than trained": (SAMPLE + " --num-steps 1001", "from 1 to the 1000"),
     "eta beyond 1": (SAMPLE + " --eta 2", "from 0 to 1"),
-    "eta for ddpm": (SAMPLE + " --sampler ddpm --eta 0.5", "applies to the samplers ddim and dpmpp, not to ddpm"),
-    "variance for ddim": (SAMPLE + " --variance beta", "applies to the ddpm"),
+    "eta for ddpm": (SAMPLE + " --sampler ddpm --eta 0.5", "applies to ddim and dpmpp, not to ddpm"),
+    "variance for ddim": (SAMPLE + " --variance beta", "applies to ddpm, not to ddim"),
     "unknown sampler": (SAMPLE + " --sampler magic", "ddim"),
     "negative seed": (SAMPLE + " --seed -1", "at least 0"),
     "unknown ending": ("sample run --device cpu --out old.jpeg", ".png or .npz"),
@@ -209,7 +209,7 @@ BAD_INPUTS = {
     "truncated array file": (EVALUATE.format("torn.npz"), "torn.npz"),
     "array shorter than it says": (EVALUATE.format("short.npz"), "not as long as its shape"),
     "oblong images": (EVALUATE.format("oblong.npz"), "must be square"),
-    "colour against grey": (EVALUATE.format("colour.npz"), "holds images in colour, and grey ones are asked for"),
+    "colour against grey": (EVALUATE.format("colour.npz"), "holds images in colour, and grey images are required"),
     "images of another size": (EVALUATE.format("large.npz"), "images of grey 9x9"),
     "a folder of another size": (EVALUATE.format("good"), "images of grey 9x9"),
     "one image": (EVALUATE.format("one.npz"), "at least 2"),
@@ -239,8 +239,8 @@ BAD_INPUTS = {
     "no metric": (EVALUATE.format("digits:test") + " --metrics=", "not ''"),
     "more splits than images": (EVALUATE.format("digits:test") + " --num-images 9", "--is-splits of 10"),
     "a subset too large": (EVALUATE.format("digits:test") + " --kid-subset-size 361", "exceeds the 360"),
-    "a subset of one": (EVALUATE.format("digits:test") + " --kid-subset-size 1", "at least 2"),
-    "one resampling": (EVALUATE.format("digits:test") + " --bootstrap 1", "0 or from 2"),
+    "a subset of one": (EVALUATE.format("digits:test") + " --kid-subset-size 1", "from 2 to 10000"),
+    "one resampling": (EVALUATE.format("digits:test") + " --bootstrap 1", "0 or at least 2"),
     "too few for neighbours": (EVALUATE.format("digits:test") + " --num-images 3 --metrics prdc", "at least 4"),
     "no such network": ("evaluate digits:test --reference digits:train --features nothing", "no classifier 'nothing'"),
     "weights of no classifier": ("evaluate digits:test --reference digits:train --features a_file", "not a classifier"),
@@ -266,7 +266,7 @@ BAD_INPUTS = {
     ),
     "a size for no folder": (EVALUATE.format("run") + " --image-size 4", "for folders of images, and there is none"),
     "an engine for no sampling": (EVALUATE.format("digits:test") + " --engine compile", "--engine: for a model"),
-    "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "is empty"),
+    "a reference with no name": ("evaluate digits:test --reference '' --features classifier", "no images ''"),
     "scores of too many images": (EVALUATE.format("run") + " --num-images 100000000000", "from 2 to 10000000"),
     "statistics of nothing": (STATISTICS.format("none.npz"), "no statistics"),
     "sampling of images": (
@@ -279,10 +279,10 @@ BAD_INPUTS = {
     "classifier of a negative seed": ("classifier digits --out new --seed -1", "seed must be from 0"),
     "classifier in a file": ("classifier digits --out a_file", "is a file"),
     "classifier of another training": ("classifier digits --out trained --num-epochs 3", "other settings or images"),
-    "scores too rare to be": (TRAIN + " --evaluation.score-images 3", "at least 20"),
+    "scores too rare to be": (TRAIN + " --evaluation.score-images 3", "from 20 to 50000"),
     "eta with singlestep": (
         "sample run --out x.png --sampler dpmpp --eta 1 --singlestep",
-        "eta needs the memory of dpmpp",
+        "eta above 0 cannot be combined with singlestep",
     ),
     "engine unknown": ("sample run --out x.png --engine jax", "jax"),
     "engine onnx, gone": ("sample run --out x.png --engine onnx", "onnx"),
@@ -290,7 +290,7 @@ BAD_INPUTS = {
     "forward in no folder": (FORWARD.format("nowhere/a.png"), "does not exist"),
     "forward of another ending": (FORWARD.format("a.avi"), "must end in .png or .gif or .mp4"),
     "forward into a folder": (FORWARD.format("empty"), "must end in"),
-    "forward of no frames": (FORWARD.format("a.gif") + " --frames 0", "frames must be at least 2"),
+    "forward of no frames": (FORWARD.format("a.gif") + " --frames 0", "frames must be from 2 to 10001"),
     "forward of too many frames": (FORWARD.format("a.mp4") + " --frames 1002", "from 2 to 1001"),
     "forward of too many columns": (FORWARD.format("a.png") + " --columns 1002", "from 2 to 1001"),
     "forward of one column": (FORWARD.format("a.png") + " --columns 1", "from 2 to 1001"),
@@ -317,7 +317,7 @@ BAD_INPUTS = {
     "columns of a reverse film": ("reverse run --columns 5 --out a.mp4", "--columns cannot be used with"),
     "classifier of a giant seed": ("classifier digits --out new --seed 99999999999999999999", "seed must be from 0"),
     "forward too fast": (FORWARD.format("a.gif") + " --fps 51", "fps must be from 1 to 50"),
-    "forward of giants": (FORWARD.format("a.png") + " --scale 1000", "scale must be at most 16"),
+    "forward of giants": (FORWARD.format("a.png") + " --scale 1000", "scale must be from 1 to 16"),
     "forward held for ever": (FORWARD.format("a.gif") + " --hold 1e9", "hold must be from 0 to 60"),
     "reverse of nothing": ("reverse --out a.png", "name at least one model"),
     "reverse of no model": ("reverse run empty --out a.png", "holds no config.json"),
@@ -459,7 +459,7 @@ def test_a_warning_comes_before_the_work_and_never_beside_an_error(place):
     trained = subprocess.run(
         [*command, "--training.num-steps", "1"], capture_output=True, text=True, check=True, timeout=60
     )
-    assert trained.stderr.splitlines()[0].startswith("warning: a level of 32 channels in 32 groups cannot see t")
+    assert trained.stderr.splitlines()[0].startswith("warning: model.norm_groups of 32 equals the channels of a level")
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_help_imports_nothing_heavy():
         assert f"'{heavy}'" not in out
 
 
-def test_absent_data_is_told_in_time(tmp_path):
+def test_absent_data_is_an_error_in_time(tmp_path):
     """Without a network, or with one, the answer comes; here the mirrors' names lead nowhere."""
     code = (
         "from ddpm_lab.data import datasets; datasets.MNIST_MIRRORS = ('http://127.0.0.1:9/', 'http://mirror.invalid/');"
@@ -512,7 +512,7 @@ def test_a_command_that_is_terminated_ends_as_by_ctrl_c(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_work_goes_on_when_nobody_reads_how_far_it_is(monkeypatch):
+def test_work_continues_when_nobody_reads_its_progress(monkeypatch):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
@@ -528,8 +528,8 @@ def test_work_goes_on_when_nobody_reads_how_far_it_is(monkeypatch):
 def test_the_demo_is_the_study_of_digits(tmp_path, monkeypatch):
     from ddpm_lab.studies import study
 
-    asked = []
-    monkeypatch.setattr(study, "run_study", lambda *given, **more: asked.append((given, more)))
+    calls = []
+    monkeypatch.setattr(study, "run_study", lambda *given, **more: calls.append((given, more)))
     assert run_command(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
-    (((found, out), more),) = asked
+    (((found, out), more),) = calls
     assert (found.name, out, more["device"]) == ("digits", tmp_path / "demo", "cpu")

@@ -13,7 +13,7 @@ import pytest
 
 from ddpm_lab.cli.main import run_command
 from ddpm_lab.core import files, log
-from ddpm_lab.core.files import InUse, locked, waiting_for
+from ddpm_lab.core.files import InUse, acquire_lock, locked
 
 
 @pytest.fixture
@@ -33,18 +33,18 @@ def filled(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_cache_is_told_by_kind(filled, capsys):
+def test_the_cache_is_listed_by_kind(filled, capsys):
     assert run_command(["cache"]) == 0
-    told = capsys.readouterr().out
-    assert str(filled) in told
-    (line,) = [line for line in told.splitlines() if line.split()[0] == "features"]
+    output = capsys.readouterr().out
+    assert str(filled) in output
+    (line,) = [line for line in output.splitlines() if line.split()[0] == "features"]
     assert "2 entries, the oldest 40 days old" in line
-    assert "nothing" in next(line for line in told.splitlines() if "onnx" in line)
+    assert "nothing" in next(line for line in output.splitlines() if "onnx" in line)
 
 
 def test_it_is_cleared_by_kind_and_age(filled, capsys):
     assert run_command(["cache", "--clear", "features", "--older-than", "30"]) == 0
-    assert "features: 1 removed" in capsys.readouterr().out
+    assert "features: 1 deleted" in capsys.readouterr().out
     assert sorted(path.name for path in (filled / "features").iterdir()) == ["new"]
     assert run_command(["cache", "--clear", "all"]) == 0
     assert not any(path.is_file() for path in filled.rglob("*"))
@@ -58,8 +58,8 @@ def test_what_another_process_writes_stays(filled, capsys):
         assert other.stdout.readline() == "held\n"
         assert run_command(["cache", "--clear", "generated", "features"]) == 0
         other.kill()
-    told = capsys.readouterr().out
-    assert "generated: 0 removed, 0 B; 1 in use stay" in told
+    output = capsys.readouterr().out
+    assert "generated: 0 deleted, 0 bytes; 1 in use remain" in output
     assert (filled / "generated" / "one" / "00000000.png").is_file()
 
 
@@ -68,7 +68,7 @@ def test_what_another_process_writes_stays(filled, capsys):
     [
         (["--clear", "everything"], "--clear takes all, generated"),
         (["--clear", "all", "--older-than", "-1"], "at least 0 days"),
-        (["--older-than", "3"], "goes with --clear"),
+        (["--older-than", "3"], "requires --clear"),
     ],
 )
 def test_what_cannot_be_cleared_is_refused(filled, capsys, flags, words):
@@ -121,7 +121,7 @@ def test_what_is_in_another_user_s_cache_can_be_used(tmp_path, tiny_run, monkeyp
         assert run_command(command) == 0, capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_cache_is_an_error_that_names_the_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
     refuse_writing(monkeypatch)
     assert run_command(["evaluate", *EVALUATE]) == 2
@@ -136,26 +136,26 @@ def without_flock(monkeypatch):
     monkeypatch.setattr("fcntl.flock", unsupported)
 
 
-def test_a_weaker_lock_is_said_to_be_one(tmp_path, monkeypatch, recwarn):
+def test_a_weaker_lock_warns(tmp_path, monkeypatch, recwarn):
     without_flock(monkeypatch)
-    who = r"process \d+ on .* \(if that is gone, delete .*\.lock\)"
+    who = r"process \d+ on .* \(if that process no longer runs, delete .*\.lock\)"
     with locked(tmp_path, "--run"), pytest.raises(InUse, match=who), locked(tmp_path, "--run"):
         pass
-    assert any("has no locks of its own" in str(warning.message) for warning in recwarn)
+    assert any("has no file locks" in str(warning.message) for warning in recwarn)
     with locked(tmp_path, "--run"):
         assert (tmp_path / ".lock").is_file()
 
 
-def test_a_lock_left_by_a_host_that_is_gone_is_named_with_the_way_out(tmp_path, monkeypatch, capsys):
+def test_a_lock_of_a_failed_host_is_named_with_the_remedy(tmp_path, monkeypatch, capsys):
     without_flock(monkeypatch)
     lock = tmp_path / ".lock"
     lock.write_text("4242\nelsewhere.example\n")
-    who = rf"process 4242 on elsewhere.example \(if that is gone, delete {lock}\)"
+    who = rf"process 4242 on elsewhere.example \(if that process no longer runs, delete {lock}\)"
     with pytest.raises(InUse, match=who), locked(tmp_path, "--run"):
         pass
     monkeypatch.setattr(files, "SOON", 0.1)
     threading.Timer(1.0, lock.unlink).start()
-    with pytest.warns(UserWarning, match="no locks"), waiting_for(lock):
+    with pytest.warns(UserWarning, match="no file locks"), acquire_lock(lock):
         assert lock.is_file()
     assert "waiting for process 4242 on elsewhere.example" in capsys.readouterr().err
 

@@ -46,8 +46,8 @@ def launch(*arguments: str, count: int = 2) -> list[subprocess.Popen]:
 
 def outcome(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
-    told = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, out, err) for process, (out, err) in zip(started, told, strict=True)]
+    results = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, results, strict=True)]
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -66,10 +66,10 @@ def runs(tiny_recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     scored = ["--evaluation.score-every", "6", "--evaluation.score-images", "24", *FLAGS]
     assert run_command(["train", str(tiny_recipe), "--run", str(folder / "one"), *scored]) == 0
-    told = outcome(launch("train", str(tiny_recipe), "--run", str(folder / "two"), *scored))
-    assert [code for code, _, _ in told] == [0, 0], told
-    assert "trained:" in told[0][1]
-    assert told[1][1:] == ("", ""), "only the leader speaks"
+    results = outcome(launch("train", str(tiny_recipe), "--run", str(folder / "two"), *scored))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "trained:" in results[0][1]
+    assert results[1][1:] == ("", ""), "only the leader speaks"
     return folder
 
 
@@ -79,11 +79,11 @@ def test_two_processes_end_where_one_does(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_begin_from_what_the_leader_has_read(runs, tiny_recipe, tmp_path):
+def test_two_processes_start_from_the_weights_that_process_0_has_read(runs, tiny_recipe, tmp_path):
     command = ["train", str(tiny_recipe), "--from", str(runs / "one"), *FLAGS, "--run"]
     assert run_command([*command, str(tmp_path / "one")]) == 0
-    told = outcome(launch(*command, str(tmp_path / "two")))
-    assert [code for code, _, _ in told] == [0, 0], told
+    results = outcome(launch(*command, str(tmp_path / "two")))
+    assert [code for code, _, _ in results] == [0, 0], results
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 2e-5
 
 
@@ -108,8 +108,8 @@ def test_two_processes_sample_the_same_images(runs, tmp_path, out):
     command = ["sample", str(runs / "one"), "--num-images", "11", "--batch-size", "4", "--num-steps", "3"]
     command += ["--device", "cpu", "--out"]
     assert run_command([*command, str(tmp_path / f"one-{out}")]) == 0
-    told = outcome(launch(*command, str(tmp_path / f"two-{out}")))
-    assert [code for code, _, _ in told] == [0, 0], told
+    results = outcome(launch(*command, str(tmp_path / f"two-{out}")))
+    assert [code for code, _, _ in results] == [0, 0], results
     one, two = tmp_path / f"one-{out}", tmp_path / f"two-{out}"
     if out == "images.npz":
         assert np.array_equal(np.load(one)["images"], np.load(two)["images"])
@@ -126,9 +126,9 @@ def test_two_processes_evaluate_alike(runs, tmp_path, monkeypatch):
     command += ["--batch-size", "8", "--metrics", "fid", "is", "kid", "--device", "cpu", "--json", "--scores"]
     assert run_command([*command, str(tmp_path / "one.jsonl")]) == 0
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "another"))  # so that all is computed again
-    told = outcome(launch(*command, str(tmp_path / "two.jsonl")))
-    assert [code for code, _, _ in told] == [0, 0], told
-    record = json.loads(told[0][1])
+    results = outcome(launch(*command, str(tmp_path / "two.jsonl")))
+    assert [code for code, _, _ in results] == [0, 0], results
+    record = json.loads(results[0][1])
     alone = json.loads((tmp_path / "one.jsonl").read_text())
     for score in ("fid", "inception_score", "kid", "floor"):
         assert record[score] == alone[score], score
@@ -149,9 +149,9 @@ def test_a_process_killed_ends_the_run_and_another_number_resumes_it(tiny_recipe
     started = launch(*long, "--training.num-steps", "100000")
     wait_for_checkpoint(tmp_path / "run")
     started[victim].send_signal(signal.SIGKILL)
-    told = outcome(started)
-    assert told[victim][0] == -signal.SIGKILL
-    code, _, err = told[1 - victim]
+    results = outcome(started)
+    assert results[victim][0] == -signal.SIGKILL
+    code, _, err = results[1 - victim]
     assert code == 1, err
     errors = [line for line in err.splitlines() if "error:" in line]
     assert len(errors) == 1, err
@@ -177,9 +177,9 @@ def test_a_process_killed_ends_sampling(runs, tmp_path, victim):
     started[victim].send_signal(signal.SIGKILL)
     code, _, err = outcome(started)[1 - victim]
     assert code == 1, err
-    said = err.splitlines()[-1]
-    assert "error:" in said
-    assert said.endswith("another of the 2 processes ended; give the same command again"), err
+    last_line = err.splitlines()[-1]
+    assert "error:" in last_line
+    assert last_line.endswith("another of the 2 processes ended; give the same command again"), err
     assert "Traceback" not in err
     made = {path.name: path.read_bytes() for path in (tmp_path / "images").glob("*.png")}
     assert run_command([*command, str(tmp_path / "alone"), "--num-images", "4"]) == 0
@@ -211,8 +211,8 @@ def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
         shutil.copytree(runs / name, run)
         shutil.rmtree(checkpoint_path(run, 12))
         assert checkpoint_steps(run) == [8]
-        told = outcome(launch(*command, str(run), *scored, count=number))
-        assert [code for code, _, _ in told] == [0] * number, told
+        results = outcome(launch(*command, str(run), *scored, count=number))
+        assert [code for code, _, _ in results] == [0] * number, results
         assert largest_difference(runs / "one", run) < 2e-5
 
 
@@ -233,10 +233,10 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
         assert time.monotonic() < until
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
-    told = outcome(started)
-    assert [code for code, _, _ in told] == [130, 130], told
-    stopped = re.search(r"stopped at step (\d+)", told[0][2])
-    assert stopped is not None, told
+    results = outcome(started)
+    assert [code for code, _, _ in results] == [130, 130], results
+    stopped = re.search(r"stopped at step (\d+)", results[0][2])
+    assert stopped is not None, results
     assert checkpoint_steps(tmp_path / "run") == [int(stopped[1])]
 
 
@@ -244,7 +244,11 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
     ("arguments", "count", "message"),
     [
         (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "is not a multiple of the 2 processes"),
-        (["study", "digits", "--out", "RUN"], 2, "study runs in one process; several share train, sample, evaluate"),
+        (
+            ["study", "digits", "--out", "RUN"],
+            2,
+            "study runs in one process; only train, sample, evaluate",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, capsys, arguments, count, message):
@@ -257,14 +261,14 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
-def test_an_environment_that_says_nonsense_is_told(monkeypatch, capsys, name):
+def test_an_invalid_environment_is_refused(monkeypatch, capsys, name):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, "two")
     assert run_command(["info", "mnist"]) == 2
     assert f"error: environment variable {name} must be a whole number, not 'two'" in capsys.readouterr().err
 
 
-def test_what_a_launcher_left_behind_makes_nobody_a_helper(monkeypatch):
+def test_leftover_variables_of_a_launcher_are_ignored(monkeypatch):
     """A lone process of rank 1 would train to the end, and write nothing."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
@@ -275,14 +279,14 @@ def test_what_a_launcher_left_behind_makes_nobody_a_helper(monkeypatch):
         assert processes.local_rank() == 0
 
 
-def test_processes_meet_only_where_they_can(monkeypatch):
+def test_processes_connect_only_on_supported_devices(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="not mps; give --device cpu"):
         processes.join(torch.device("mps"))
 
 
 def waiting(seconds: float) -> subprocess.Popen:
-    """A process that is told of another, which never comes."""
+    """A process that waits for another one, which never connects."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -300,14 +304,14 @@ def waiting(seconds: float) -> subprocess.Popen:
     return started
 
 
-def test_others_that_do_not_come_are_told():
+def test_missing_processes_are_an_error():
     ((code, _, err),) = outcome([waiting(1.0)])
     assert code == 1
-    assert "error: process 0 of 2 did not meet the others" in err
+    assert "error: process 0 of 2 could not connect to the others" in err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_one_that_waits_for_the_others_can_be_stopped(sent):
+def test_a_process_that_waits_for_the_others_can_be_stopped(sent):
     started = waiting(100.0)
     time.sleep(1)  # until it waits
     begun = time.monotonic()
@@ -317,7 +321,7 @@ def test_one_that_waits_for_the_others_can_be_stopped(sent):
     assert started.returncode == -sent
 
 
-def test_alone_nothing_is_shared():
+def test_a_single_process_shares_nothing():
     rows = torch.arange(6)
     assert processes.rank_slice(rows) is rows
     assert processes.gather(rows) is rows

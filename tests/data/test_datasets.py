@@ -66,10 +66,9 @@ def small_mnist(monkeypatch) -> dict[str, bytes]:
     """Official files of three images, known to the module by their hashes; gives their contents."""
     pixels = np.arange(3 * 784, dtype=np.uint32).astype(np.uint8).tobytes()
     contents = {"images": bytes([0, 0, 8, 3]) + bytes(12) + pixels, "labels": bytes(8) + bytes([7, 1, 2])}
-    files = tuple(data._File(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items())
-    for table in (data.MNIST_FILES, data.OFFICIAL_FILES["mnist"]):
-        monkeypatch.setitem(table, "train", files)
-        monkeypatch.setitem(table, "test", files)
+    files = tuple(data.File(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items())
+    for split in ("train", "test"):
+        monkeypatch.setitem(data.OFFICIAL_FILES, ("mnist", split), files)
     return contents
 
 
@@ -104,15 +103,15 @@ def test_damaged_files_are_named(tmp_path, small_mnist, damage, ending):
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; breaks off after `allowed` bytes; understands Range; keeps what was asked."""
+    """Serves `files`; breaks off after `allowed` bytes; understands Range; records the requests."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012
     allowed = 10**9
-    asked: list[tuple[str, str | None]] = []  # noqa: RUF012
+    requests: list[tuple[str, str | None]] = []  # noqa: RUF012
 
     def do_GET(self):
         wanted = self.headers.get("Range")
-        type(self).asked.append((self.path, wanted))
+        type(self).requests.append((self.path, wanted))
         content = self.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -135,7 +134,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    _Server.files, _Server.allowed, _Server.asked = {}, 10**9, []
+    _Server.files, _Server.allowed, _Server.requests = {}, 10**9, []
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{running.server_address[1]}/"
@@ -151,9 +150,9 @@ def test_fetching_verifies_and_is_done_once(tmp_path, small_mnist, server, monke
     monkeypatch.setattr(data, "MNIST_MIRRORS", (server + "gone/", server))
     _Server.files = {f"/{name}.gz": gzip.compress(content) for name, content in small_mnist.items()}
     assert len(load_images("mnist", "train", tmp_path)) == 3
-    asked = len(_Server.asked)
+    requests = len(_Server.requests)
     assert len(load_images("mnist", "test", tmp_path)) == 3
-    assert len(_Server.asked) == asked
+    assert len(_Server.requests) == requests
     assert visible(tmp_path / "mnist") == ["images.gz", "labels.gz"]
 
 
@@ -165,7 +164,7 @@ def test_fetching_what_is_not_the_file_leaves_nothing(tmp_path, small_mnist, ser
     assert visible(tmp_path / "mnist") == []
 
 
-def test_a_mirror_that_gives_something_else_is_passed_over(tmp_path, small_mnist, server, monkeypatch):
+def test_a_mirror_with_other_content_is_skipped(tmp_path, small_mnist, server, monkeypatch):
     """A page that asks one to log in answers every address with success."""
     monkeypatch.setattr(data, "MNIST_MIRRORS", (server + "portal/", server))
     good = {f"/{name}.gz": gzip.compress(content) for name, content in small_mnist.items()}
@@ -173,7 +172,7 @@ def test_a_mirror_that_gives_something_else_is_passed_over(tmp_path, small_mnist
     assert len(load_images("mnist", "train", tmp_path)) == 3
 
 
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
+def test_an_interrupted_download_is_continued(tmp_path, server):
     content = bytes(range(256)) * 1200
     _Server.files, _Server.allowed = {"/file": content}, 200_000
     path = tmp_path / "file"
@@ -185,7 +184,7 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
     _Server.allowed = 10**9
     download.download([server + "file"], path, lambda p: None, "wait")
     assert path.read_bytes() == content
-    assert _Server.asked[-1] == ("/file", f"bytes={kept}-")
+    assert _Server.requests[-1] == ("/file", f"bytes={kept}-")
 
 
 def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
@@ -195,7 +194,7 @@ def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
     assert (tmp_path / "file").read_bytes() == b"all of it"
     (tmp_path / "file").rename(tmp_path / "other.unverified")  # or while it was verified
     download.download([server + "file"], tmp_path / "other", lambda p: None, "wait")
-    assert [wanted for _, wanted in _Server.asked] == ["bytes=9-", "bytes=9-"]
+    assert [wanted for _, wanted in _Server.requests] == ["bytes=9-", "bytes=9-"]
     (tmp_path / "more.part").write_bytes(b"all of it, and more")
     with pytest.raises(InputError, match="does not belong to this file"):
         download.download([server + "file"], tmp_path / "more", lambda p: None, "wait")
@@ -203,10 +202,10 @@ def test_a_download_killed_before_it_got_its_name_is_whole(tmp_path, server):
 
 
 @pytest.mark.parametrize("flaw", [-6, -3])  # in the checksum, in the length
-def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
+def test_a_damaged_archive_is_refused(tmp_path, flaw):
     """Else it would be taken up again at every try."""
     content = np.random.default_rng(0).bytes(5000)
-    file = data._File("test_batch.bin", len(content), hashlib.sha256(content).hexdigest())
+    file = data.File("test_batch.bin", len(content), hashlib.sha256(content).hexdigest())
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         member = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
@@ -215,7 +214,7 @@ def test_a_flawed_archive_is_told_as_one(tmp_path, flaw):
     flawed = bytearray(archive.getvalue())
     flawed[flaw] ^= 1
     (tmp_path / "a.tar.gz").write_bytes(flawed)
-    absent = data._File("absent", 1, "")  # which is looked for to the end of the archive
+    absent = data.File("absent", 1, "")  # which is looked for to the end of the archive
     with pytest.raises(InputError, match="is not the official archive"):
         data._unpack(tmp_path / "a.tar.gz", [file, absent], tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(archive.getvalue())
@@ -228,15 +227,14 @@ def small_cifar10(monkeypatch) -> dict[str, bytes]:
     """Official files of two pictures each, known to the module by their hashes; gives their contents."""
     contents = {
         f.name: bytes([i]) + bytes(3072) + bytes([i]) + bytes(range(256)) * 12
-        for i, f in enumerate((*data.CIFAR10_FILES["train"], *data.CIFAR10_FILES["test"]))
+        for i, f in enumerate(data.OFFICIAL_FILES["cifar10", "train"] + data.OFFICIAL_FILES["cifar10", "test"])
     }
     for split in ("train", "test"):
         files = tuple(
-            data._File(f.name, len(contents[f.name]), hashlib.sha256(contents[f.name]).hexdigest())
-            for f in data.CIFAR10_FILES[split]
+            data.File(f.name, len(contents[f.name]), hashlib.sha256(contents[f.name]).hexdigest())
+            for f in data.OFFICIAL_FILES["cifar10", split]
         )
-        for table in (data.CIFAR10_FILES, data.OFFICIAL_FILES["cifar10"]):
-            monkeypatch.setitem(table, split, files)
+        monkeypatch.setitem(data.OFFICIAL_FILES, ("cifar10", split), files)
     return contents
 
 
@@ -263,7 +261,7 @@ def test_files_are_found_where_the_archive_lays_them(tmp_path, small_cifar10, pl
     for name, content in small_cifar10.items():
         (tmp_path / place / name).write_bytes(content)
     assert load_images("cifar10", "train", tmp_path).images.shape == (10, 3, 32, 32)
-    assert "cifar10" in data.here(tmp_path)
+    assert "cifar10" in data.available_datasets(tmp_path)
 
 
 def test_files_are_found_where_torchvision_lays_them(tmp_path, small_mnist):
@@ -274,22 +272,22 @@ def test_files_are_found_where_torchvision_lays_them(tmp_path, small_mnist):
     assert len(load_images("mnist", "train", tmp_path)) == 3
 
 
-def test_of_pickles_it_is_said_that_they_are_not_read(tmp_path, small_cifar10, server, monkeypatch):
+def test_pickles_are_refused_with_the_reason(tmp_path, small_cifar10, server, monkeypatch):
     (tmp_path / "cifar-10-batches-py").mkdir()
     monkeypatch.setattr(data, "CIFAR10_ARCHIVE", f"{server}cifar-10-binary.tar.gz")
     with pytest.raises(InputError, match=r"cifar-10-batches-py holds pickles, which are not read, .*binary version"):
         load_images("cifar10", "train", tmp_path)
 
 
-def test_another_set_under_the_same_names_is_not_to_be_deleted(tmp_path, small_mnist, monkeypatch):
-    monkeypatch.setattr(data, "MNIST_NAMES", frozenset(data.MNIST_FILES["train"]))
+def test_another_data_set_with_the_same_names_is_not_to_be_deleted(tmp_path, small_mnist, monkeypatch):
+    monkeypatch.setattr(data, "MNIST_NAMES", frozenset(small_mnist))
     small_mnist["images"] = small_mnist["images"][:-1] + b"x"
     write_all(tmp_path, small_mnist, "", bytes)
     with pytest.raises(
-        InputError, match=r"images is not MNIST's file: .* \(Fashion-MNIST, KMNIST\); name another"
-    ) as told:
+        InputError, match=r"images is not the file of MNIST: .* \(Fashion-MNIST, KMNIST\); name another"
+    ) as raised:
         load_images("mnist", "train", tmp_path)
-    assert "delete" not in str(told.value)
+    assert "delete" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -299,29 +297,29 @@ def test_another_set_under_the_same_names_is_not_to_be_deleted(tmp_path, small_m
         ({"HTTPS_PROXY": "http://127.0.0.1:9"}, "the proxy of HTTPS_PROXY refuses or cannot be reached"),
     ],
 )
-def test_faults_of_the_way_out_are_told_as_they_are(tmp_path, monkeypatch, settings, words):
+def test_wrong_network_settings_are_named(tmp_path, monkeypatch, settings, words):
     """And not as a folder that cannot be written, or with the advice to go online."""
     monkeypatch.setattr(data, "MNIST_MIRRORS", ("https://mirror.invalid/",))
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words) as told:
+    with pytest.raises(InputError, match=words) as raised:
         load_images("mnist", "train", tmp_path)
-    assert "go online" not in str(told.value)
-    assert "cannot be written" not in str(told.value)
+    assert "go online" not in str(raised.value)
+    assert "cannot be written" not in str(raised.value)
 
 
-def test_an_untrusted_certificate_is_told_as_one():
+def test_an_untrusted_certificate_is_named():
     assert "REQUESTS_CA_BUNDLE" in download._reason(download.requests.exceptions.SSLError("no"))
 
 
-def test_a_bar_names_a_folder_as_it_is_called(capsys):
+def test_a_progress_bar_shows_names_unchanged(capsys):
     """What stands in brackets is no style of the text."""
     with progress._bar("reading [/red]", 2, "images", 0) as advance:
         advance(2)
     assert "reading [/red]" in capsys.readouterr().err
 
 
-def test_silence_is_given_up_in_time(tmp_path, monkeypatch):
+def test_a_silent_server_is_given_up_in_time(tmp_path, monkeypatch):
     """A name look-up or a connection that hangs has no time-out of its own."""
     monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(download.requests, "get", lambda *a, **k: time.sleep(30))
@@ -357,7 +355,7 @@ def test_a_folder_is_a_data_set(tmp_path):
     assert values == list(range(40)), "every image is in one split, and in one only"
 
 
-def test_what_hides_in_a_folder_is_no_image_of_it(tmp_path):
+def test_hidden_files_are_skipped(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     for hidden in (".ipynb_checkpoints/a.png", "below/.thumbnails/b.png", ".c.png"):
         (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
@@ -389,7 +387,7 @@ def test_images_are_cropped_to_the_centre_and_scaled(tmp_path):
 
 
 @pytest.mark.parametrize(("orientation", "side"), [(1, "top"), (3, "bottom"), (6, "right"), (8, "left")])
-def test_pictures_are_read_as_cameras_mean_them_to_be_seen(tmp_path, orientation, side):
+def test_the_orientation_of_the_camera_is_applied(tmp_path, orientation, side):
     """The bright strip is at the top of the file's pixels, and elsewhere in the picture that is shown."""
     pixels = np.zeros((16, 16), np.uint8)
     pixels[:4] = 255

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.image_folder import open_folder
-from ddpm_lab.data.image_formats import NAMED_FORMATS, as_seen, formats, opened_picture
+from ddpm_lab.data.image_formats import NAMED_FORMATS, as_seen, formats, open_picture
 from ddpm_lab.data.image_stream import open_images
 from ddpm_lab.evaluation.reference import open_reference
 
@@ -58,24 +58,24 @@ def test_what_is_transparent_is_white(tmp_path, kind):
     assert (shown[30, 10], shown[30, 60]) == (0, 255)
 
 
-def test_only_named_formats_are_ever_asked(tmp_path, monkeypatch, capsys):
+def test_only_named_formats_are_tried(tmp_path, monkeypatch, capsys):
     """Postscript under the name of a picture reaches no other plugin of Pillow, whatever command meets it."""
     from ddpm_lab.studio.forward import uploaded
 
     formats()
-    asked = []
+    tried = []
     for name, (factory, accept) in list(Image.OPEN.items()):
         if name not in NAMED_FORMATS:
 
             def spy(*arguments, name=name, factory=factory):
-                asked.append(name)
+                tried.append(name)
                 return factory(*arguments)
 
             monkeypatch.setitem(Image.OPEN, name, (spy, accept))
     with contextlib.suppress(OSError), Image.open(io.BytesIO(EPS)):
         pass
-    assert asked, "so it is seen where nobody restrains Pillow"
-    asked.clear()
+    assert tried, "so it is seen where nobody restrains Pillow"
+    tried.clear()
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "b.jpg"):
         (tmp_path / "pictures" / name).write_bytes(EPS)
@@ -87,13 +87,13 @@ def test_only_named_formats_are_ever_asked(tmp_path, monkeypatch, capsys):
         assert run_command(command) == 2
         err = capsys.readouterr().err
         assert "2 of 2 files cannot be used" in err
-        assert "a.png cannot be read: it is no PNG, JPEG" in err
-    with pytest.raises(InputError, match="it is no PNG"):
+        assert "a.png cannot be read: it is not a file of PNG, JPEG" in err
+    with pytest.raises(InputError, match="it is not a file of PNG"):
         uploaded(EPS)
-    assert asked == []
+    assert tried == []
 
 
-def test_formats_are_known_by_content_and_what_is_none_is_named(tmp_path, recwarn):
+def test_formats_are_known_by_content_and_other_files_are_named(tmp_path, recwarn):
     """Whatever the ending; links are followed, not in circles; what is passed over is counted and named."""
     pixels = Image.fromarray(np.full((8, 8), 90, np.uint8))
     pixels.save(tmp_path / "a", "PNG")
@@ -110,9 +110,9 @@ def test_formats_are_known_by_content_and_what_is_none_is_named(tmp_path, recwar
         (tmp_path / "set" / f"notes{index}.txt").write_text("no picture")
     found = open_folder(tmp_path / "set", None, "--size")
     assert [path.name for path in found.paths] == ["a", "b.dat", "c.pgm", "d.png"]
-    (told,) = [str(one.message) for one in recwarn if "passed over" in str(one.message)]
-    assert "notes0.txt, notes1.txt" in told
-    assert told.endswith("and 2 more")
+    (output,) = [str(one.message) for one in recwarn if "skipped in" in str(one.message)]
+    assert "notes0.txt, notes1.txt" in output
+    assert output.endswith("and 2 more")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "palette", "RGB"])
@@ -135,7 +135,7 @@ def test_grey_is_grey_whatever_the_format_holds_it_as(tmp_path, kind):
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     Image.fromarray(np.array([[0, 30_000], [65_535, 257]], np.uint16)).save(tmp_path / "a.png")
     assert open_folder(tmp_path, None, "--size").read([0]).ravel().tolist() == [0, 117, 255, 1]
-    with opened_picture(tmp_path / "a.png", "a") as opened:
+    with open_picture(tmp_path / "a.png", "a") as opened:
         assert as_seen(opened).mode == "L"
 
 
@@ -154,7 +154,7 @@ def test_an_npz_of_equal_planes_is_grey_as_a_folder_is(tmp_path):
     pixels[4, 7, 7, 2] += 1
     path = str(save_npz(tmp_path / "b.npz", images=pixels))
     assert open_images(path).shape == (3, 8, 8)
-    with pytest.raises(InputError, match="in colour, and grey ones are asked for"):
+    with pytest.raises(InputError, match="in colour, and grey images are required"):
         open_images(path, channels=1)
     path = str(save_npz(tmp_path / "c.npz", images=pixels[..., :1]))
     assert open_images(path, channels=3).shape == (3, 8, 8)
@@ -214,12 +214,12 @@ def test_small_files_do_not_fill_the_memory(tmp_path, arrays, command, words):
     done = subprocess.run(
         [sys.executable, "-c", program, command, str(path)], capture_output=True, text=True, check=True, env=os.environ
     )
-    *told, memory = done.stdout.splitlines()
-    assert any(word in " ".join(told) for word in words.split("|")), done.stdout
+    *output, memory = done.stdout.splitlines()
+    assert any(word in " ".join(output) for word in words.split("|")), done.stdout
     assert int(memory.split()[0]) < 200
 
 
-def test_a_picture_too_large_to_decode_is_told_from_its_header(tmp_path):
+def test_a_picture_too_large_to_decode_is_refused_by_its_header(tmp_path):
     Image.new("1", (9_000, 9_000)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a.png has 9000 x 9000 pixels; 67,108,864 are the most"):
         open_folder(tmp_path, None, "--size")

@@ -1,4 +1,4 @@
-"""Classes and guidance: what is told, what is withheld, and that all else stays as it was."""
+"""Class labels and guidance: which labels the network receives, which are dropped, and what guidance computes."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ CLASSES = ["--model.num-classes", "10"]
 
 
 @pytest.fixture(scope="module")
-def told(tiny_recipe, tmp_path_factory):
-    """A run of the tiny recipe, told classes, of a few more steps, so that they matter."""
+def labelled(tiny_recipe, tmp_path_factory):
+    """A conditional run of the tiny recipe, with enough steps for the labels to have an effect."""
     run = tmp_path_factory.mktemp("runs") / "told"
     settings = ["--training.num-steps", "60", "--training.learning-rate", "5e-3", "--training.precision", "float32"]
     assert run_command(["train", str(tiny_recipe), "--run", str(run), "--device", "cpu", *CLASSES, *settings]) == 0
@@ -42,7 +42,7 @@ def images(source, num_images, **settings):
 
 
 def test_guidance_is_the_paper_s_formula_whatever_is_predicted():
-    """eps = (1 + w) eps(x, c) - w eps(x), eq. 6, with guidance 1 + w, also where x_0 or v is what the networks say."""
+    """eps = (1 + w) eps(x, c) - w eps(x), eq. 6, with guidance 1 + w, also for networks that predict x_0 or v."""
     generator = torch.Generator().manual_seed(0)
     x_t, eps_of = torch.randn(3, 1, 2, 2, generator=generator), torch.randn(5, 1, 2, 2, generator=generator)
     t, y, alpha_bar = torch.tensor([7, 8, 9]), torch.tensor([0, 2, 3]), 0.3
@@ -54,35 +54,35 @@ def test_guidance_is_the_paper_s_formula_whatever_is_predicted():
     }
     expected = 2.5 * eps_of[y] - 1.5 * eps_of[4]
     for prediction, say in words.items():
-        asked = []
+        calls = []
 
-        def network(x, t, y=None, say=say, asked=asked):
-            asked.append((len(x), t.tolist(), y.tolist()))
+        def network(x, t, y=None, say=say, calls=calls):
+            calls.append((len(x), t.tolist(), y.tolist()))
             return say(x, eps_of[y])
 
         output = guided(network, y, 4, 2.5)(x_t, t)
         _, eps = predict_x_0_eps(prediction, output, x_t, alpha_bar)
         torch.testing.assert_close(eps, expected, rtol=1e-5, atol=1e-5)
-        assert asked == [(6, [7, 8, 9, 7, 8, 9], [0, 2, 3, 4, 4, 4])]
+        assert calls == [(6, [7, 8, 9, 7, 8, 9], [0, 2, 3, 4, 4, 4])]
         assert torch.equal(guided(network, y, 4)(x_t, t), say(x_t, eps_of[y]))
-        assert asked[1:] == [(3, [7, 8, 9], [0, 2, 3])], "guidance 1 asks once"
+        assert calls[1:] == [(3, [7, 8, 9], [0, 2, 3])], "guidance 1 takes one evaluation"
 
 
 def test_a_guide_takes_the_place_of_the_network_without_a_class():
-    """Autoguidance (arXiv:2406.02507, eq. 3): guide + w (asked - guide), the guide asked for the same images."""
+    """Autoguidance (arXiv:2406.02507, eq. 3): guide + w (network - guide), for the same images."""
     x_t, t, y = torch.randn(3, 1, 2, 2), torch.tensor([5, 5, 5]), torch.tensor([0, 2, 1])
 
     def network(x, t, y=None):
         return 3 * x if y is None else 2 * x + y.view(-1, 1, 1, 1)
 
-    worse = guided(lambda x, t, y=None: -x + 0.5 * y.view(-1, 1, 1, 1), y, 3)
-    asked, bad = 2 * x_t + y.view(-1, 1, 1, 1), -x_t + 0.5 * y.view(-1, 1, 1, 1)
-    torch.testing.assert_close(guided(network, y, 3, 2.5, guide=worse)(x_t, t), bad + 2.5 * (asked - bad))
-    free = guided(network, None, 0, 2.0, guide=worse)(x_t, t)
-    torch.testing.assert_close(free, bad + 2 * (3 * x_t - bad))
+    weak = guided(lambda x, t, y=None: -x + 0.5 * y.view(-1, 1, 1, 1), y, 3)
+    full, weaker = 2 * x_t + y.view(-1, 1, 1, 1), -x_t + 0.5 * y.view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided(network, y, 3, 2.5, guide=weak)(x_t, t), weaker + 2.5 * (full - weaker))
+    unconditional = guided(network, None, 0, 2.0, guide=weak)(x_t, t)
+    torch.testing.assert_close(unconditional, weaker + 2 * (3 * x_t - weaker))
     scales = torch.tensor([1.0, 2.0, 0.5])
-    each = guided(network, y, 3, scales, guide=worse)(x_t, t)
-    torch.testing.assert_close(each, bad + scales.view(-1, 1, 1, 1) * (asked - bad))
+    each = guided(network, y, 3, scales, guide=weak)(x_t, t)
+    torch.testing.assert_close(each, weaker + scales.view(-1, 1, 1, 1) * (full - weaker))
 
 
 def test_guidance_acts_at_the_noise_levels_of_its_interval():
@@ -92,15 +92,15 @@ def test_guidance_acts_at_the_noise_levels_of_its_interval():
         calls.append(len(x))
         return torch.zeros_like(x) + y.view(-1, 1, 1, 1)
 
-    acting = guided_timesteps(schedule, (0.5, 5.0))
+    interval = guided_timesteps(schedule, (0.5, 5.0))
     sigma = schedule.snr**-0.5
-    assert [t in acting for t in range(100)] == [0.5 <= float(sigma[t]) <= 5 for t in range(100)]
+    assert [t in interval for t in range(100)] == [0.5 <= float(sigma[t]) <= 5 for t in range(100)]
     assert guided_timesteps(schedule, ()) == range(100)
-    model = guided(network, torch.tensor([0]), 1, 3.0, timesteps=acting)
-    outputs = [float(model(torch.zeros(1, 1, 1, 1), torch.tensor([t]))) for t in (acting.start - 1, acting.start)]
+    model = guided(network, torch.tensor([0]), 1, 3.0, timesteps=interval)
+    outputs = [float(model(torch.zeros(1, 1, 1, 1), torch.tensor([t]))) for t in (interval.start - 1, interval.start)]
     assert outputs == [0, 1 + 3 * (0 - 1)]
     assert calls == [1, 2]
-    with pytest.raises(InputError, match="holds no timestep; their noise levels go from"):
+    with pytest.raises(InputError, match="contains no timestep; the noise levels are from"):
         guided_timesteps(schedule, (1e-9, 1e-8))
 
 
@@ -114,10 +114,10 @@ def test_guidance_acts_at_the_noise_levels_of_its_interval():
         ({"sampler": "dpmpp", "num_steps": 4, "singlestep": True, "guidance_interval": (0.1, 2.0)}, None),
     ],
 )
-def test_evaluations_are_counted_as_they_happen(told, monkeypatch, settings, count):
+def test_evaluations_are_counted_as_they_happen(labelled, monkeypatch, settings, count):
     """Those of the guide, too: the count of a record is what a batch of one image really asks for."""
     rows = []
-    trained = load(told, device="cpu")
+    trained = load(labelled, device="cpu")
     real = UNet.forward
 
     def forward(self, x_t, t, y=None):
@@ -125,7 +125,7 @@ def test_evaluations_are_counted_as_they_happen(told, monkeypatch, settings, cou
         return real(self, x_t, t, y)
 
     monkeypatch.setattr(UNet, "forward", forward)
-    for guide in (None, str(told / "averages" / "step_00000007")):
+    for guide in (None, str(labelled / "averages" / "step_00000007")):
         rows.clear()
         config = SamplingConfig(**settings, guidance=2.0, guide=guide, batch_size=1)
         list(generate(trained, 1, config))
@@ -133,24 +133,45 @@ def test_evaluations_are_counted_as_they_happen(told, monkeypatch, settings, cou
         assert count is None or sum(rows) == count
 
 
-def test_a_guide_changes_images_and_is_recorded(told, tmp_path):
-    """Guided by itself a network says what it says anyway; by an early average not; the record names it."""
-    alone = images(told, 4)
-    assert torch.equal(images(told, 4, guidance=1.0), alone)
-    itself = images(told, 4, guidance=3.0, guide=str(told))
-    assert int((itself.int() - alone.int()).abs().max()) <= 1
-    average = told / "averages" / "step_00000007"
-    led = images(told, 4, guidance=3.0, guide=str(average))
-    assert int((led.int() - alone.int()).abs().max()) > 1
+def test_a_guide_changes_images_and_is_recorded(labelled, tmp_path):
+    """A network as its own guide changes nothing, an early average changes the images, and the record names it."""
+    unguided = images(labelled, 4)
+    assert torch.equal(images(labelled, 4, guidance=1.0), unguided)
+    itself = images(labelled, 4, guidance=3.0, guide=str(labelled))
+    assert int((itself.int() - unguided.int()).abs().max()) <= 1
+    average = labelled / "averages" / "step_00000007"
+    with_guide = images(labelled, 4, guidance=3.0, guide=str(average))
+    assert int((with_guide.int() - unguided.int()).abs().max()) > 1
     folder = tmp_path / "images"
-    command = ["sample", str(told), "--num-images", "4", "--num-steps", "3", "--guidance", "3", "--device", "cpu"]
+    command = [
+        "sample",
+        str(labelled),
+        "--num-images",
+        "4",
+        "--num-steps",
+        "3",
+        "--guidance",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert run_command([*command, "--guide", str(average), "--batch-size", "4", "--out", str(folder)]) == 0
     identity = json.loads((folder / "sampling.json").read_text())
     assert identity["guide"] == load(average, device="cpu").weights_sha256
-    assert run_command([*command, "--guide", str(told), "--batch-size", "4", "--out", str(folder)]) == 2
+    assert run_command([*command, "--guide", str(labelled), "--batch-size", "4", "--out", str(folder)]) == 2
     scored = tmp_path / "scores.jsonl"
     scoring = ["--features", "classifier", "--metrics", "is", "--num-images", "20", "--scores", str(scored)]
-    evaluating = ["evaluate", str(told), "--num-steps", "3", "--guidance", "3", "--guide", str(average), *scoring]
+    evaluating = [
+        "evaluate",
+        str(labelled),
+        "--num-steps",
+        "3",
+        "--guidance",
+        "3",
+        "--guide",
+        str(average),
+        *scoring,
+    ]
     assert run_command([*evaluating, "--guidance-interval", "0.1", "3", "--device", "cpu"]) == 0
     record = json.loads(scored.read_text())
     assert (record["guide"]["step"], record["guide"]["sha256"]) == (7, identity["guide"])
@@ -159,49 +180,49 @@ def test_a_guide_changes_images_and_is_recorded(told, tmp_path):
     assert guidance_label({"guidance": 1.0}) == guidance_label({}) == ""
 
 
-def test_a_guide_that_does_not_fit_is_refused(told, tiny_run, tmp_path):
+def test_a_guide_that_does_not_fit_is_refused(labelled, tiny_run, tmp_path):
     config = load(tiny_run, device="cpu").config
     other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, num_timesteps=50))
     train(dataclasses.replace(other, training=dataclasses.replace(config.training, num_steps=1)), tmp_path / "short")
     for source, guide, words in (
-        (told, "mnist", "another images than"),
-        (told, tmp_path / "short", "another process than"),
-        (tiny_run, told, "another number of classes than"),
-        (told, tmp_path / "nothing", "no model"),
+        (labelled, "mnist", "another images than"),
+        (labelled, tmp_path / "short", "another process than"),
+        (tiny_run, labelled, "another number of classes than"),
+        (labelled, tmp_path / "nothing", "no model"),
     ):
         with pytest.raises(InputError, match=words):
             build_sampler(load(source, device="cpu"), SamplingConfig(guide=str(guide), guidance=2.0))
     for settings, words in (
-        ({"guide": "x"}, "guide needs a guidance"),
-        ({"guide": "x", "guidance": 1.0}, "guide needs a guidance"),
+        ({"guide": "x"}, "guide requires a guidance"),
+        ({"guide": "x", "guidance": 1.0}, "guide requires a guidance"),
         ({"guidance_interval": (1.0,), "guidance": 2.0}, "two noise levels"),
-        ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower first"),
-        ({"guidance_interval": (1.0, 2.0)}, "guidance_interval needs a guidance"),
+        ({"guidance_interval": (2.0, 1.0), "guidance": 2.0}, "the lower one first"),
+        ({"guidance_interval": (1.0, 2.0)}, "guidance_interval requires a guidance"),
     ):
         with pytest.raises(InputError, match=words):
             SamplingConfig(**settings)
-    free = build_sampler(load(tiny_run, device="cpu"), SamplingConfig(guide=str(tiny_run), guidance=2.0))
-    assert free.config.guidance == 2.0, "a network without classes can be guided, too"
+    unconditional = build_sampler(load(tiny_run, device="cpu"), SamplingConfig(guide=str(tiny_run), guidance=2.0))
+    assert unconditional.config.guidance == 2.0, "a network without classes can be guided, too"
 
 
-def test_a_guided_graph_computes_what_pytorch_does(told, tmp_path):
-    average = told / "averages" / "step_00000007"
+def test_a_guided_graph_computes_what_pytorch_does(labelled, tmp_path):
+    average = labelled / "averages" / "step_00000007"
     settings = ["--sampler", "ddim", "--num-steps", "4", "--guidance", "2", "--guidance-interval", "0.3", "20"]
-    command = ["export", str(told), "--to", "onnx", "--out", str(tmp_path / "onnx"), *settings]
+    command = ["export", str(labelled), "--to", "onnx", "--out", str(tmp_path / "onnx"), *settings]
     assert run_command([*command, "--guide", str(average)]) == 0
     noise, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5, 9])
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "sampler.onnx")
-    (found,) = session.run(None, {"noise": noise.numpy(), "y": y.numpy()})
+    (result,) = session.run(None, {"noise": noise.numpy(), "y": y.numpy()})
     config = SamplingConfig(num_steps=4, guidance=2.0, guide=str(average), guidance_interval=(0.3, 20.0))
-    for step in build_sampler(load(told, device="cpu"), config).steps(noise, None, y):
+    for step in build_sampler(load(labelled, device="cpu"), config).steps(noise, None, y):
         x_0 = step.x_s
     expected = to_uint8(x_0).permute(0, 2, 3, 1).int()
-    assert int((torch.from_numpy(found).int() - expected).abs().max()) <= 1
+    assert int((torch.from_numpy(result).int() - expected).abs().max()) <= 1
     assert f"by {average} at step 7 at noise levels 0.3 to 20" in (tmp_path / "onnx" / "README.md").read_text()
 
 
-def test_a_perfect_network_samples_the_class_that_is_asked_for():
-    """Data with one image a class: the exact network of each class leads there, from any noise."""
+def test_a_perfect_network_samples_the_requested_class():
+    """Data with one image per class: the exact network samples that image from any noise."""
     centres = torch.tensor([-0.6, 0.1, 0.8]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
     schedule = linear_schedule()
 
@@ -210,11 +231,11 @@ def test_a_perfect_network_samples_the_class_that_is_asked_for():
         return ((x_t - alpha_bar.sqrt() * centres[y]) / (1 - alpha_bar).sqrt()).float()
 
     y = torch.tensor([2, 0, 1, 2])
-    found = ddim_sample(guided(network, y, 3), schedule, torch.randn(4, 1, 2, 2), 10)
-    torch.testing.assert_close(found, centres[y], rtol=0, atol=1e-4)
+    result = ddim_sample(guided(network, y, 3), schedule, torch.randn(4, 1, 2, 2), 10)
+    torch.testing.assert_close(result, centres[y], rtol=0, atol=1e-4)
 
 
-def test_classes_are_withheld_as_often_as_asked():
+def test_labels_are_dropped_with_the_given_probability():
     y = torch.arange(20_000) % 10
     kept = drop_labels(y, 10, 0.2, torch.Generator().manual_seed(0))
     assert set(kept[kept != y].tolist()) == {10}
@@ -223,23 +244,23 @@ def test_classes_are_withheld_as_often_as_asked():
     assert set(drop_labels(y, 10, 1.0, torch.Generator()).tolist()) == {10}
 
 
-def test_images_are_asked_for_classes_in_turn():
+def test_images_take_the_classes_in_turn():
     assert classes_in_turn((), 3, range(2, 7)).tolist() == [2, 0, 1, 2, 0]
     assert classes_in_turn((7, 1), 10, range(1, 5)).tolist() == [1, 7, 1, 7]
 
 
-def test_a_network_told_nothing_is_told_the_class_of_none():
+def test_a_network_without_labels_gets_the_label_of_no_class():
     torch.manual_seed(0)
     model = UNet(1, 16, (1,), 1, (), norm_groups=4, num_classes=3).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 900])
-    free = model(x_t, t)
-    assert torch.equal(free, model(x_t, t, torch.tensor([3, 3])))
+    unconditional = model(x_t, t)
+    assert torch.equal(unconditional, model(x_t, t, torch.tensor([3, 3])))
     one = model(x_t, t, torch.tensor([0, 3]))
-    assert not torch.allclose(one[0], free[0], atol=1e-3)
-    torch.testing.assert_close(one[1], free[1])
-    with pytest.raises(InputError, match="told no classes"):
+    assert not torch.allclose(one[0], unconditional[0], atol=1e-3)
+    torch.testing.assert_close(one[1], unconditional[1])
+    with pytest.raises(InputError, match="is unconditional"):
         UNet(1, 16, (1,), 1, (), norm_groups=4)(x_t, t, torch.tensor([0, 0]))
 
 
@@ -257,7 +278,7 @@ def test_classes_change_nothing_else_that_is_random(tiny_recipe):
 
 
 def test_labels_are_those_of_the_images(tiny_recipe, monkeypatch):
-    """What the network is told is the class of the image that it sees, or none."""
+    """The label that the network receives is that of its image, or no class."""
     digits = load_images("digits")
     seen = []
     config = load_recipe(str(tiny_recipe))
@@ -303,49 +324,61 @@ def test_resuming_with_classes_ends_in_the_same_weights(tiny_recipe, tmp_path):
     assert tree_hash(last) == before == tree_hash(checkpoint_path(tmp_path / "whole", 12))
 
 
-def test_an_image_depends_on_its_seed_number_and_class_alone(told):
-    """Image i of a class is the same whether asked for alone or in turn; guidance 0 leaves classes out; they matter."""
-    in_turn = images(told, 12)
-    assert torch.equal(images(told, 12, class_=tuple(range(10))), in_turn)
-    sevens = images(told, 12, class_=(7,))
+def test_an_image_depends_on_its_seed_number_and_class_alone(labelled):
+    """Image i of a class is the same alone or in turn; guidance 0 ignores classes; labels change images."""
+    in_turn = images(labelled, 12)
+    assert torch.equal(images(labelled, 12, class_=tuple(range(10))), in_turn)
+    sevens = images(labelled, 12, class_=(7,))
     assert torch.equal(sevens[7], in_turn[7])
     assert not torch.equal(sevens[8], in_turn[8])
-    free = images(told, 4, guidance=0.0)
-    model = load(told, device="cpu").model
-    assert not torch.equal(free, images(told, 4, class_=(1,)))
-    assert torch.equal(images(told, 4, guidance=1.0), in_turn[:4])
-    assert not torch.equal(images(told, 4, guidance=3.0), in_turn[:4])
+    unconditional = images(labelled, 4, guidance=0.0)
+    model = load(labelled, device="cpu").model
+    assert not torch.equal(unconditional, images(labelled, 4, class_=(1,)))
+    assert torch.equal(images(labelled, 4, guidance=1.0), in_turn[:4])
+    assert not torch.equal(images(labelled, 4, guidance=3.0), in_turn[:4])
     assert model.num_classes == 10
 
 
-def test_guidance_zero_is_the_network_told_nothing(told):
-    trained = load(told, device="cpu")
+def test_guidance_zero_is_the_unconditional_network(labelled):
+    trained = load(labelled, device="cpu")
     from ddpm_lab.sampling.generation import ImageNoise
 
     x_T = ImageNoise(0, range(4), (1, 8, 8), torch.device("cpu"))(-1)
     expected = to_uint8(ddim_sample(trained.model, trained.schedule, x_T, 3))
-    assert torch.equal(images(told, 4, guidance=0.0), expected)
+    assert torch.equal(images(labelled, 4, guidance=0.0), expected)
 
 
-def test_files_hold_the_classes(told, tmp_path):
-    command = ["sample", str(told), "--num-images", "6", "--num-steps", "2", "--class", "3", "5", "--device", "cpu"]
+def test_files_hold_the_classes(labelled, tmp_path):
+    command = [
+        "sample",
+        str(labelled),
+        "--num-images",
+        "6",
+        "--num-steps",
+        "2",
+        "--class",
+        "3",
+        "5",
+        "--device",
+        "cpu",
+    ]
     assert run_command([*command, "--out", str(tmp_path / "images.npz")]) == 0
-    held = np.load(tmp_path / "images.npz")
-    assert held["labels"].tolist() == [3, 5, 3, 5, 3, 5]
-    assert held["images"].shape == (6, 8, 8, 1)
+    arrays = np.load(tmp_path / "images.npz")
+    assert arrays["labels"].tolist() == [3, 5, 3, 5, 3, 5]
+    assert arrays["images"].shape == (6, 8, 8, 1)
     assert run_command([*command, "--out", str(tmp_path / "folder")]) == 0
     assert run_command([*command, "--guidance", "2", "--out", str(tmp_path / "folder")]) == 2, "another setting"
 
 
-def test_a_score_says_how_many_are_what_was_asked_for(told, capsys, monkeypatch, tmp_path):
+def test_a_score_says_how_many_images_have_the_requested_class(labelled, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
-    command = ["evaluate", str(told), "--num-images", "30", "--num-steps", "2", "--features", "classifier"]
+    command = ["evaluate", str(labelled), "--num-images", "30", "--num-steps", "2", "--features", "classifier"]
     command += ["--metrics", "is", "--bootstrap", "0", "--guidance", "1.5", "--device", "cpu", "--scores"]
     assert run_command([*command, str(tmp_path / "scores.jsonl")]) == 0
     assert "are taken for the class that was asked for" in capsys.readouterr().out
     record = json.loads((tmp_path / "scores.jsonl").read_text())
     assert (record["class"], record["guidance"]) == (None, 1.5)
-    trained = load(told, device="cpu")
+    trained = load(labelled, device="cpu")
     sampled = torch.cat(list(generate(trained, 30, SamplingConfig(num_steps=2, guidance=1.5))))
     from ddpm_lab.evaluation.features import classifier_network
 
@@ -355,12 +388,23 @@ def test_a_score_says_how_many_are_what_was_asked_for(told, capsys, monkeypatch,
 
 
 @pytest.mark.slow
-def test_onnx_graphs_are_told_classes_too(told, tmp_path):
+def test_onnx_graphs_take_labels(labelled, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "out"
-    command = ["export", str(told), "--to", "onnx", "--sampler", "ddim", "--num-steps", "3", "--out", str(out)]
+    command = [
+        "export",
+        str(labelled),
+        "--to",
+        "onnx",
+        "--sampler",
+        "ddim",
+        "--num-steps",
+        "3",
+        "--out",
+        str(out),
+    ]
     assert run_command([*command, "--guidance", "2"]) == 0
-    trained = load(told, device="cpu")
+    trained = load(labelled, device="cpu")
     x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 9, 10, 4, 4])
     (output,) = onnxruntime.InferenceSession(out / "network.onnx").run(
         None, {"x_t": x.numpy(), "t": np.full(5, 500), "y": y.numpy()}
@@ -378,10 +422,10 @@ def test_onnx_graphs_are_told_classes_too(told, tmp_path):
     assert "unconditional" not in card
 
 
-def test_every_question_counts_as_an_evaluation(told):
+def test_every_call_counts_as_an_evaluation(labelled):
     from ddpm_lab.sampling.generation import build_sampler
 
-    trained = load(told, device="cpu")
+    trained = load(labelled, device="cpu")
     counts = {
         guidance: build_sampler(trained, SamplingConfig(num_steps=7, guidance=guidance)).num_evaluations
         for guidance in (None, 0.0, 1.0, 2.5)
@@ -389,11 +433,11 @@ def test_every_question_counts_as_an_evaluation(told):
     assert counts == {None: 7, 0.0: 7, 1.0: 7, 2.5: 14}
 
 
-def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
+def test_interpolations_and_reconstructions_take_labels(labelled):
     """The ends of an interpolation are the images that `sample` makes; real images are denoised as the class given."""
     from ddpm_lab.pictures.reverse import interpolate, reconstruct
 
-    trained = load(told, device="cpu")
+    trained = load(labelled, device="cpu")
     settings = {"num_steps": 3, "batch_size": 8}
     between = interpolate(trained, SamplingConfig(**settings), 1, 3, 4)
     sampled = torch.cat(list(generate(trained, 3, SamplingConfig(**settings))))
@@ -412,13 +456,13 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
     ("command", "words"),
     [
         (["train", "digits", "--run", "RUN", "--model.num-classes", "9"], "num_classes must be 10 for digits, not 9"),
-        (["train", "digits", "--run", "RUN", "--model.num-classes", "1"], "model.num_classes must be at least 2"),
-        (["train", "digits", "--run", "RUN", *CLASSES, "--training.class-dropout", "1.5"], "class_dropout must be in"),
+        (["train", "digits", "--run", "RUN", "--model.num-classes", "1"], "model.num_classes must be from 2"),
+        (["train", "digits", "--run", "RUN", *CLASSES, "--training.class-dropout", "1.5"], "must be from 0 to 1"),
         (["sample", "TOLD", "--class", "10", "--out", "RUN.png"], "has the classes 0 .. 9, not 10"),
-        (["sample", "TOLD", "--class", "-1", "--out", "RUN.png"], "class must be whole numbers from 0"),
+        (["sample", "TOLD", "--class", "-1", "--out", "RUN.png"], "class must be at least 0, not -1"),
         (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),
-        (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be at least 0"),
-        (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 leaves the class out"),
+        (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be from 0 to 100"),
+        (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 ignores the class"),
         (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
         (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
         (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
@@ -426,11 +470,11 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
         (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_refused(told, tiny_run, tmp_path, capsys, command, words):
+def test_invalid_labels_and_guidance_are_refused(labelled, tiny_run, tmp_path, capsys, command, words):
     places = {
         "RUN": str(tmp_path / "run"),
         "RUN.png": str(tmp_path / "run.png"),
-        "TOLD": str(told),
+        "TOLD": str(labelled),
         "UNTOLD": str(tiny_run),
     }
     assert run_command([places.get(word, word) for word in command]) == 2
@@ -440,8 +484,8 @@ def test_what_cannot_be_told_is_refused(told, tiny_run, tmp_path, capsys, comman
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_was_always_told_its_class_is_not_asked_without(tiny_recipe, tmp_path):
-    """What stands for no class is as random as it was, where no class was ever withheld."""
+def test_a_network_without_class_dropout_is_not_evaluated_without_labels(tiny_recipe, tmp_path):
+    """If no label is ever dropped, the embedding of no class keeps its random initial values."""
     always = [*CLASSES, "--training.class-dropout", "0", "--training.num-steps", "2", "--device", "cpu"]
     assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *always]) == 0
     trained = load(tmp_path / "run", device="cpu")

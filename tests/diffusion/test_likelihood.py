@@ -121,9 +121,9 @@ def test_the_decoder_has_no_ceiling(error):
     a_1, a_2 = schedule.alpha_bar[:2].tolist()
     sigma = ((1 - a_1) / (1 - a_2) * (1 - a_2 / a_1)) ** 0.5
     away = (error - 1 / 255) / sigma  # deviations to the near edge of the level
-    found = variational_bound(off, schedule, levels, prediction="x_0", num_drawn=1).decoder
+    decoder = variational_bound(off, schedule, levels, prediction="x_0", num_drawn=1).decoder
     tail = (away**2 / 2 + math.log(away * (2 * math.pi) ** 0.5)) / math.log(2)  # -log2 of the normal tail beyond
-    assert found == pytest.approx(tail, rel=0.01)
+    assert decoder == pytest.approx(tail, rel=0.01)
 
 
 def test_few_timesteps_estimate_the_whole_sum(images):
@@ -177,7 +177,7 @@ def test_impossible_bounds_are_refused(images):
         variational_bound(model, schedule, images[:1])
 
 
-def test_a_network_is_told_the_same_noise_level_on_another_chain(tiny_run):
+def test_a_network_gets_the_same_noise_level_on_another_chain(tiny_run):
     trained = load(tiny_run, device="cpu")
     shorter = with_timesteps(trained, 500)
     x_t = torch.randn(2, 1, 8, 8)
@@ -196,14 +196,14 @@ def test_a_network_is_told_the_same_noise_level_on_another_chain(tiny_run):
         with_timesteps(fixed, 500)
 
 
-def test_a_network_that_is_told_classes_is_bounded_with_those_of_the_images(images):
+def test_a_conditional_network_is_bounded_with_the_labels_of_the_images(images):
     model = UNet(1, 32, (1, 1), num_blocks=1, attention_levels=(), norm_groups=8, num_classes=10).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     labels, schedule = torch.full((len(images),), 3), linear_schedule(50)
     bounds = [
-        variational_bound(asked, schedule, images, prediction="x_0", labels=given, num_drawn=4, batch_size=16).value
-        for asked, given in (
+        variational_bound(tested, schedule, images, prediction="x_0", labels=y, num_drawn=4, batch_size=16).value
+        for tested, y in (
             (model, labels),
             (lambda x_t, t: model(x_t, t, torch.full_like(t, 3)), None),
             (model, None),

@@ -143,7 +143,7 @@ def test_edm_has_variance_1_at_every_level():
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(), linear_schedule(500, False), cosine_schedule(200)])
-def test_lognormal_timesteps_have_the_moments_asked_for(schedule):
+def test_lognormal_timesteps_have_the_given_moments(schedule):
     """ln sigma has nearly the mean and deviation asked for where the chain holds them; every timestep is drawn."""
     probabilities = timestep_probabilities(schedule, -1.2, 1.2, uniform_share=0.0)
     log_sigma = -schedule.snr.log() / 2

@@ -55,8 +55,8 @@ def test_a_perfect_denoiser_brings_back_the_image(name, prediction, num_steps, c
     x_0 = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1
     x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     model = knowing_model(schedule, x_0, prediction)
-    found = SAMPLERS[name](model, schedule, x_T, num_steps, clip_x_0=clip, prediction=prediction)
-    torch.testing.assert_close(found, x_0, rtol=1e-7, atol=1e-7)
+    result = SAMPLERS[name](model, schedule, x_T, num_steps, clip_x_0=clip, prediction=prediction)
+    torch.testing.assert_close(result, x_0, rtol=1e-7, atol=1e-7)
 
 
 def gaussian_model(schedule, mean, deviation):
@@ -227,8 +227,8 @@ def test_even_in_log_snr_spends_one_step_on_pure_noise():
     assert max(a - b for a, b in itertools.pairwise(reversed(log_snr[1:]))) < 1.5
 
 
-@pytest.mark.parametrize(("num_steps", "singlestep", "asked"), [(4, False, 4), (4, True, 8)])
-def test_dpmpp_asks_as_often_as_it_says(num_steps, singlestep, asked):
+@pytest.mark.parametrize(("num_steps", "singlestep", "calls"), [(4, False, 4), (4, True, 8)])
+def test_dpmpp_takes_the_documented_number_of_evaluations(num_steps, singlestep, calls):
     times = []
 
     def model(x_t, t):
@@ -236,7 +236,7 @@ def test_dpmpp_asks_as_often_as_it_says(num_steps, singlestep, asked):
         return x_t
 
     dpmpp_sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps, singlestep=singlestep)
-    assert len(times) == len(set(times)) == asked
+    assert len(times) == len(set(times)) == calls
     times.clear()
     heun_sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps)
     assert len(times) == 2 * num_steps - 1
@@ -345,17 +345,17 @@ def test_every_state_of_ddim_is_that_of_diffusers(schedule, eta, num_steps, clip
 
 def test_the_last_step_adds_no_noise():
     schedule, x_T = linear_schedule(50), torch.randn(1, 1, 2, 2)
-    asked = []
+    calls = []
 
     def noise(i):
-        asked.append(i)
+        calls.append(i)
         return torch.randn(1, 1, 2, 2)
 
     ddpm_sample(lambda x, t: x, schedule, x_T, noise=noise)
-    assert asked == list(range(49))
-    asked.clear()
+    assert calls == list(range(49))
+    calls.clear()
     ddim_sample(lambda x, t: x, schedule, x_T, 10, noise=noise)
-    assert asked == []
+    assert calls == []
 
 
 def test_beta_with_few_steps_warns_and_is_not_the_default():

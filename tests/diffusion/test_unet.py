@@ -51,7 +51,7 @@ def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
     assert not weights, sorted(weights)
 
 
-@pytest.mark.filterwarnings("ignore:a level of 32 channels")
+@pytest.mark.filterwarnings("ignore:model.norm_groups")
 @pytest.mark.parametrize(
     ("channels", "size", "multipliers", "attention", "head", "conditioning"),
     [
@@ -109,7 +109,7 @@ def test_patches_keep_the_shape(channels, size, multipliers, patch):
     assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
 
 
-def test_it_starts_by_predicting_nothing():
+def test_the_initial_network_predicts_zero():
     """Ho et al.'s initialisation: the last convolution is zero, so the first loss is the variance of the noise."""
     with torch.no_grad():
         output = UNet(1, 32, (1, 2), 1, norm_groups=8)(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
@@ -133,9 +133,9 @@ def test_position_means_noise_level_whatever_T(T):
         torch.testing.assert_close(middle, reference(x_t, torch.tensor([499])), rtol=1e-5, atol=1e-5)
 
 
-def test_a_level_of_one_channel_a_group_is_blind_to_t_and_warns():
+def test_a_level_of_one_channel_per_group_ignores_t_and_warns():
     """Normalising a channel alone takes away the constant that the embedding added to it."""
-    with pytest.warns(UserWarning, match="cannot see t"):
+    with pytest.warns(UserWarning, match="which then ignores the timestep"):
         model = UNet(1, 32, (1,), 1, ()).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -197,9 +197,9 @@ def test_attention_in_bf16_is_its_formula_however_many_images_go_together(monkey
     monkeypatch.setattr("ddpm_lab.diffusion.unet.CACHED_WEIGHTS", images_at_a_time * 2 * 9 * 9)
     q, k, v = torch.randn(3, 5, 2, 9, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention(q, k, v)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), _plain_attention(q, k, v), rtol=2e-2, atol=2e-2)
+        result = attention(q, k, v)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), _plain_attention(q, k, v), rtol=2e-2, atol=2e-2)
 
 
 def test_normalisation_takes_its_statistics_in_float32_under_bf16():
@@ -208,6 +208,6 @@ def test_normalisation_takes_its_statistics_in_float32_under_bf16():
     norm = torch.nn.GroupNorm(32, 64)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         x_bf16 = x.to(torch.bfloat16)
-        found, expected = norm(x_bf16), norm(x_bf16.float())
+        result, expected = norm(x_bf16), norm(x_bf16.float())
     assert expected.dtype == torch.float32
-    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=2**-7)

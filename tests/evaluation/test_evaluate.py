@@ -21,10 +21,11 @@ from PIL import Image
 
 from ddpm_lab import load
 from ddpm_lab.cli.main import run_command
-from ddpm_lab.core.config import SamplingConfig, ScoringConfig, load_recipe
+from ddpm_lab.core.config import SamplingConfig, load_recipe
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import locked
 from ddpm_lab.core.log import append_line, cut_lines, read_lines
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import load_images
 from ddpm_lab.data.image_stream import ImageStream, chunk_size, open_images, tensor_stream
 from ddpm_lab.evaluation import evaluate as evaluation

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_lab.core.config import ScoringConfig
 from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.image_stream import tensor_stream
 from ddpm_lab.evaluation import features
 from ddpm_lab.evaluation.classifier import packaged_path

@@ -262,7 +262,7 @@ def cut(folder):
         (edit(UNET, in_channels=4, out_channels=4), "in_channels 4"),
         (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in its config"),
         (edit(UNET, block_out_channels="wide"), "is not a UNet2DModel's"),
-        (edit(UNET, norm_num_groups=3), "model.base_channels must be a positive multiple"),
+        (edit(UNET, norm_num_groups=3), "model.base_channels must be a multiple"),
         (edit(SCHEDULER, num_train_timesteps=2000), "num_train_timesteps 2000 is not covered; 1000 is"),
         (edit(SCHEDULER, beta_schedule="scaled_linear"), 'beta_schedule "scaled_linear" is not covered'),
         (edit(SCHEDULER, beta_end=0.03), "beta_end 0.03 is not covered"),

@@ -61,5 +61,5 @@ def test_a_compiler_that_fails_is_told_in_a_line(tiny_run, tmp_path, monkeypatch
     told = capsys.readouterr().err
     assert len([line for line in told.splitlines() if "error:" in line]) == 1
     assert "torch.compile failed" in told
-    assert "--engine torch does without it" in told
+    assert "give --training.compile no or --engine torch" in told
     assert not (tmp_path / "x.png").exists()

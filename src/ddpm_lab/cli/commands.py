@@ -1,4 +1,7 @@
-"""The commands of `ddpm`: typed arguments in, a call of what does the work. What is heavy is imported inside them."""
+"""The commands of `ddpm`: typed arguments, and a call of the function that does the work.
+
+Heavy imports are inside the commands, so that `ddpm --help` starts quickly.
+"""
 
 import re
 import typing
@@ -9,33 +12,32 @@ from typing import Annotated, Literal
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
-from ddpm_lab.core.config import RECIPES, Config, SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import RECIPES, Config, SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.messages import say
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.core.settings import read_toml
 
-DataDir = Annotated[Path | None, Parameter(help="folder of data sets; default DDPM_DATA_DIR, else the user's cache")]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where to compute; auto: a GPU where there is one")
-]
+Dataset = Literal["mnist", "cifar10", "digits"]
+DataDir = Annotated[Path | None, Parameter(help="folder of data sets; unset: DDPM_DATA_DIR, else the user's cache")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="device; auto: a GPU if there is one")]
 Source = Annotated[
-    str, Parameter(help="run folder, checkpoint folder in one, folder of diffusers, or packaged weights (mnist)")
+    str, Parameter(help="run folder, one of its checkpoint folders, diffusers folder, or packaged weights (mnist)")
 ]
 Weights = Annotated[
-    Literal["ema", "raw"],
-    Parameter(help="the moving average of the parameters (ema), or the parameters themselves (raw)"),
+    Literal["ema", "raw"], Parameter(help="moving average of the parameters (ema), or the parameters themselves (raw)")
 ]
-Checkpoint = Annotated[int | None, Parameter(help="step of a checkpoint of a run folder; unset: the newest")]
+Checkpoint = Annotated[int | None, Parameter(help="step of a checkpoint in a run folder; unset: the newest")]
 
 
 def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """After parsing: put the recipe's values under the flags, and refuse fractions for whole numbers."""
+    """After parsing: use the values of the recipe as defaults, and refuse fractions for whole numbers."""
     if commands == ("train",):
         recipe = next((token.value for a in arguments if a.name == "RECIPE" for token in a.tokens), None)
         if recipe is not None:
             _, values = read_toml("recipe", RECIPES, recipe)
             try:
-                Config.from_dict(values)  # a recipe stands on its own, so that its faults are told as its own
+                Config.from_dict(values)  # the recipe by itself, so that an error names the recipe
             except InputError as error:
                 raise InputError(f"recipe {recipe}: {error}") from error
             Dict({"train": values}, source=f"recipe {recipe}")(app, commands, arguments)
@@ -51,9 +53,9 @@ def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 
 app = App(
     name="ddpm",
-    help="Train, sample, see and score denoising diffusion models on small images.",
+    help="Train, sample, visualise and score denoising diffusion models on small images.",
     help_format="plaintext",
-    suppress_keyboard_interrupt=False,  # `cli` says in a line that it was interrupted
+    suppress_keyboard_interrupt=False,  # `main` handles it
     config=_settings,
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
 )
@@ -62,10 +64,10 @@ app["--help"].group = app["--version"].group = "About"
 
 @app.command
 def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
-    """Run the study in small, on the embedded 8x8 digits: minutes on two CPU cores, no network; ends with report.html.
+    """Run a small study on the included 8x8 digits and write report.html: minutes on two CPU cores, no network.
 
     Args:
-        out: folder for everything it makes; running it again continues.
+        out: folder for all results; an interrupted demo is continued.
     """
     from ddpm_lab.studies.grid import read_study
     from ddpm_lab.studies.study import run_study
@@ -74,16 +76,15 @@ def demo(*, out: Path = Path("runs/demo"), device: Device = "auto") -> None:
 
 
 @app.command
-def data(dataset: Literal["mnist", "cifar10", "digits"], /, *, data_dir: DataDir = None) -> None:
-    """Fetch a data set once, verify it, and print what it holds.
+def data(dataset: Dataset, /, *, data_dir: DataDir = None) -> None:
+    """Download a data set once, verify it, and print its sizes and hashes.
 
     Args:
-        dataset: which.
+        dataset: the data set.
     """
     from ddpm_lab.data.datasets import describe
 
-    for line in describe(dataset, data_dir):
-        print(line)
+    print("\n".join(describe(dataset, data_dir)))
 
 
 @app.command
@@ -97,14 +98,14 @@ def train(
     data_dir: DataDir = None,
     config: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
 ) -> None:
-    """Train a network; a run that exists continues, to the same weights as if it had never stopped.
+    """Train a network. An existing run is continued, with the same weights as without the interruption.
 
     Args:
-        recipe: a packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
+        recipe: packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
         run: folder of the run, new or to be continued.
-        start_from: a trained network like this one, whose weights a new run begins with (fine-tuning): run folder,
-            checkpoint folder in one, folder of diffusers, or packaged weights. One that was told no classes serves a
-            run that is told them.
+        start_from: initial weights of a new run (fine-tuning), from a network of the same shape: run folder, one of its
+            checkpoint folders, diffusers folder, or packaged weights. An unconditional network can start a conditional
+            run.
     """
     from ddpm_lab.training.run import train as train_run
 
@@ -124,25 +125,21 @@ def sample(
     checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:
-    """Draw images from a trained network.
+    """Sample images from a trained network.
 
     Args:
         out: FILE.png for a grid, FILE.npz for an array `images`, uint8 (N, H, W, C), or a folder of PNGs, which a
-            second call goes on filling.
-        num_images: how many; image i of a seed is the same in any number.
+            second call continues to fill.
+        num_images: number of images; image i of a seed does not depend on it.
     """
     from ddpm_lab.sampling.generation import sample_to_file
 
-    made = sample_to_file(
-        source, out, num_images, sampling,
-        weights=weights, checkpoint=checkpoint, device=device,
-    )  # fmt: skip
-    print(made)
+    print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
 
 
 @app.command
 def classifier(
-    dataset: Literal["mnist", "cifar10", "digits"],
+    dataset: Dataset,
     /,
     *,
     out: Path | None = None,
@@ -151,18 +148,18 @@ def classifier(
     device: Device = "auto",
     data_dir: DataDir = None,
 ) -> None:
-    """Train the small feature network of a data set; stopped, the same command goes on from the last whole epoch.
+    """Train a small classifier whose features are used for scores. It continues from the last complete epoch.
 
     Args:
-        dataset: whose images and labels.
-        out: folder for classifier.safetensors (unset: runs/classifier-DATASET), which `ddpm evaluate --features` takes.
+        dataset: data set with labels.
+        out: folder for classifier.safetensors (unset: runs/classifier-DATASET), for `ddpm evaluate --features`.
         num_epochs: passes over the training images; unset: 15 for mnist, 40 for cifar10 and digits.
-        seed: of weights, order and distortions.
+        seed: seed of the weights, the order of the images and their augmentation.
     """
     from ddpm_lab.evaluation.classifier import train_classifier
 
-    folder = out or Path(f"runs/classifier-{dataset}")
-    train_classifier(dataset, folder, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=say)
+    out = out or Path(f"runs/classifier-{dataset}")
+    train_classifier(dataset, out, num_epochs=num_epochs, seed=seed, device=device, data_dir=data_dir, say=say)
 
 
 @app.command
@@ -185,23 +182,23 @@ def evaluate(
     device: Device = "auto",
     data_dir: DataDir = None,
 ) -> None:
-    """Score a model or images against real ones: a table, and a record that says all the numbers depend on.
+    """Score a model or images against real images; print a table, and store a record of scores and settings.
 
-    Sampled images and features are kept in the cache (DDPM_CACHE_DIR), so that a command that was stopped goes on, and
-    a second one with other metrics is quick.
+    Sampled images and features are kept in the cache (DDPM_CACHE_DIR): an interrupted command is continued, and other
+    metrics of the same images are quick.
 
     Args:
         reference: DATASET:SPLIT (mnist:train, cifar10:test, ...), a folder of images, an .npz of images, or an .npz of
             statistics (mu, sigma); unset: the images the model was trained on.
-        features: inception (FID as published), classifier (the packaged one of the data set), or a folder that
-            `ddpm classifier` made.
-        num_images: how many; unset: 1000 of a model, all of a collection (fewer are drawn at random). Published FIDs
-            take 50000.
-        inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else fetched and verified.
-        image_size: pixels to which the images of folders are cropped and scaled; unset: they have one size already.
-        pairs: FILE.png for the samples nearest to training images, each above its neighbour (with memorisation).
-        scores: FILE.jsonl that the record is added to; unset: scores.jsonl of the run, where the source is one.
-        json: print the record, one line, in place of the table.
+        features: inception (FID as published), classifier (the packaged one of the data set), or a folder of
+            `ddpm classifier`.
+        num_images: number of images; unset: 1000 of a model, all of a collection (a smaller number is drawn at random).
+            Published FIDs use 50000.
+        inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else downloaded and verified.
+        image_size: side in pixels to which images of folders are cropped and scaled; unset: all have one size already.
+        pairs: FILE.png for the samples nearest to training images, each above its neighbour (requires memorisation).
+        scores: FILE.jsonl to append the record to; unset: scores.jsonl of the run, if the source is a run.
+        json: print the record as one line of JSON instead of the table.
     """
     from ddpm_lab.evaluation.score_table import score_table
     from ddpm_lab.evaluation.scores import evaluate_source
@@ -211,27 +208,20 @@ def evaluate(
         weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
         pairs=pairs, scores=scores, device=device, data_dir=data_dir,
     )  # fmt: skip
-    if record is None:  # the leading process speaks
-        return
-    print(dumps(record) if json else "\n".join(score_table(record)))
+    if record is not None:  # only process 0 has it
+        print(dumps(record) if json else "\n".join(score_table(record)))
 
 
 @app.command
 def study(
-    name: str,
-    /,
-    *,
-    out: Path,
-    cell: int | None = None,
-    device: Device = "auto",
-    data_dir: DataDir = None,
+    name: str, /, *, out: Path, cell: int | None = None, device: Device = "auto", data_dir: DataDir = None
 ) -> None:
-    """Train the same network with chains of several lengths, score them alike, and report; stopped, it goes on.
+    """Train the same network for chains of several lengths, score the networks, and report. It continues if stopped.
 
     Args:
-        name: a packaged study (cifar10, cifar10-cpu, digits, mnist) or the path of a TOML file.
+        name: packaged study (cifar10, cifar10-cpu, digits, mnist) or the path of a TOML file.
         out: folder of the study, new or to be continued; several workers may share it.
-        cell: index of the only cell to compute, from 0; unset: all that are missing.
+        cell: index of the only cell to compute, from 0; unset: all missing cells.
     """
     from ddpm_lab.studies.grid import read_study
     from ddpm_lab.studies.study import run_study
@@ -241,10 +231,10 @@ def study(
 
 @app.command
 def report(folder: Path, /) -> None:
-    """Write report.html, one page that needs nothing but itself; of a study results.json and results.csv as well.
+    """Write report.html, a self-contained page; for a study also results.json and results.csv.
 
     Args:
-        folder: of a study or a run, finished or not; or one that holds runs, which are shown together.
+        folder: folder of a study, of a run, or of several runs, which share a page; finished or not.
     """
     from ddpm_lab.studies.report import write_report
     from ddpm_lab.studies.run_report import write_run_report
@@ -254,14 +244,15 @@ def report(folder: Path, /) -> None:
 
 @app.command(name="import")
 def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
-    """Make a run of a generator that diffusers saved (DDPMPipeline, or UNet2DModel alone), to sample and to score.
+    """Import a model of diffusers (DDPMPipeline, or UNet2DModel alone) as a run, to sample and to score.
 
-    Algorithm 2 samples what the pipeline does from the same noise. What is not covered is refused by its name.
+    From the same noise, `ddpm sample --sampler ddpm` gives the images of the pipeline. A setting that is not supported
+    is an error that names it.
 
     Args:
-        folder: as save_pretrained writes it, with safetensors.
+        folder: folder written by save_pretrained, with safetensors.
         run: new folder for the run.
-        dataset: what it was trained on, where known: mnist, cifar10, or the path of a folder of images.
+        dataset: training data, if known: mnist, cifar10, or the path of a folder of images.
     """
     from ddpm_lab.exchange.generators import import_generator
 
@@ -284,18 +275,20 @@ def export(
     guide: str | None = None,
     guidance_interval: tuple[float, ...] = (),
 ) -> None:
-    """Write a generator as others read it, with a README that says what it is, ready to be uploaded.
+    """Export a model for other programs, with a model card (README.md), ready to upload.
 
     Args:
-        to: diffusers, a folder for DDPMPipeline.from_pretrained; onnx, the network and a whole sampler as graphs, with
-            an example that needs numpy and onnxruntime only.
+        to: diffusers: a folder for DDPMPipeline.from_pretrained; onnx: the network and a complete sampler as graphs,
+            with an example that requires only numpy and onnxruntime.
         out: new folder.
-        license: of the weights, for the README (mit, cc-by-4.0, ...); unset: mit for packaged weights, else unknown.
-        sampler: onnx only: what the sampler's graph does, without noise on the way; unset: dpmpp.
-        num_steps: onnx only: its steps; unset: 20 for dpmpp, 50 for ddim.
-        guidance: onnx only, as in `ddpm sample`: how far to go away from a worse answer; unset: 1.
-        guide: onnx only: the worse network of autoguidance; unset: the same network without a class.
-        guidance_interval: onnx only: the lowest and the highest noise level at which guidance acts; unset: at all.
+        license: license of the weights, for the model card (mit, cc-by-4.0, ...); unset: mit for packaged weights, else
+            unknown.
+        sampler: onnx only: the sampler of the graph, without added noise; unset: dpmpp.
+        num_steps: onnx only: number of steps; unset: 20 for dpmpp, 50 for ddim.
+        guidance: onnx only: guidance scale, as in `ddpm sample`; unset: 1.
+        guide: onnx only: the weaker network of autoguidance; unset: classifier-free guidance.
+        guidance_interval: onnx only: lowest and highest noise level at which guidance is applied; unset: all noise
+            levels.
     """
     from ddpm_lab.exchange.generators import export_generator
 
@@ -308,11 +301,11 @@ def export(
 
 @app.command
 def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "auto") -> None:
-    """Serve a page on this machine: images as they come out of noise, the forward process, runs and their curves.
+    """Serve a local web page that shows sampling, the forward process, and runs with their curves.
 
     Args:
-        runs: folder whose runs it shows; nothing outside it can be read through the page.
-        port: of http://127.0.0.1:PORT, which only this machine reaches.
+        runs: folder of the runs to show; the page cannot read anything outside it.
+        port: port of http://127.0.0.1:PORT, which only this machine can reach.
     """
     import importlib.util
 
@@ -325,25 +318,23 @@ def studio(*, runs: Path = Path("runs"), port: int = 7860, device: Device = "aut
 
 @app.command
 def cache(*, clear: tuple[str, ...] = (), older_than: float | None = None) -> None:
-    """Say what the cache holds (DDPM_CACHE_DIR, else the user's cache folder), by kind; or clear it.
+    """List the contents of the cache (DDPM_CACHE_DIR, else the user's cache folder) by kind, or delete them.
 
     Args:
-        clear: kinds to remove: generated, features, onnx, inception, data; or all. Whatever is needed again is made or
-            fetched again.
-        older_than: remove only what was written so many days ago or earlier; unset: whatever its age.
+        clear: kinds to delete: generated, features, onnx, inception, data; or all. Deleted entries are computed or
+            downloaded again when needed.
+        older_than: delete only entries written at least this number of days ago; unset: entries of any age.
     """
     from ddpm_lab.core.cache import clear_cache, describe_cache
 
     if older_than is not None and not clear:
-        raise InputError("--older-than goes with --clear")
-    for line in clear_cache(clear, older_than) if clear else describe_cache():
-        print(line)
+        raise InputError("--older-than requires --clear")
+    print("\n".join(clear_cache(clear, older_than) if clear else describe_cache()))
 
 
 @app.command
 def info(source: Source, /, *, checkpoint: Checkpoint = None) -> None:
-    """Say what a model is: settings, parameters, steps trained, losses and scores so far."""
+    """Print the settings of a model, its parameters, trained steps, losses and scores."""
     from ddpm_lab.models.trained import describe
 
-    for line in describe(source, checkpoint):
-        print(line)
+    print("\n".join(describe(source, checkpoint)))

@@ -1,6 +1,6 @@
-"""The command `ddpm`: arguments in, one line a fault out.
+"""The command `ddpm`: runs a command and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 2 the input is at fault, told in one line on stderr; 1 a run failed; 130 interrupted.
+Exit codes: 0 done; 1 a run failed; 2 the input is wrong, with one line on stderr; 130 interrupted.
 """
 
 import errno
@@ -13,26 +13,26 @@ from contextlib import nullcontext, redirect_stdout, suppress
 
 from cyclopts import CycloptsError
 
-from ddpm_lab.cli import picture_commands  # noqa: F401 - it registers its commands
+from ddpm_lab.cli import picture_commands  # noqa: F401 - registers its commands
 from ddpm_lab.cli.commands import app
 from ddpm_lab.core import processes
 from ddpm_lab.core.errors import InputError, Interrupted, RunError, is_out_of_memory
 from ddpm_lab.core.messages import defer_warnings, show_deferred_warnings
 
 LONGEST = 2000  # characters of an error
-SHARED = ("train", "sample", "evaluate")  # commands that several processes can share
-LONG = ("train", "study", "demo", "classifier")  # commands whose lines are not what one calls them for
+SHARED = ("train", "sample", "evaluate")  # commands that can run in several processes
+LONG = ("train", "study", "demo", "classifier")  # commands whose purpose is not their output on stdout
 FAILED_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ddpm` and `python -m ddpm_lab`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # each line at once, also into a file; any name can be printed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # flush each line, also into a file, and print any file name
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _interrupt)  # as a cluster ends jobs: leases are let go of, and it counts as Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # as a cluster ends jobs: treated as Ctrl-C, it releases leases
     code = run_command(sys.argv[1:] if arguments is None else arguments)
     if code and processes.is_distributed():
-        # Gloo's threads still wait for processes that have gone; torn down by Python they abort it now and then.
+        # The threads of gloo still wait for processes that have ended; Python's teardown of them sometimes aborts.
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code)
@@ -44,27 +44,24 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and turn what went wrong into a line on stderr and an exit code."""
+    """Run one command, and turn an error into one line on stderr and an exit code.
+
+    Of several processes that a launcher started, only process 0 prints, unless there is an error.
+    """
     defer_warnings()
-    code = _run_shared(arguments) if "WORLD_SIZE" in os.environ else _run(arguments)
-    if code != 2:  # of bad input nothing is told but the one line
-        show_deferred_warnings()
-    return code
-
-
-def _run_shared(arguments: Sequence[str]) -> int:
-    """Run as one of several processes that a launcher started; all but the leader are silent when all goes well."""
     try:
-        alone = processes.world_size() == 1
-        leader = processes.is_rank0()
+        shared, is_rank0 = processes.world_size() > 1, processes.is_rank0()
     except InputError as error:
         return _fail(2, str(error))
-    if not alone and arguments and arguments[0] not in SHARED:
-        return _fail(2, f"{arguments[0]} runs in one process; several share {', '.join(SHARED)}") if leader else 2
-    with nullcontext() if leader else redirect_stdout(io.StringIO()):
+    if shared and arguments and arguments[0] not in SHARED:
+        message = f"{arguments[0]} runs in one process; only {', '.join(SHARED)} run in several"
+        return _fail(2, message) if is_rank0 else 2
+    with nullcontext() if is_rank0 else redirect_stdout(io.StringIO()):
         code = _run(arguments)
     if code == 0:
         processes.leave()
+    if code != 2:  # bad input gives only the one line of the error
+        show_deferred_warnings()
     return code
 
 
@@ -78,7 +75,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, str(error) or "interrupted")
     except RunError as error:
         return _fail(1, str(error))
-    except BrokenPipeError:  # the reader has seen enough; nothing may be written when Python exits, either
+    except BrokenPipeError:  # the reader of stdout has gone; Python must not write there at its exit, either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if arguments and arguments[0] in LONG else 0
     except OSError as error:
@@ -92,9 +89,9 @@ def _run(arguments: Sequence[str]) -> int:
 def _run_failure(error: RuntimeError | MemoryError) -> int:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         first = str(error).strip().partition("\n")[0]
-        return _fail(1, f"torch.compile failed: {first}; --training.compile no or --engine torch does without it")
+        return _fail(1, f"torch.compile failed: {first}; give --training.compile no or --engine torch")
     if is_out_of_memory(error):
-        return _fail(2, "not enough memory for that; a smaller batch size or network needs less")
+        return _fail(2, "not enough memory; use a smaller batch size or network")
     raise error
 
 
@@ -102,8 +99,8 @@ def _fail(code: int, message: str) -> int:
     rank = os.environ.get("RANK", "0")
     which = f"process {rank}: " if rank.isdecimal() and int(rank) else ""
     line = " ".join(message.split())
-    if code == 2 and len(line) > LONGEST:  # one of a run that failed may hold its record
+    if code == 2 and len(line) > LONGEST:  # a message may quote a long value of the input
         line = f"{line[:LONGEST]}... ({len(line):,} characters)"
-    with suppress(OSError):  # whoever read it has gone
+    with suppress(OSError):  # the reader of stderr has gone
         print(f"error: {which}{line}", file=sys.stderr)
     return code

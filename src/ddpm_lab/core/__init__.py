@@ -1,5 +1,5 @@
-"""What all the rest stands on: settings and their check, errors, files, logs, processes, progress, device, seeds.
+"""The base of all other folders: settings, errors, files, logs, processes, progress, device, seeds.
 
-May import nothing of this package but itself.
-Start with `settings` (how a setting is checked), then `config` (which settings there are).
+May import nothing else of this package.
+Start with `config` (the settings of a run), then `settings` (how they are checked).
 """

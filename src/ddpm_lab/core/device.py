@@ -1,4 +1,4 @@
-"""Where the work is done: the device, and the precision of convolutions and products there."""
+"""The device, and the precision of convolutions and products on it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
@@ -12,45 +12,38 @@ from ddpm_lab.core.errors import InputError
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is the GPU where there is one, else Apple's, else the CPU.
+    """The device of a name; 'auto' is a GPU if there is one, else the CPU. Each process of a node has its own GPU.
 
     Raises:
-        InputError: unknown, or not on this machine.
+        InputError: an unknown name, a device that this machine lacks, or fewer GPUs than processes.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in present if present[name]]
     if device == "auto":
-        return _own(torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name])))
-    if device not in available:
+        device = available[0]
+    if device not in present:
         raise InputError(f"device must be auto, cpu, cuda or mps, not {device!r}")
-    if not available[device]:
-        raise InputError(
-            f"device {device} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
-        )
-    return _own(torch.device(device))
-
-
-def _own(device: torch.device) -> torch.device:
-    """Of several processes on a node, each has a GPU to itself."""
-    if device.type != "cuda" or processes.world_size() == 1:
-        return device
+    if device not in available:
+        raise InputError(f"device {device} is not on this machine; it has {', '.join(available)}")
+    if device != "cuda" or processes.world_size() == 1:
+        return torch.device(device)
     if processes.local_rank() >= torch.cuda.device_count():
-        raise InputError(f"{torch.cuda.device_count()} GPUs are here, too few for a process {processes.local_rank()}")
+        raise InputError(f"this machine has {torch.cuda.device_count()} GPUs, fewer than processes")
     return torch.device("cuda", processes.local_rank())
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of convolutions and products: for 'auto', bfloat16 where the device has instructions for it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu":
-            # told by newer versions of torch only
-            capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        else:
-            native = False
-        return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """The dtype of convolutions and products; 'auto' is bfloat16 if the device has instructions for it."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # only newer versions of torch have this function
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
@@ -59,13 +52,13 @@ def precision_of(dtype: torch.dtype) -> Precision:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Convolutions, products and attention in `dtype`; normalisation takes its statistics in float32 all the same."""
+    """Within it, convolutions, products and attention use `dtype`; normalisation computes statistics in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The same network and parameters with kernels of its own, made at the first call for its batch size and dtype.
+    """The network compiled by torch.compile, at the first call with a batch size and dtype; it shares the parameters.
 
-    The timesteps are a tensor, so there is one graph for all of them; batches have one size in training and sampling.
+    The timesteps are a tensor, so that one graph serves all of them.
     """
     return cast(nn.Module, torch.compile(model, dynamic=False))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, however the writer ends, and JSON read with its faults told in one line."""
+"""Files and folders that appear whole or not at all, locks between processes, and the reading of JSON."""
 
 import errno
 import json
@@ -8,8 +8,8 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ from ddpm_lab.core.errors import InputError
 
 TEMPORARY_PREFIX = ".partial-"
 OTHER = "another process"
-SOON = 5.0  # seconds after which it is said who is waited for
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # nothing that the user typed is at fault
+SOON = 5.0  # seconds of waiting for a lock, after which a message names its holder
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # not the fault of the user's input
 
 
 class InUse(InputError):
-    """Another process holds the folder."""
+    """Another process holds the lock of a folder."""
 
 
 def cache_dir() -> Path:
-    """DDPM_CACHE_DIR where it is set, else the user's cache folder; all in it can be deleted, and is made again.
+    """The folder DDPM_CACHE_DIR, or the user's cache folder if that is unset; everything in it can be deleted.
 
-    A user without a home, as in many containers, has a folder of temporary files.
+    For a user without a home folder, as in many containers, it is a folder below the system's temporary folder.
     """
     if named := os.environ.get("DDPM_CACHE_DIR"):
         return Path(named)
@@ -41,32 +41,38 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def cache_writable() -> Iterator[None]:
-    """Within it, a cache that cannot be written is told with the way out.
+def writable(place: str, advice: str = "") -> Iterator[None]:
+    """Within it, an OSError becomes an InputError that names the place.
 
+    Args:
+        place: the file or folder that is written, for the message.
+        advice: the end of the message.
     Raises:
-        InputError: so it is.
+        InputError: the place cannot be written.
         OSError: the disk is full.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
-        place = error.filename or cache_dir()
-        raise InputError(
-            f"{place} cannot be written: {error.strerror or error}; DDPM_CACHE_DIR names another cache"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{place} cannot be written: {reason}{advice}") from error
+
+
+def cache_writable() -> AbstractContextManager[None]:
+    """`writable` for the cache."""
+    return writable(f"the cache {cache_dir()}", "; DDPM_CACHE_DIR names another cache")
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` to write under first, a new one each time, so that no two writers meet in it."""
+    """A new name beside `path` for a file that is still being written."""
     return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """`with replacing(path) as temporary:` gives a path to write, which takes the place of `path` if all went well."""
+    """`with atomic_file(path) as temporary:` yields a path to write, which replaces `path` unless an error occurs."""
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -77,10 +83,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def replace_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole: a reader, or a kill at any moment, sees the old one or the new one.
+    """Write a file such that a reader, or a kill at any moment, finds the old content or the new one.
 
     Raises:
-        OSError: the disk is full or refuses; the old file stays.
+        OSError: the file cannot be written; the old file remains.
     """
     with atomic_file(path) as temporary:
         write_durably(temporary, content)
@@ -89,22 +95,20 @@ def replace_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_directory(folder: Path, option: str) -> Iterator[Path]:
-    """`with appearing(folder, "--out") as temporary:` gives a folder to fill, which takes its name if all went well.
+    """`with atomic_directory(folder, "--out") as temporary:` yields a folder to fill, renamed unless an error occurs.
 
     Args:
-        option: the flag that named it, for messages.
+        option: the flag that named the folder, for messages.
     Raises:
-        InputError: there is something of that name, other than an empty folder; or it cannot be written.
+        InputError: the folder exists and is not empty, or cannot be written.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise InputError(f"{option} {folder} exists; name a new folder")
     if folder.resolve() == Path.cwd():
-        raise InputError(f"{option} {folder} is where you are; name a new folder")
+        raise InputError(f"{option} {folder} is the current folder; name a new folder")
     temporary = temporary_path(folder.resolve())
-    try:
+    with writable(f"{option} {folder}"):
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{option} {folder} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         temporary.rename(folder.resolve())
@@ -115,56 +119,36 @@ def atomic_directory(folder: Path, option: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
-    """Make a folder and hold it for this process; the system lets go when the process ends, however it ends.
+    """Create a folder and hold its lock; the system releases the lock when the process ends.
 
     Args:
-        option: the flag that named it, for messages.
-        wait: until another process lets go of it, rather than refuse.
+        option: the flag that named the folder, for messages.
+        wait: whether to wait for another process that holds the lock.
     Raises:
-        InUse: another process holds it.
-        InputError: it cannot be written.
+        InUse: another process holds the lock, and `wait` is false.
+        InputError: the folder cannot be written.
         OSError: the disk is full.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{option} {folder} is a file; name a folder")
-    try:
+    with writable(f"{option} {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        release = _acquire(folder / ".lock", wait)
-    except Busy as error:
-        raise InUse(f"{folder} is being written by {error}; wait for it, or name another {option}") from error
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", None) in NO_SPACE:
-            raise
-        raise InputError(f"{option} {folder} cannot be written: {getattr(error, 'strerror', error)}") from error
-    try:
+        lock = acquire_lock(folder / ".lock", wait)
+    with lock:
         yield
-    finally:
-        release()
 
 
-@contextmanager
-def waiting_for(lock: Path) -> Iterator[None]:
-    """Hold a lock file, once no other process does."""
-    release = _acquire(lock, wait=True)
-    try:
-        yield
-    finally:
-        release()
+def acquire_lock(path: Path, wait: bool = True) -> AbstractContextManager[Any]:
+    """Acquire the lock of a file; `with acquire_lock(path):` releases it at the end.
 
+    Some network file systems have no locks that end with their process. There the existence of the file is the lock,
+    which remains if its machine fails: a warning says so, and messages say which file to delete.
 
-class Busy(Exception):
-    """Who holds a lock."""
-
-
-def _acquire(path: Path, wait: bool) -> Callable[[], None]:
-    """Take a lock; returns what lets go of it.
-
-    Where the file system has no locks that end with their process (some network mounts), the file itself is the lock,
-    which a machine that is gone leaves behind: that is said, and how to go on.
-
+    Args:
+        wait: whether to wait for another process that holds the lock.
     Raises:
-        Busy: another process holds it, and is not waited for.
-        OSError: it cannot be written.
+        InUse: another process holds the lock, and `wait` is false.
+        OSError: the file cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -172,34 +156,35 @@ def _acquire(path: Path, wait: bool) -> Callable[[], None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            lock.acquire(timeout=SOON if wait else 0)
+            acquired = lock.acquire(timeout=SOON if wait else 0)
         except Timeout as error:
-            if not wait:
-                raise Busy(_holder(path)) from error
             holder = _holder(path)
-            if holder != OTHER:  # else the system lets go when that process ends
+            if not wait:
+                message = f"{path.parent} is being written by {holder}; wait for it, or name another folder"
+                raise InUse(message) from error
+            if holder != OTHER:  # else the system releases the lock when that process ends
                 print(f"waiting for {holder}", file=sys.stderr)
-            lock.acquire()
+            acquired = lock.acquire()
     if any("flock" in str(warning.message) for warning in caught):
         warnings.warn(
-            f"the file system of {path.parent} has no locks of its own: {path.name} marks who writes there, and stays "
-            "where its machine is gone",
+            f"the file system of {path.parent} has no file locks: {path.name} marks the folder as in use, and remains "
+            "if the machine fails",
             stacklevel=2,
         )
-    return lock.release
+    return acquired
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, in words: a lock that is a file says so, and how to go on where its holder is gone."""
+    """The holder of a lock, for messages; of a lock that is a file, with the way to remove it."""
     try:
         pid, host, *_ = path.read_text(errors="replace").splitlines()
     except (OSError, ValueError):
         return OTHER
-    return f"process {pid} on {host} (if that is gone, delete {path})"
+    return f"process {pid} on {host} (if that process no longer runs, delete {path})"
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and have the disk confirm it."""
+    """Write a file and wait until the disk confirms it."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -207,8 +192,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the disk confirm the names in a folder."""
-    if os.name == "nt":  # which opens no folders
+    """Wait until the disk confirms the names in a folder."""
+    if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -221,7 +206,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        InputError: absent, unreadable, or not JSON.
+        InputError: the file cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

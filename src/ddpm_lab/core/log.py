@@ -1,6 +1,6 @@
-"""Files of JSON lines in a run folder, `log.jsonl` and `scores.jsonl`, in the order of the steps.
+"""The JSON lines of a run folder, `log.jsonl` and `scores.jsonl`, in the order of the steps.
 
-A kill may tear the last line; a torn line is no line.
+A kill may leave the last line incomplete; an incomplete line is ignored.
 """
 
 import json
@@ -11,19 +11,19 @@ from typing import Any
 
 from ddpm_lab.core.files import replace_atomically
 
-LOG, SCORES = "log.jsonl", "scores.jsonl"  # of a run folder
-BANDS = 10  # of timesteps, in the log's loss_by_t
+LOG, SCORES = "log.jsonl", "scores.jsonl"  # files of a run folder
+BANDS = 10  # bands of timesteps in loss_by_t of the log
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file, oldest first; none where it does not exist."""
+    """The entries of a file, oldest first; none if the file does not exist."""
     return [entry for _, entry in _whole_lines(_text(path))]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add an entry, confirmed by the disk: a checkpoint that follows must not outlive it.
+    """Append an entry and wait until the disk confirms it, so that no later checkpoint exists without it.
 
-    After a torn line it starts a new one.
+    After an incomplete line the entry starts a new line.
     """
     with path.open("ab+") as stream:
         stream.seek(max(stream.seek(0, os.SEEK_END) - 1, 0))
@@ -34,9 +34,9 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop entries after `step`, and what is no entry; returns what stays.
+    """Remove entries after `step` and lines that are not entries; returns the remaining entries.
 
-    A record that is of no step, as of real images scored beside a run, stays in the file.
+    A score record without a step, such as of real images, remains in the file.
     """
     text = _text(path)
     kept = [(line, entry) for line, entry in _whole_lines(text, of_no_step=True) if (entry["step"] or 0) <= step]
@@ -50,7 +50,7 @@ def _text(path: Path) -> str:
 
 
 def _whole_lines(text: str, of_no_step: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line with what it says."""
+    """Each complete line with its entry."""
     known = int | None if of_no_step else int
     for line in text.splitlines(keepends=True):
         try:

@@ -1,6 +1,6 @@
-"""Lines for the user, and warnings held back until a command has found its input in order.
+"""Lines for the user, and warnings that are deferred until a command has checked its input.
 
-Of bad input nothing is told but one line, and no warning is told twice.
+For bad input only the error is printed, and no warning is printed twice.
 """
 
 import sys
@@ -8,31 +8,31 @@ import warnings
 
 from ddpm_lab.core import processes
 
-_held: list[str] = []  # warnings of the command under way that are not yet told
-_told: list[str] = []  # and that are
+_deferred: list[str] = []  # warnings of the current command that are not printed yet
+_shown: list[str] = []  # and those that are
 
 
 def defer_warnings() -> None:
-    """Begin a command: whatever is warned of from now on waits."""
-    _held.clear()
-    _told.clear()
-    warnings.showwarning = lambda message, *rest, **kwargs: _hold(str(message))
+    """At the start of a command: defer all warnings from now on."""
+    _deferred.clear()
+    _shown.clear()
+    warnings.showwarning = lambda message, *rest, **kwargs: _defer(str(message))
 
 
-def _hold(message: str) -> None:
-    if message not in _held and message not in _told:
-        _held.append(message)
+def _defer(message: str) -> None:
+    if message not in _deferred and message not in _shown:
+        _deferred.append(message)
 
 
 def say(line: str) -> None:
-    """Print a line of a command that has begun its work, and first the warnings held back until then."""
+    """Print a line of a command that has checked its input, after the deferred warnings."""
     show_deferred_warnings()
     print(line)
 
 
 def show_deferred_warnings() -> None:
-    """Tell the warnings that wait."""
-    for message in _held if processes.is_rank0() else ():
+    """Print the deferred warnings."""
+    for message in _deferred if processes.is_rank0() else ():
         print(f"warning: {message}", file=sys.stderr)
-    _told.extend(_held)
-    _held.clear()
+    _shown.extend(_deferred)
+    _deferred.clear()

@@ -1,8 +1,8 @@
-"""The processes that share one command, started by `torchrun` or `accelerate launch` on any number of nodes.
+"""The processes of one command, started by `torchrun` or `accelerate launch` on any number of nodes.
 
-Process 0 leads: it alone speaks, reads and writes the run's files, and decides; the others hold the same network and do
-a share of its work. Invariant: what comes out is what one process would have made, up to the order of sums; started
-alone, nothing here does anything.
+Process 0 reads and writes the files of the run, prints, and decides; all processes hold the same network and each does
+a share of the work. Invariant: the result is that of a single process, up to the order of summation. In a single
+process the functions here do nothing.
 """
 
 import os
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_lab.core.errors import InputError, RunError
 
-if TYPE_CHECKING:  # the command line asks for the rank before anything heavy is imported
+if TYPE_CHECKING:  # the command line needs the rank before anything heavy is imported
     import torch
     from torch import Tensor
 
 Result = TypeVar("Result")
-MEETING = timedelta(minutes=10)  # until all are there
-PATIENCE = timedelta(days=7)  # with one at work alone; of one that has died the closed connection tells
+MEETING = timedelta(minutes=10)  # time limit for all processes to connect
+PATIENCE = timedelta(days=7)  # time limit for one process at work; a closed connection shows one that has ended
 
-_group: Any = None  # passes what lies where the network computes; made by `join`
-_host_group: Any = None  # passes what lies in the memory of the hosts; likewise
-_leading = False  # whether the others wait for work that `share_out` gives
+_group: Any = None  # the process group for tensors on the device of the network; created by `join`
+_host_group: Any = None  # the process group for tensors and objects on the CPU; created by `join`
+_leading = False  # whether the other processes wait for tasks from `map_across_ranks`
 
 
 def _number(name: str, default: int) -> int:
@@ -37,70 +37,69 @@ def _number(name: str, default: int) -> int:
 
 
 def world_size() -> int:
-    """How many processes there are (WORLD_SIZE)."""
+    """The number of processes (WORLD_SIZE)."""
     return max(_number("WORLD_SIZE", 1), 1)
 
 
 def rank() -> int:
-    """Which of them this one is, from 0 (RANK)."""
+    """The number of this process, from 0 (RANK)."""
     return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which one it is on its node: the GPU it takes (LOCAL_RANK)."""
+    """The number of this process on its node, and of the GPU that it uses (LOCAL_RANK)."""
     return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def is_rank0() -> bool:
-    """Whether this process leads: always, where it is alone."""
+    """Whether this is process 0; a single process always is."""
     return rank() == 0
 
 
 def join(device: "torch.device") -> None:
-    """Meet the others, by NCCL on GPUs and by gloo on CPUs; alone, nothing happens.
+    """Connect to the other processes, by NCCL on GPUs and by gloo on CPUs.
 
     Args:
-        device: where this process computes.
+        device: the device of this process.
     Raises:
-        InputError: there is no way to meet on such a device.
-        RunError: they do not come.
+        InputError: processes cannot communicate on such a device.
+        RunError: the other processes do not connect in time.
     """
     global _group, _host_group
     if world_size() == 1 or _host_group is not None:
         return
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"several processes share GPUs of NVIDIA or CPUs, not {device.type}; give --device cpu")
+        raise InputError(f"several processes need NVIDIA GPUs or CPUs, not {device.type}; give --device cpu")
     import torch.distributed as dist
     from accelerate import PartialState
 
     try:
-        with _ended_by_signals():
+        with _default_signal_handlers():
             PartialState(cpu=device.type == "cpu", timeout=MEETING)
-            dist.new_group(backend="gloo", timeout=MEETING)  # NCCL waits only when there is something to pass on
+            dist.new_group(backend="gloo", timeout=MEETING)  # NCCL connects only at the first transfer
             _group = dist.new_group(timeout=PATIENCE)
             _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"process {rank()} of {world_size()} did not meet the others: {error}") from error
+        raise RunError(f"process {rank()} of {world_size()} could not connect to the others: {error}") from error
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Within it SIGINT and SIGTERM end the process at once: handlers in Python would wait for what waits in C++."""
-    kept = {}
-    if threading.current_thread() is threading.main_thread():  # else they cannot be set, and are another's concern
-        kept = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-        kept = {one: handler for one, handler in kept.items() if handler not in (None, signal.SIG_IGN)}
-    for one in kept:
-        signal.signal(one, signal.SIG_DFL)
+def _default_signal_handlers() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM end the process at once: handlers in Python would wait for code in C++."""
+    saved = {}
+    if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                saved[number] = signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        for one, handler in kept.items():
-            signal.signal(one, handler)
+        for number, handler in saved.items():
+            signal.signal(number, handler)
 
 
 def leave() -> None:
-    """Part from the others at the end of a command that went well."""
+    """Disconnect from the other processes at the end of a command that succeeded."""
     global _group, _host_group
     if _host_group is not None:
         import torch.distributed as dist
@@ -111,7 +110,7 @@ def leave() -> None:
 
 @contextmanager
 def peer_failure_guard(advice: str) -> Iterator[None]:
-    """Within it, another process that ends is told of in one line.
+    """Within it, the end of another process becomes a RunError of one line.
 
     Args:
         advice: what the user can do then.
@@ -121,12 +120,12 @@ def peer_failure_guard(advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _host_group is None or not _is_of_connection(error):
+        if _host_group is None or not _is_connection_error(error):
             raise
         raise RunError(f"another of the {world_size()} processes ended; {advice}") from error
 
 
-def _is_of_connection(error: RuntimeError) -> bool:
+def _is_connection_error(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
     words = ("closed by peer", "reset by peer", "gloo/transport", "broken pipe", "nccl")
@@ -134,19 +133,19 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask."""
+    """Whether the flag is set in any process; every process must call this."""
     if _host_group is None:
         return flag
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(int(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_host_group)
-    return bool(found)
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host_group)
+    return bool(flags)
 
 
 def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:
-    """Give every process the leader's values, in place."""
+    """Copy the values of process 0 to every process, in place."""
     if _host_group is not None:
         import torch.distributed as dist
 
@@ -155,41 +154,36 @@ def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:
 
 
 def broadcast_number(number: int) -> int:
-    """The leader's number, for all."""
-    if _host_group is None:
-        return number
-    import torch
-    import torch.distributed as dist
+    """The number that process 0 holds."""
+    numbers = [number]
+    if _host_group is not None:
+        import torch.distributed as dist
 
-    held = torch.tensor(number)
-    dist.broadcast(held, src=0, group=_host_group)
-    return int(held)
+        dist.broadcast_object_list(numbers, src=0, group=_host_group)
+    return numbers[0]
 
 
 def data_parallel(network: "torch.nn.Module") -> "torch.nn.Module":
-    """The network, with its gradients averaged over the processes on the way back."""
-    import torch
-
+    """The network, with gradients averaged over the processes in the backward pass."""
     if _group is None:
         return network
-    return torch.nn.parallel.DistributedDataParallel(network, process_group=_group, gradient_as_bucket_view=True)
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(network, process_group=_group, gradient_as_bucket_view=True)
 
 
 def is_distributed() -> bool:
-    """Whether there are others, and this process has met them."""
+    """Whether this process is connected to others."""
     return _host_group is not None
 
 
 def rank_slice(batch: "Tensor") -> "Tensor":
-    """This process's rows of a batch that all of them hold, (B, ...) -> (B / count, ...)."""
-    if _host_group is None:
-        return batch
-    each = len(batch) // world_size()
-    return batch[rank() * each : (rank() + 1) * each]
+    """The rows of this process in a batch that every process holds, (B, ...) -> (B / world_size, ...)."""
+    return batch if _host_group is None else batch.chunk(world_size())[rank()]
 
 
 def gather(rows: "Tensor") -> "Tensor":
-    """The rows of all processes in order, (b, ...) -> (b * count, ...): what `share` took apart."""
+    """The rows of all processes in order, (b, ...) -> (b * world_size, ...): the inverse of `rank_slice`."""
     if _host_group is None:
         return rows
     import torch
@@ -201,11 +195,13 @@ def gather(rows: "Tensor") -> "Tensor":
 
 
 def run_on_rank0(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> Result | None:
-    """Process 0 does the work, in which `share_out` gives the others tasks to compute; they return None.
+    """Run `work` in process 0, while the other processes compute the tasks that its `map_across_ranks` distributes.
 
     Args:
-        work: what only the leader does.
-        tasks: by name, what all processes can compute; the same in each.
+        work: called in process 0 only.
+        tasks: by name, the functions that every process can compute; the same in each process.
+    Returns:
+        The result of `work` in process 0; None in the others.
     Raises:
         RunError: another process ended.
     """
@@ -214,63 +210,59 @@ def run_on_rank0(work: Callable[[], Result], **tasks: Callable[[Any], Any]) -> R
         return work()
     with peer_failure_guard("give the same command again"):
         if not is_rank0():
-            _serve(tasks)
+            while _compute_round(None, tasks):
+                pass
             return None
         _leading = True
         try:
             result = work()
-            _round([None] * world_size(), {})
+            _compute_round([None] * world_size(), {})
             return result
         finally:
             _leading = False
 
 
 def map_across_ranks(name: str, task: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
-    """task(item) of each item, in order; within `led` every process computes one of them at a time.
+    """task(item) for each item, in order; within `run_on_rank0` every process computes one item at a time.
 
     Args:
-        name: under which `led` was given the task.
+        name: the name of the task in the call of `run_on_rank0`.
     """
     if not _leading:
         yield from map(task, items)
         return
-    waiting = iter(items)
-    while some := list(islice(waiting, world_size())):
-        given: list[Any] = [(name, _alone(item)) for item in some] + [()] * (world_size() - len(some))
-        yield from _round(given, {name: task})[: len(some)]
+    remaining = iter(items)
+    while batch := list(islice(remaining, world_size())):
+        # a view is cloned, for the whole tensor behind it would be sent
+        assigned = [(name, item.clone() if hasattr(item, "clone") else item) for item in batch]
+        idle = [()] * (world_size() - len(batch))
+        yield from _compute_round([*assigned, *idle], {name: task})[: len(batch)]
 
 
 def is_on_another_rank(index: int) -> bool:
-    """Whether another process computed result `index` of a `share_out`."""
+    """Whether another process computed result `index` of `map_across_ranks`."""
     return _leading and index % world_size() != 0
 
 
-def _round(given: Sequence[Any], tasks: dict[str, Callable[[Any], Any]]) -> list[Any]:
-    """Hand out one task a process and collect the results, as the leader."""
+def _compute_round(assignments: Sequence[Any] | None, tasks: dict[str, Callable[[Any], Any]]) -> list[Any]:
+    """Distribute one task to each process, compute the one of this process, and collect the results in process 0.
+
+    Args:
+        assignments: in process 0, (name, item) for each process, () for an idle one, or None for each to end.
+        tasks: the functions by name.
+    Returns:
+        In process 0 the results, in the others a list of one; an empty list at the end.
+    """
     import torch.distributed as dist
 
-    own: list[Any] = [None]
-    dist.scatter_object_list(own, list(given), src=0, group=_host_group)
-    if own[0] is None:
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, None if assignments is None else list(assignments), src=0, group=_host_group)
+    if received[0] is None:
         return []
-    results: list[Any] = [None] * world_size()
-    dist.gather_object(tasks[own[0][0]](own[0][1]), results, dst=0, group=_host_group)
+    result = None
+    if received[0]:
+        name, item = received[0]
+        result = tasks[name](item)
+    results = [None] * (world_size() if is_rank0() else 1)
+    dist.gather_object(result, results if is_rank0() else None, dst=0, group=_host_group)
     return results
-
-
-def _serve(tasks: dict[str, Callable[[Any], Any]]) -> None:
-    """Compute what the leader hands out until it has no more."""
-    import torch.distributed as dist
-
-    while True:
-        own: list[Any] = [None]
-        dist.scatter_object_list(own, None, src=0, group=_host_group)
-        if own[0] is None:
-            return
-        result = tasks[own[0][0]](own[0][1]) if own[0] else None
-        dist.gather_object(result, None, dst=0, group=_host_group)
-
-
-def _alone(item: Any) -> Any:
-    """A tensor without the memory that it is a view of, all of which would be sent."""
-    return item.clone() if hasattr(item, "clone") else item

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: a bar with the remaining time on a terminal, elsewhere a line every ten seconds."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
-    """The items, each counted once it has been used."""
+    """The items, each counted after the caller has used it."""
     for item in items:
         yield item
         advance(1)
@@ -23,14 +23,15 @@ def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
 
 @contextmanager
 def progress(description: str, total: int, unit: str, start: int = 0) -> Iterator[Advance]:
-    """Show how far work has come, and how long it will still take.
+    """Show the progress of work and the remaining time.
 
     Args:
-        description: what is done, a word or two.
-        total: the count that ends it; start: the count it begins at.
+        description: the work, in a few words.
+        total: the count at the end.
         unit: what is counted, in the plural.
+        start: the count at the beginning.
     Yields:
-        A function: call it with how many more are done, and optionally a note.
+        A function to call with the number of items just completed, and optionally a note.
     """
     if not processes.is_rank0():
         yield lambda amount, note=None: None
@@ -47,7 +48,7 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advanc
     from rich.console import Console
 
     columns = (
-        rich.TextColumn("{task.description}", markup=False),  # it may name a folder, [/and/so/on]
+        rich.TextColumn("{task.description}", markup=False),  # a folder's name may look like [/markup]
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TextColumn(unit),
@@ -68,7 +69,7 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advanc
 
 
 def _plain(description: str, total: int, unit: str, start: int) -> Advance:
-    """Lines without a terminal: none for short work, then one every interval, and one at the end of long work."""
+    """Lines without a terminal: one in every interval, and one at the end of work longer than an interval."""
     begun = shown = time.monotonic()
     done, last_note = start, ""
 
@@ -82,14 +83,14 @@ def _plain(description: str, total: int, unit: str, start: int) -> Advance:
             return
         shown = now
         left = (now - begun) * (total - done) / max(done - start, 1)
-        with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+        with suppress(OSError):  # the reader has gone, which must not end the work
             print(f"{description}: {done}/{total} {unit}, {duration(left)} left  {last_note}".rstrip(), file=sys.stderr)
 
     return advance
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them: 8 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
+    """Seconds in readable units: 8 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
     minutes, s = divmod(round(seconds), 60)
     hours, min_ = divmod(minutes, 60)
     days, h = divmod(hours, 24)
@@ -98,12 +99,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{h} h {min_} min"
     return f"{min_} min {s} s" if minutes else f"{s} s"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in decimal units: 940 kB, 17.9 MB, 1.2 GB."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"

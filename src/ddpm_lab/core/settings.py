@@ -1,9 +1,11 @@
-"""Groups of settings: frozen dataclasses that refuse a wrong type or value on construction, in a user's words.
+"""Groups of settings: frozen dataclasses that check the type and the range of each value on construction.
 
-Nothing here imports torch, so that the command line answers at once.
+A field declares its range beside its type: `batch_size: Annotated[int, Range(1, 65_536)] = 128`.
+Nothing here imports torch, so that the command line starts quickly.
 """
 
 import dataclasses
+import math
 import sys
 import tomllib
 import types
@@ -11,20 +13,49 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from ddpm_lab.core.errors import InputError, require
 
+WORDING = {type(None): "nothing", int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting accepts; a setting that is a list accepts each of its items in the range.
+
+    Attributes:
+        low, high: the smallest and the largest number.
+        open_low, open_high: whether the range excludes that end.
+    """
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high < math.inf and not (self.open_low or self.open_high):
+            return f"from {self.low} to {self.high}"
+        lower = f"{'above' if self.open_low else 'at least'} {self.low}"
+        upper = f" and {'below' if self.open_high else 'at most'} {self.high}" if self.high < math.inf else ""
+        return lower + upper
+
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the annotated type; a bool is no int, and a number must be finite."""
-    origin = typing.get_origin(hint)
+    """Whether a value has the annotated type; a bool is no int, and a number must be finite."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(hint))
+        return any(fits(value, option) for option in arguments)
     if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
+        return isinstance(value, str) and value in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and all(fits(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
@@ -33,66 +64,55 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def _wording(hint: Any) -> str:
-    """How an annotation reads in an error: 'int or nothing', 'linear, cosine'."""
-    origin = typing.get_origin(hint)
+    """How an annotation reads in an error: 'a whole number or nothing', 'one of linear, cosine'."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_wording(option) for option in typing.get_args(hint))
+        return " or ".join(map(_wording, arguments))
     if origin is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if origin is tuple:
-        return f"a list of {_wording(typing.get_args(hint)[0])}"
-    return {
-        type(None): "nothing",
-        int: "a whole number",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-    }[hint]
+        return "one of " + ", ".join(arguments)
+    return f"a list of {_wording(arguments[0])}" if origin is tuple else WORDING[hint]
 
 
-@cache  # evaluating the annotations is most of what constructing a group costs
+@cache  # evaluating the annotations is most of the cost of constructing a group
 def _hints(group: type) -> dict[str, Any]:
-    return typing.get_type_hints(group)
+    return typing.get_type_hints(group, include_extras=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsGroup:
-    """A group of settings; construction refuses a value of the wrong type, then `_check` one out of range."""
+    """A group of settings. Construction checks types, then ranges, then what `_check` of the group adds."""
 
     _grouped: ClassVar[bool] = True  # whether its flags are --group.name
 
     def __post_init__(self) -> None:
         hints = _hints(typing.cast(type, type(self)))  # mypy takes no dataclass for hashable
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            require(fits(value, hint), f"{self._told(field.name)} must be {_wording(hint)}, not {value!r}")
+            value, hint, ranges = getattr(self, field.name), hints[field.name], []
+            if typing.get_origin(hint) is Annotated:
+                hint, *ranges = typing.get_args(hint)
+            name = f"{self._label()}." * self._grouped + field.name.rstrip("_")
+            require(fits(value, hint), f"{name} must be {_wording(hint)}, not {value!r}")
+            for number in value if isinstance(value, tuple) else (value,):
+                for allowed in ranges:
+                    require(number is None or number in allowed, f"{name} must be {allowed}, not {number}")
         self._check()
+
+    def _check(self) -> None:
+        """Raise InputError where settings do not fit each other."""
 
     @classmethod
     def _label(cls) -> str:
         return cls.__name__.removesuffix("Config").lower()
 
-    def _told(self, name: str) -> str:
-        return f"{self._label()}." * self._grouped + name.rstrip("_")
-
-    def _check(self) -> None:
-        raise NotImplementedError
-
-    def _at_most(self, high: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or value <= high, f"{self._told(name)} must be at most {high}, not {value}")
-
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or value >= low, f"{self._told(name)} must be at least {low}, not {value}")
-
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Build the group from parsed JSON or TOML; an unknown key is refused, naming the known."""
-        require(isinstance(values, dict), f"{cls._label()} must be a table of settings, not {type(values).__name__}")
-        assert isinstance(values, dict)
+        """Build the group from parsed JSON or TOML.
+
+        Raises:
+            InputError: not a table, an unknown setting, a wrong type, or a value out of range.
+        """
+        if not isinstance(values, dict):
+            raise InputError(f"{cls._label()} must be a table of settings, not {type(values).__name__}")
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             require(key in known, f"{cls._label()} has no setting {key!r}; it has {', '.join(known)}")
@@ -100,21 +120,20 @@ class SettingsGroup:
 
 
 def read_toml(kind: str, packaged: dict[str, Path], name: str) -> tuple[Path, dict[str, Any]]:
-    """A packaged recipe or study, or a TOML file of the user's: where it lies, and its tables, not yet checked.
+    """Read a packaged recipe or study, or a TOML file of the user.
 
     Args:
-        kind: what messages call it.
+        kind: "recipe" or "study", for messages.
         packaged: the files that come with the package, by name.
-        name: one of those, or a path.
-
+        name: one of those names, or a path.
+    Returns:
+        The path of the file, and its tables, not yet checked.
     Raises:
-        InputError: there is none of that name, it cannot be read, or it is no TOML.
+        InputError: no such file, a file that cannot be read, or one that is not TOML.
     """
     path = packaged.get(name, Path(name))
     if not path.is_file():
-        raise InputError(
-            f"no {kind} {name!r}: name one of {', '.join(packaged)}, or the path of a TOML file that exists"
-        )
+        raise InputError(f"no {kind} {name!r}: name one of {', '.join(packaged)}, or the path of a TOML file")
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Folders of image files, read by content and never trusted: any fault is told with the file it is in."""
+"""Folders of image files, identified by content; every error names the file."""
 
 import os
 import warnings
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.progress import Advance, counted, progress
-from ddpm_lab.data.image_formats import IMAGE_ENDINGS, NoPicture, as_seen, formats, opened_picture
+from ddpm_lab.data.image_formats import IMAGE_ENDINGS, NotAnImage, as_seen, formats, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SAMPLING = "sampling.json"  # says in a folder of samples of what they are
-TOLD = 5  # files of a kind that a message names
-LOOKED_AT = 256  # pictures decoded at a time to find a coloured one
+SAMPLING = "sampling.json"  # the settings of the images in a folder of samples
+MAX_NAMED = 5  # files that a message names
+COLOUR_CHUNK = 256  # images decoded at a time in search of one in colour
 
 T = TypeVar("T")
 
@@ -29,8 +29,8 @@ class ImageFolder:
     """Image files of one size.
 
     Attributes:
-        paths: in the order of their names.
-        mode: what they are read as, 'L' or 'RGB'.
+        paths: the files, in the order of their names.
+        mode: what they are decoded to, 'L' or 'RGB'.
         image_size: side in pixels.
         resized: whether each is cropped to its centre square and scaled to that side.
     """
@@ -43,139 +43,149 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each image."""
+        return (1 if self.mode == "L" else 3, self.image_size, self.image_size)
+
     def read(self, indices: Iterable[int], advance: Advance = lambda amount: None) -> np.ndarray:
         """Decode some of the images, (N, C, H, W) uint8.
 
         Args:
-            advance: told of each.
+            advance: called after each image.
         Raises:
-            InputError: one cannot be read.
+            InputError: an image cannot be read.
         """
         size = self.image_size if self.resized else None
-        chosen = [self.paths[i] for i in indices]
-        found = _read_pictures(chosen, lambda opened: np.asarray(_fitted(opened, self.mode, size)), advance)
-        _refuse([fault for fault in found if isinstance(fault, InputError)], len(chosen))
-        stacked = np.stack([pixels for pixels in found if not isinstance(pixels, InputError)])
+        paths = [self.paths[i] for i in indices]
+        decoded = _read_pictures(paths, lambda picture: np.asarray(_fitted(picture, self.mode, size)), advance)
+        _raise_errors([error for error in decoded if isinstance(error, InputError)], len(paths))
+        stacked = np.stack([pixels for pixels in decoded if not isinstance(pixels, InputError)])
         return stacked[:, None] if self.mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
 
 def open_folder(folder: Path, image_size: int | None, option: str, channels: int | None = None) -> ImageFolder:
     """List the images of a folder, searched to any depth, and read their headers.
 
-    Links are followed, hidden files and folders left out. A picture is known by its content: one of the named formats
-    is read whatever its ending; a file that is none, and is not called like one, is passed over with a warning.
+    Links are followed; hidden files and folders are skipped. An image is known by its content: a file of a named format
+    is read whatever its ending; another file is skipped with a warning, unless it has the ending of an image.
 
     Args:
-        image_size: crop to the centre square and scale to this side in pixels; None: they all have one size already.
-        option: the flag that sets it, for messages.
-        channels: 1 or 3, what to read them as; None: grey where all files are, else colour.
+        image_size: crop to the centre square and scale to this side in pixels; None: all images have one size already.
+        option: the flag that sets image_size, for messages.
+        channels: 1 or 3, the channels to decode to; None: 1 if all images are grey, else 3.
     Raises:
-        InputError: no images, unreadable ones, or several sizes and no image_size.
+        InputError: no images, unreadable images, or images of several sizes and no image_size; image_size not in
+            1 .. 4096.
     """
+    require(image_size is None or 1 <= image_size <= 4096, f"{option} must be from 1 to 4096, not {image_size}")
     files = sorted(files_below(folder))
     headers: dict[Path, tuple[str, tuple[int, int]]] = {}
-    passed, faults = [], []
-    with progress(f"looking through {folder}", len(files), "files") as advance:
-        for path, found in zip(files, _read_pictures(files, _header, advance), strict=True):
-            if not isinstance(found, InputError):
-                headers[path] = found
-            elif isinstance(found, NoPicture) and path.suffix.lower() not in IMAGE_ENDINGS:
-                passed += [path] if path.name != SAMPLING else []  # which `ddpm sample` writes beside its images
-            else:
-                faults.append(found)
-    _refuse(faults, len(files))
+    skipped, errors = [], []
+    with progress(f"reading headers in {folder}", len(files), "files") as advance:
+        found = _read_pictures(files, lambda picture: (picture.mode, picture.size), advance)
+    for path, header in zip(files, found, strict=True):
+        if not isinstance(header, InputError):
+            headers[path] = header
+        elif not isinstance(header, NotAnImage) or path.suffix.lower() in IMAGE_ENDINGS:
+            errors.append(header)
+        elif path.name != SAMPLING:  # which `ddpm sample` writes beside its images
+            skipped.append(str(path.relative_to(folder)))
+    _raise_errors(errors, len(files))
     if not headers:
         raise InputError(f"folder {folder} holds no images ({', '.join(formats())})")
-    if passed:
-        named = ", ".join(str(path.relative_to(folder)) for path in passed[:TOLD])
-        more = f" and {len(passed) - TOLD} more" if len(passed) > TOLD else ""
-        warnings.warn(f"passed over in {folder}, for they are no pictures: {named}{more}", stacklevel=2)
-    paths = tuple(headers)
-    first = headers[paths[0]][1]
+    if skipped:
+        warnings.warn(f"skipped in {folder}, because they are not images: {_named(skipped, ', ')}", stacklevel=2)
+    width, height = next(iter(headers.values()))[1]
     for path, (_, size) in headers.items():
-        if image_size is None and (size[0] != size[1] or size != first):
+        if image_size is None and size != (width, width):
             raise InputError(
-                f"image {path} is {size[0]} x {size[1]}, the first one is {first[0]} x {first[1]}; "
+                f"image {path} is {size[0]} x {size[1]}, the first one is {width} x {height}; "
                 f"give {option} to crop and scale all to one square size"
             )
     grey = channels == 1 or (channels is None and not _any_in_colour(headers))
-    return ImageFolder(paths, "L" if grey else "RGB", image_size or first[0], image_size is not None)
+    return ImageFolder(tuple(headers), "L" if grey else "RGB", image_size or width, image_size is not None)
 
 
 def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """All files below a folder that are not hidden, links followed but not in a circle."""
+    """All files below a folder that are not hidden; links are followed, except to a folder above."""
     status = folder.stat()
-    own = (status.st_dev, status.st_ino)
-    if own in above:
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
         return
     with os.scandir(folder) as listed:
         entries = [entry for entry in listed if not entry.name.startswith(".")]
     for entry in entries:
         if entry.is_dir():
-            yield from files_below(folder / entry.name, (*above, own))
+            yield from files_below(folder / entry.name, (*above, identity))
         elif entry.is_file():
             yield folder / entry.name
 
 
-def _header(picture: "Image.Image") -> tuple[str, tuple[int, int]]:
-    return picture.mode, picture.size
-
-
 def _any_in_colour(headers: dict[Path, tuple[str, tuple[int, int]]]) -> bool:
-    """Whether one of the pictures is in colour; a format may well hold grey pixels as three planes or a palette."""
+    """Whether one of the images is in colour; some formats store grey pixels as three channels or a palette."""
     undecided = [path for path, (mode, _) in headers.items() if mode not in ("1", "L", "LA") and mode[0] != "I"]
-    for first in range(0, len(undecided), LOOKED_AT):
-        modes = _read_pictures(undecided[first : first + LOOKED_AT], lambda opened: as_seen(opened).mode)
-        if "RGB" in modes:  # what cannot be read is told where it is read
+    for first in range(0, len(undecided), COLOUR_CHUNK):
+        modes = _read_pictures(undecided[first : first + COLOUR_CHUNK], lambda picture: as_seen(picture).mode)
+        if "RGB" in modes:  # an unreadable image raises when it is read in earnest
             return True
     return False
 
 
-def _refuse(faults: Sequence[InputError], count: int) -> None:
-    """Raise for all bad files at once.
+def _named(texts: Sequence[str], separator: str) -> str:
+    more = len(texts) - MAX_NAMED
+    return separator.join(texts[:MAX_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
 
+
+def _raise_errors(errors: Sequence[InputError], count: int) -> None:
+    """Raise one error for all unreadable files.
+
+    Args:
+        count: how many files were read.
     Raises:
         InputError: there are some.
     """
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        named = "; ".join(str(fault) for fault in faults[:TOLD])
-        more = f"; and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
-        raise InputError(f"{len(faults)} of {count} files cannot be used: {named}{more}")
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputError(f"{len(errors)} of {count} files cannot be used: {_named(list(map(str, errors)), '; ')}")
 
 
 def unreadable(folder: Path) -> list[Path]:
-    """Images of a folder that cannot be decoded."""
+    """The PNG files of a folder that cannot be decoded."""
     paths = sorted(folder.glob("[!.]*.png"))
-    found = _read_pictures(paths, lambda opened: opened.load())
-    return [path for path, loaded in zip(paths, found, strict=True) if isinstance(loaded, InputError)]
+    decoded = _read_pictures(paths, lambda picture: picture.load())
+    return [path for path, result in zip(paths, decoded, strict=True) if isinstance(result, InputError)]
 
 
 def _read_pictures(
     paths: Sequence[Path], read: Callable[["Image.Image"], T], advance: Advance = lambda amount: None
 ) -> list[T | InputError]:
-    """What is wanted of each, or what is wrong with it, several at a time: decoding lets go of the interpreter lock."""
+    """The result of `read`, or the error, for each file; in threads, for decoding releases the interpreter lock."""
 
-    def one(path: Path) -> T | InputError:
+    def read_one(path: Path) -> T | InputError:
         try:
-            with opened_picture(path, f"image {path}") as opened:
-                return read(opened)
+            with open_picture(path, f"image {path}") as picture:
+                return read(picture)
         except InputError as error:
             return error
 
     formats()
     with ThreadPoolExecutor(os.cpu_count(), "decoding") as pool:
-        return list(counted(pool.map(one, paths), advance))
+        return list(counted(pool.map(read_one, paths), advance))
 
 
 def _fitted(picture: "Image.Image", mode: str, image_size: int | None) -> "Image.Image":
-    """Pixels of the mode wanted, grey only where planes are equal; the centre square, scaled, where a size is asked."""
+    """The picture in a mode; with image_size, its centre square scaled to that side.
+
+    Raises:
+        ValueError: a picture in colour, and mode 'L'.
+    """
     from PIL import Image
 
     seen = as_seen(picture)
     if mode == "L" and seen.mode == "RGB":
-        raise ValueError("it is in colour, and grey images are asked for")
+        raise ValueError("it is in colour, and grey images are required")
     converted = seen.convert(mode)
     if image_size is None:
         return converted

@@ -1,7 +1,7 @@
-"""One picture from a file that nobody vouches for: named formats only, by content, as a person would see it.
+"""One picture from an untrusted file: a few formats, identified by content, converted to what a viewer shows.
 
 Pillow opens some forty formats, and a few of them start other programs (Ghostscript for EPS) whatever the file is
-called. Here only the formats below are ever asked, and each by its content.
+called. Here only the formats below are ever tried, each by the content of the file.
 """
 
 from collections.abc import Iterator
@@ -20,32 +20,32 @@ NAMED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif",
 )  # fmt: skip
-MOST_PIXELS = 2**26  # of one picture, 8192 x 8192: decoded it takes three to four bytes each
-BACKGROUND = "white"  # what is seen through transparent pixels
+MOST_PIXELS = 2**26  # 8192 x 8192 in one picture; decoded, each takes three to four bytes
+BACKGROUND = "white"  # behind transparent pixels
 
 
-class NoPicture(InputError):
-    """The file is of none of the named formats."""
+class NotAnImage(InputError):
+    """The file has none of the named formats."""
 
 
 def formats() -> tuple[str, ...]:
-    """The named formats that this Pillow can read (AVIF is not in every build)."""
+    """The named formats that the installed Pillow can read (AVIF is not in every build)."""
     from PIL import Image
 
-    Image.init()  # before there are threads, for it fills tables
+    Image.init()  # fills tables, so it must come before any threads
     return tuple(name for name in NAMED_FORMATS if name in Image.OPEN)
 
 
 @contextmanager
-def opened_picture(file: Path | IO[bytes], name: str, most_pixels: int = MOST_PIXELS) -> Iterator["Image.Image"]:
-    """Open a picture: its header is read, its pixels when they are asked for.
+def open_picture(file: Path | IO[bytes], name: str, most_pixels: int = MOST_PIXELS) -> Iterator["Image.Image"]:
+    """Open a picture: its header is read now, its pixels when they are used.
 
     Args:
-        name: what messages call it.
-        most_pixels: a larger one is refused by its header.
+        name: the name of the picture in messages.
+        most_pixels: a picture with more pixels is refused before it is decoded.
     Raises:
-        NoPicture: none of the named formats.
-        InputError: it cannot be read, then or in the midst of what is done with it, or is too large.
+        NotAnImage: the file has none of the named formats.
+        InputError: the picture is too large, or cannot be read, now or when its pixels are used.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -58,19 +58,19 @@ def opened_picture(file: Path | IO[bytes], name: str, most_pixels: int = MOST_PI
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise NoPicture(f"{name} cannot be read: it is no {', '.join(formats()[:-1])} or {formats()[-1]}") from error
-    except Exception as error:  # of as many kinds as there are formats and faults
+        raise NotAnImage(f"{name} cannot be read: it is not a file of {', '.join(formats())}") from error
+    except Exception as error:  # each format raises its own kinds
         raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def as_seen(picture: "Image.Image") -> "Image.Image":
-    """The picture as a person sees it, of mode L where it is grey and RGB where it is in colour.
+    """The picture as a viewer shows it, in mode L if it is grey, else in mode RGB.
 
-    Turned as its camera meant it; transparent pixels over white; sixteen bits scaled to eight; of several frames the
-    first. Grey is what has three equal planes, whatever the format calls it.
+    The orientation of the camera is applied, transparent pixels become white, sixteen bits are scaled to eight, and of
+    several frames the first is taken. A picture is grey if its three channels are equal, whatever its format says.
 
     Raises:
-        ValueError: pixels that are no numbers from 0 to 255 or 65,535.
+        ValueError: pixels that are not whole numbers from 0 to 255 or to 65,535.
     """
     from PIL import Image
 
@@ -81,23 +81,22 @@ def as_seen(picture: "Image.Image") -> "Image.Image":
             raise ValueError("its pixels have more than 16 bits")
         return Image.fromarray(np.round(values / 257).astype(np.uint8))
     if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range it does not say")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, BACKGROUND), picture)
     if picture.mode in ("1", "L"):
         return picture.convert("L")
     picture = picture.convert("RGB")
-    planes = np.asarray(picture)
-    grey = np.array_equal(planes[..., 0], planes[..., 1]) and np.array_equal(planes[..., 0], planes[..., 2])
-    return picture.getchannel(0) if grey else picture
+    channels = np.asarray(picture)
+    return picture.getchannel(0) if (channels == channels[..., :1]).all() else picture
 
 
 def _upright(picture: "Image.Image") -> "Image.Image":
-    """Turned as its camera meant it; as it lies where what it says of itself is damaged."""
+    """The picture in the orientation of the camera, or unchanged if its metadata are damaged."""
     from PIL import ImageOps
 
-    picture.load()  # outside: a second try to read damaged pixels would give black ones and no error
+    picture.load()  # not within `try`: a second attempt to read damaged pixels returns black pixels and no error
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # whatever damaged metadata makes Pillow raise

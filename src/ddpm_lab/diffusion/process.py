@@ -1,8 +1,8 @@
-"""The diffusion process: noising, its posterior, what a network's output means, and the training loss.
+"""The diffusion process: the forward process, its posterior, the meaning of a network's output, and the training loss.
 
 Symbols (Ho et al. 2020, arXiv:2006.11239): x_0 clean image, x_t noised to t, eps the noise in it, x_s a less noisy
-state (s < t), alpha_bar as in `schedule`. A hat marks an estimate. One invariant: coefficients are computed in float64
-and cast to the dtype of the images last, so that the same functions serve float32 training and float64 tests.
+state (s < t), alpha_bar as in `schedule`. A hat marks an estimate. Invariant: coefficients are computed in float64 and
+cast to the dtype of the images last, so that the same functions serve float32 training and float64 tests.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def per_image(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         raise InputError(f"t must be ({len(like)},) int64, not {tuple(t.shape)} {t.dtype}")
     if t.device.type == "cpu" and t.numel() and not (int(t.min()) >= 0 and int(t.max()) < len(table)):
         raise InputError(f"t must lie in [0, {len(table)}), not {int(t.min())} .. {int(t.max())}")
-    moved = table.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # so short a copy need not be waited for
-    return moved[t].view(-1, *[1] * (like.ndim - 1))
+    values = table.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # so small a copy needs no wait
+    return values[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def _same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -60,8 +60,8 @@ def q_step(schedule: NoiseSchedule, x_s: Tensor, t: Tensor, eps: Tensor) -> Tens
     x_t = sqrt(1 - beta[t]) * x_{t-1} + sqrt(beta[t]) * eps
 
     Args:
-        x_s: the state before, x_{t-1} (for t = 0 the clean image), (B, C, H, W) floating.
-        t: the timestep reached, (B,) int64 in [0, T).
+        x_s: the previous state, x_{t-1} (for t = 0 the clean image), (B, C, H, W) floating.
+        t: the timestep after the step, (B,) int64 in [0, T).
         eps: standard normal noise, shape and dtype of x_s.
     Returns:
         x_t, shape and dtype of x_s.
@@ -77,16 +77,16 @@ def posterior(
 ) -> tuple[Tensor, Coefficient]:
     """Mean and variance of q(x_s | x_t, x_0), s < t (Ho et al. 2020, eqs. 6-7, with s = t - 1 there).
 
-    With alpha = alpha_bar_t / alpha_bar_s and beta = 1 - alpha, the step's own:
+    With alpha = alpha_bar_t / alpha_bar_s and beta = 1 - alpha of this step:
     mean = sqrt(alpha_bar_s) beta / (1 - alpha_bar_t) x_0 + sqrt(alpha) (1 - alpha_bar_s) / (1 - alpha_bar_t) x_t
-    variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) beta, which the paper calls beta-tilde
+    variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) beta, called beta-tilde in the paper
 
     Args:
         x_0, x_t: images of one shape.
         alpha_bar_t, alpha_bar_s: 0 < alpha_bar_t < alpha_bar_s <= 1; alpha_bar_s is 1 for the clean image. Numbers, or
             tensors that broadcast against the images.
     Returns:
-        mean (shape and dtype of x_t), variance (0 where s is the clean image).
+        mean (shape and dtype of x_t), variance (0 if s is the clean image).
     """
     alpha = alpha_bar_t / alpha_bar_s
     weight_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
@@ -95,15 +95,16 @@ def posterior(
 
 
 def output_coefficients(prediction: Predicted, alpha_bar: Coefficient) -> tuple[Coefficient, Coefficient]:
-    """What a network's output stands for, as a sum a x_0 + b eps: the one place that knows what a prediction means.
+    """The meaning of a network's output as a sum a x_0 + b eps; no other function depends on the kind of prediction.
 
     eps: (0, 1). x_0: (1, 0). v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, arXiv:2202.00512,
-    appendix D). `EDM(sigma_data)`: the F of Karras et al. 2022 (arXiv:2206.00364, eq. 7 and table 1) at the chain's own
-    noise level sigma = sqrt((1 - alpha_bar) / alpha_bar), a combination that has variance 1 at every level; with
+    appendix D). `EDM(sigma_data)`: the F of Karras et al. 2022 (arXiv:2206.00364, eq. 7 and table 1) at the noise level
+    sigma = sqrt((1 - alpha_bar) / alpha_bar) of the chain, a combination with variance 1 at every noise level; with
     sigma_data = 1 it is -v.
 
     Args:
-        alpha_bar: there, in (0, 1): a number, or a tensor.
+        prediction: what the network predicts.
+        alpha_bar: at the timestep, in (0, 1): a number, or a tensor.
     Returns:
         a and b, of the type of alpha_bar.
     Raises:
@@ -125,15 +126,15 @@ def output_coefficients(prediction: Predicted, alpha_bar: Coefficient) -> tuple[
 def predict_x_0_eps(
     prediction: Predicted, output: Tensor, x_t: Tensor, alpha_bar: Coefficient, clip_x_0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The clean image and the noise that a network's output stands for.
+    """The clean image and the noise that follow from a network's output.
 
-    x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps holds between the two returned, clipped or not.
+    x_t = sqrt(alpha_bar) x_0_hat + sqrt(1 - alpha_bar) eps_hat holds for the results, clipped or not.
 
     Args:
-        prediction: what `output` is, see `output_coefficients`.
+        prediction: what the network predicts, see `output_coefficients`.
         output, x_t: (B, C, H, W).
-        alpha_bar: there, in (0, 1): a number, or a tensor that broadcasts against the images.
-        clip_x_0: bring x_0 into [-1, 1], and derive eps again from it.
+        alpha_bar: at the timestep, in (0, 1): a number, or a tensor that broadcasts against the images.
+        clip_x_0: clip x_0_hat to [-1, 1], and recompute eps_hat from it.
     Returns:
         x_0_hat, eps_hat, in the dtype of x_t.
     Raises:
@@ -153,9 +154,9 @@ def predict_x_0_eps(
 
 
 def input_scale(prediction: Predicted, schedule: NoiseSchedule) -> Tensor | None:
-    """What x_t is multiplied by before the network sees it, (T,) float64; None: nothing.
+    """The factor of x_t at the input of the network, (T,) float64; None: no factor.
 
-    For `EDM(sigma_data)`, the c_in of Karras et al. 2022 in terms of x_t: one over its standard deviation.
+    For `EDM(sigma_data)`, the c_in of Karras et al. 2022 (table 1) in terms of x_t: one over its standard deviation.
     """
     return 1 / prediction.deviation(schedule.alpha_bar) if isinstance(prediction, EDM) else None
 
@@ -163,31 +164,32 @@ def input_scale(prediction: Predicted, schedule: NoiseSchedule) -> Tensor | None
 def timestep_probabilities(
     schedule: NoiseSchedule, log_sigma_mean: float, log_sigma_std: float, uniform_share: float = 0.1
 ) -> Tensor:
-    """How often training draws each timestep so that ln sigma is nearly normal (Karras et al. 2022, table 1).
+    """The probability of each timestep in training such that ln sigma is nearly normal (Karras et al. 2022, table 1).
 
-    sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). Each timestep stands for the interval of ln sigma that is nearer to
-    it than to its neighbours. A share of the draws is uniform in t: no timestep that Algorithm 2 or the bound on the
-    likelihood visits is left untrained.
+    sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). Each timestep represents the interval of ln sigma that is nearer to
+    it than to its neighbours. A share of the draws is uniform in t, so that training reaches every timestep that
+    Algorithm 2 or the bound on the likelihood visits.
 
     Args:
-        log_sigma_mean, log_sigma_std: of ln sigma; -1.2 and 1.2 in the paper.
-        uniform_share: in [0, 1].
+        log_sigma_mean, log_sigma_std: mean and standard deviation of ln sigma; -1.2 and 1.2 in the paper.
+        uniform_share: the share of uniform draws, in [0, 1].
     Returns:
-        (T,) float64, positive where uniform_share is; their sum is 1.
+        (T,) float64 with sum 1, all positive if uniform_share is positive.
     """
     log_sigma = -schedule.snr.log() / 2  # increasing in t
-    middles = (log_sigma[1:] + log_sigma[:-1]) / 2
-    inside = torch.special.ndtr((middles - log_sigma_mean) / log_sigma_std)
+    midpoints = (log_sigma[1:] + log_sigma[:-1]) / 2
+    inside = torch.special.ndtr((midpoints - log_sigma_mean) / log_sigma_std)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     cumulative = torch.cat([ends[:1], inside, ends[1:]])
     return uniform_share / schedule.num_timesteps + (1 - uniform_share) * (cumulative[1:] - cumulative[:-1])
 
 
 def min_snr_weights(prediction: Predicted, schedule: NoiseSchedule, gamma: float = 5.0) -> Tensor:
-    """The weights that make the squared error of any prediction min(SNR, gamma) times that of x_0, (T,) float64.
+    """Weights that turn the squared error of any prediction into min(SNR, gamma) times that of x_0, (T,) float64.
 
-    Hang et al. 2023 (arXiv:2303.09556, section 3.4). An error e of the output is one of (noise / determinant) e in x_0,
-    by the algebra of `predict_x_0_eps`: for eps the weight is min(SNR, gamma) / SNR, for v min(SNR, gamma) / (SNR + 1).
+    Hang et al. 2023 (arXiv:2303.09556, section 3.4). An error e of the output is an error (noise / determinant) e of
+    x_0, by the algebra of `predict_x_0_eps`: for eps the weight is min(SNR, gamma) / SNR, for v min(SNR, gamma) /
+    (SNR + 1).
     """
     alpha_bar = schedule.alpha_bar
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -198,14 +200,14 @@ def min_snr_weights(prediction: Predicted, schedule: NoiseSchedule, gamma: float
 def denoising_losses(
     model: Model, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: Predicted = "eps"
 ) -> Tensor:
-    """The simple loss of each image, given its timestep and noise (Ho et al. 2020, eq. 14).
+    """The simple loss of each image, for a given timestep and noise (Ho et al. 2020, eq. 14).
 
     Args:
         model: called as model(x_t, t).
         x_0, eps: (B, C, H, W); t: (B,) int64 in [0, T).
         prediction: what the model predicts; the squared error is taken in that quantity.
     Returns:
-        (B,) float32 (or the dtype of x_0, where that is wider): mean over pixels and channels.
+        (B,) in the dtype of x_0: mean over pixels and channels.
     """
     output = model(q_sample(schedule, x_0, t, eps), t)
     a, b = (per_image(table, t, x_0) for table in output_coefficients(prediction, schedule.alpha_bar))
@@ -226,10 +228,11 @@ def diffusion_loss(
 
     Args:
         model: called as model(x_t, t).
-        x_0: clean images, (B, C, H, W) in [-1, 1].
-        generator: draws t, then eps, on the device of x_0; None: torch's own.
+        x_0: clean images, (B, C, H, W) floating, in [-1, 1].
+        prediction: what the model predicts.
+        generator: draws t, then eps, on the device of x_0; None: torch's global generator.
     Returns:
-        A scalar that can be differentiated.
+        A scalar with gradients.
     """
     t = torch.randint(schedule.num_timesteps, x_0.shape[:1], generator=generator, device=x_0.device)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)

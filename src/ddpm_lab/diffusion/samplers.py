@@ -1,8 +1,8 @@
-"""Samplers: from noise to images, each a generator of steps that reads as the paper's algorithm.
+"""Samplers: from noise to images, each a generator of steps in the form of the paper's algorithm.
 
-A sampler takes a model called as model(x_t, t), a schedule and x_T, visits decreasing timesteps t, and yields a `Step`
-for each; films, progress bars and pages listen to the steps, `ddpm_sample` and `ddim_sample` drain them. Samplers never
-ask what the network predicts (`predict_x_0_eps` does). States keep the dtype and device of x_T.
+A sampler takes a model, called as model(x_t, t), a schedule and x_T, visits decreasing timesteps t, and yields a `Step`
+for each. Films, progress bars and pages use the steps; `ddpm_sample` and `ddim_sample` return the last state. Samplers
+do not depend on what the network predicts (see `predict_x_0_eps`). States have the dtype and device of x_T.
 """
 
 import inspect
@@ -28,10 +28,10 @@ class Step:
     """One step of a sampler.
 
     Attributes:
-        t: the timestep left, T-1 first.
-        x_t: the state there, (B, C, H, W).
-        x_s: the state reached; the sample itself after the last step.
-        x_0_hat: the clean image as predicted at t, clipped where the sampler clips.
+        t: the timestep at the start of the step; T-1 in the first step.
+        x_t: the state at t, (B, C, H, W).
+        x_s: the state at the end of the step; the sample itself in the last step.
+        x_0_hat: the clean image predicted at t, clipped if the sampler clips.
     """
 
     t: int
@@ -43,14 +43,40 @@ class Step:
 def estimate(
     model: Model, x_t: Tensor, t: int, alpha_bar_t: float, clip_x_0: bool, prediction: Predicted
 ) -> tuple[Tensor, Tensor]:
-    """Ask the model at one timestep for all images: x_0_hat, eps_hat."""
+    """Evaluate the model at one timestep, without gradients, and convert its output.
+
+    Args:
+        model: called as model(x_t, t) with t (B,) int64, all equal.
+        x_t: the states, (B, C, H, W) floating.
+        t: the timestep, in [0, T).
+        alpha_bar_t: alpha_bar of the schedule at t, in (0, 1).
+        clip_x_0: clip the predicted image to [-1, 1], and recompute the noise from it.
+        prediction: what the model predicts, see `process.output_coefficients`.
+    Returns:
+        x_0_hat, eps_hat: the predicted clean image and noise, each (B, C, H, W) in the dtype of x_t, with
+        x_t = sqrt(alpha_bar_t) x_0_hat + sqrt(1 - alpha_bar_t) eps_hat (Ho et al. 2020, eq. 4).
+    Raises:
+        InputError: unknown prediction, or an output of another shape than x_t.
+    """
     with torch.no_grad():
         output = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
     return predict_x_0_eps(prediction, output, x_t, alpha_bar_t, clip_x_0)
 
 
-def step_pairs(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> list[tuple[int, int, float, float]]:
-    """(t, s, alpha_bar_t, alpha_bar_s) of each step; s = -1 is the clean image."""
+def step_pairs(schedule: NoiseSchedule, num_steps: int | None, spacing: Spacing) -> list[tuple[int, int, float, float]]:
+    """The timesteps at which each step of a sampler starts and ends, with their alpha_bar.
+
+    Args:
+        schedule: of T timesteps.
+        num_steps: number of steps, from 1 to T; None: T.
+        spacing: see `schedule.sampling_timesteps`, which chooses the timesteps.
+    Returns:
+        (t, s, alpha_bar_t, alpha_bar_s) of each step, with t > s and each s the t of the next step. The first t is T-1.
+        The last s is -1, the clean image, with alpha_bar_s = 1.
+    Raises:
+        InputError: num_steps out of range, or unknown spacing.
+    """
+    num_steps = schedule.num_timesteps if num_steps is None else num_steps
     timesteps = sampling_timesteps(schedule, num_steps, spacing)
     return [
         (t, s, schedule.alpha_bar_at(t), schedule.alpha_bar_at(s))
@@ -70,42 +96,41 @@ def ddpm_steps(
     variance: Variance | None = None,
     prediction: Predicted = "eps",
 ) -> Iterator[Step]:
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2), step by step.
+    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2), step by step.
 
-    x_s = mean of q(x_s | x_t, x_0_hat) + sigma z, and no noise at the last step. Without clipping, and with all T
-    steps, this is line 4 of Algorithm 2. With fewer steps each step has the betas of the shortened chain,
+    x_s = mean of q(x_s | x_t, x_0_hat) + sigma z, without noise in the last step. Without clipping and with all T
+    steps, this is line 4 of Algorithm 2. With fewer steps, beta is that of the shortened chain,
     1 - alpha_bar_t / alpha_bar_s (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 19).
 
     Args:
         model: called as model(x_t, t), t (B,) int64 in [0, T).
         x_T: standard normal noise, (B, C, H, W).
-        num_steps: how many, from 1 to T; None: all T.
-        clip_x_0: bring the predicted image into [-1, 1] before the mean is taken.
-        noise: gives the noise z of step i = 0, 1, ...; None: torch's global generator.
+        num_steps: number of steps, from 1 to T; None: T.
+        clip_x_0: clip the predicted image to [-1, 1] before the mean is computed.
+        noise: returns the noise z of step i = 0, 1, ...; None: torch's global generator.
         spacing: see `sampling_timesteps`.
-        variance: sigma^2 is the step's 'beta' (default with all T steps) or 'beta_tilde', the posterior's (default with
-            fewer; 'beta' there warns: it leaves the images noisy).
+        variance: sigma^2 is 'beta' of the step (default with all T steps) or 'beta_tilde', the variance of the
+            posterior (default with fewer steps, where 'beta' warns: it leaves noise in the images).
         prediction: what the model predicts.
     Yields:
         A `Step` for each step.
     Raises:
         InputError: num_steps out of range, unknown spacing, variance or prediction.
     """
-    num_steps = schedule.num_timesteps if num_steps is None else num_steps
-    way = step_pairs(schedule, num_steps, spacing)
-    shortened = num_steps < schedule.num_timesteps
+    pairs = step_pairs(schedule, num_steps, spacing)
+    shortened = len(pairs) < schedule.num_timesteps
     if variance is None:
         variance = "beta_tilde" if shortened else "beta"
     elif variance not in ("beta", "beta_tilde"):
         raise InputError(f"variance must be beta or beta_tilde, not {variance!r}")
     elif variance == "beta" and shortened:
         warnings.warn(
-            f"variance beta with {num_steps} of {schedule.num_timesteps} steps leaves noise in the images; "
+            f"variance beta with {len(pairs)} of {schedule.num_timesteps} steps leaves noise in the images; "
             "beta_tilde does not",
             stacklevel=2,
         )
     x_t = x_T
-    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(way):
+    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(pairs):
         x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         x_s, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_s)
         if s >= 0:
@@ -135,9 +160,14 @@ def ddim_steps(
     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 
     Args:
-        eta: 0 is deterministic, 1 is ancestral sampling with variance beta_tilde; in [0, 1].
-        num_steps, clip_x_0, noise, spacing, prediction and the rest: as in `ddpm_steps`; noise is asked for only
-            where eta > 0.
+        model: called as model(x_t, t), t (B,) int64 in [0, T).
+        x_T: standard normal noise, (B, C, H, W).
+        num_steps: number of steps, from 1 to T; None: T.
+        eta: in [0, 1]; 0 is deterministic, 1 is ancestral sampling with variance beta_tilde.
+        clip_x_0: clip the predicted image to [-1, 1], and recompute eps_hat from it.
+        noise: returns the noise z of step i = 0, 1, ... if eta > 0; None: torch's global generator.
+        spacing: see `sampling_timesteps`.
+        prediction: what the model predicts.
     Yields:
         A `Step` for each step.
     Raises:
@@ -145,9 +175,8 @@ def ddim_steps(
     """
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, not {eta}")
-    way = step_pairs(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
     x_t = x_T
-    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(way):
+    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(step_pairs(schedule, num_steps, spacing)):
         x_0_hat, eps_hat = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)) ** 0.5
         x_s = alpha_bar_s**0.5 * x_0_hat + max(1 - alpha_bar_s - sigma**2, 0.0) ** 0.5 * eps_hat
@@ -158,7 +187,13 @@ def ddim_steps(
 
 
 def run_sampler(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
-    """The function that runs a sampler's steps to their end and returns what they arrive at."""
+    """The function that runs all steps of a sampler and returns the last state.
+
+    Args:
+        steps: the sampler, such as `ddpm_steps`.
+    Returns:
+        A function with the same parameters that returns x_0, (B, C, H, W).
+    """
 
     def sample(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         for step in steps(*args, **kwargs):
@@ -166,7 +201,7 @@ def run_sampler(steps: Callable[P, Iterator[Step]]) -> Callable[P, Tensor]:
         return x_0
 
     sample.__name__ = sample.__qualname__ = steps.__name__.replace("steps", "sample")
-    sample.__doc__ = f"Run `{steps.__name__}` to its end; returns x_0, (B, C, H, W), in [-1, 1] where x_0 is clipped."
+    sample.__doc__ = f"Run all of `{steps.__name__}`; returns x_0, (B, C, H, W), in [-1, 1] if x_0 is clipped."
     sample.__module__ = steps.__module__
     signature = inspect.signature(steps).replace(return_annotation=Tensor)
     sample.__signature__ = signature  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Noise schedules: beta_t and what follows from it.
+"""Noise schedules: beta_t and the quantities derived from it.
 
 Symbols: T is `num_timesteps`; t = 0 .. T-1 in code, where t = 0 is already one step of noise (papers and figures count
 1 .. T, and call the clean image 0). beta[t] is the variance added at step t, alpha = 1 - beta, alpha_bar its product.
@@ -12,10 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.config import DiffusionConfig, Spacing, check_chain
+from ddpm_lab.core.config import DiffusionConfig, Spacing
 from ddpm_lab.core.errors import InputError
 
-LEAST_LOG_SNR = -10.2  # where the linear chain of T = 1000 ends, and nothing of the image is left
+LEAST_LOG_SNR = -10.2  # at the end of the linear chain of T = 1000; below it nothing of the image remains
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class NoiseSchedule:
 
     @cached_property
     def alpha_bar(self) -> Tensor:
-        """Cumulative product of alpha, (T,) float64: the share of the image's variance that is left at t."""
+        """Cumulative product of alpha, (T,) float64: the fraction of the image's variance that remains at t."""
         return torch.cumprod(self.alpha, dim=0)
 
     @cached_property
@@ -64,19 +64,17 @@ class NoiseSchedule:
 def linear_schedule(num_timesteps: int = 1000, rescale_betas: bool = True) -> NoiseSchedule:
     """Betas evenly spaced from 1e-4 to 0.02 (Ho et al. 2020, section 4).
 
-    That range is the paper's for T = 1000. For another T there are two conventions, and results differ by it:
+    That is the range of the paper for T = 1000. For another T there are two conventions, with different results.
 
     Args:
         num_timesteps: T, from 2 to 10,000.
-        rescale_betas: multiply the range by 1000 / T, so that every T is nearly the same process and T is its
-            resolution (needs T > 20); False keeps 1e-4 .. 0.02 for every T, so that a short chain ends before the
-            image is gone (sqrt(alpha_bar) ends at 0.0797 for T = 500) and a long one wastes its end.
+        rescale_betas: multiply the range by 1000 / T, so that the process is nearly the same for every T, with T as its
+            resolution (requires T > 20); False: 1e-4 .. 0.02 for every T, so that a short chain ends before the image
+            is lost (sqrt(alpha_bar) ends at 0.0797 for T = 500), and a long chain spends its end in pure noise.
     Raises:
         InputError: T out of range, or too small to rescale.
     """
-    check_chain(num_timesteps, "linear", rescale_betas)
-    scale = 1000 / num_timesteps if rescale_betas else 1.0
-    return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64))
+    return build_schedule(DiffusionConfig(num_timesteps=num_timesteps, rescale_betas=rescale_betas))
 
 
 def cosine_schedule(num_timesteps: int = 1000) -> NoiseSchedule:
@@ -87,30 +85,31 @@ def cosine_schedule(num_timesteps: int = 1000) -> NoiseSchedule:
     Raises:
         InputError: T out of range.
     """
-    check_chain(num_timesteps, "cosine", None)
+    return build_schedule(DiffusionConfig(num_timesteps=num_timesteps, schedule="cosine"))
+
+
+def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The schedule of a configuration; see `linear_schedule` and `cosine_schedule`."""
+    T = config.num_timesteps
+    if config.schedule == "linear":
+        scale = 1000 / T if config.rescale_betas else 1.0
+        return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64))
     s = 0.008
-    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    time = torch.arange(T + 1, dtype=torch.float64) / T
     alpha_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
     return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
-def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The schedule that a configuration describes."""
-    if config.schedule == "cosine":
-        return cosine_schedule(config.num_timesteps)
-    return linear_schedule(config.num_timesteps, rescale_betas=config.rescale_betas is not False)
-
-
 def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "uniform") -> list[int]:
-    """The timesteps a sampler visits, from noise to image; after the last comes the clean image.
+    """The timesteps that a sampler visits, from noise to image; the clean image follows the last.
 
     Args:
         schedule: of T timesteps.
-        num_steps: how many, from 1 to T.
-        spacing: 'uniform' (every T / num_steps, the first T-1), 'quadratic' (denser near the image; Song et al. 2020,
+        num_steps: number of timesteps, from 1 to T.
+        spacing: 'uniform' (every T / num_steps, from T-1), 'quadratic' (denser near the image; Song et al. 2020,
             arXiv:2010.02502, appendix D.2), or 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1
-            to 0; Lu et al. 2022, arXiv:2206.00927; of a chain that goes on in pure noise, as the cosine one does, that
-            part is one step); indices that would coincide move to the next free one.
+            to 0; Lu et al. 2022, arXiv:2206.00927). 'logsnr' crosses the part of a chain that is pure noise, as in the
+            cosine schedule, in one step. Timesteps that would coincide move to the next free one.
     Returns:
         `num_steps` distinct integers, decreasing, the first T-1.
     Raises:
@@ -134,5 +133,5 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
     increasing: list[int] = []
     for index, nearest in enumerate(wanted):
         free = max(nearest, increasing[-1] + 1) if increasing else max(nearest, 0)
-        increasing.append(min(free, T - num_steps + index))  # and leave room for those that follow
+        increasing.append(min(free, T - num_steps + index))  # and leave room for the following ones
     return increasing[::-1]

@@ -1,8 +1,8 @@
 """Few-step samplers: second-order solvers of the probability-flow ODE, in the form of `samplers`.
 
 With signal alpha = sqrt(alpha_bar), noise sigma = sqrt(1 - alpha_bar) and lambda = log(alpha / sigma), the ODE is
-linear but for what the network says; each solver integrates the linear part exactly. Without `eta` they ask for no
-noise. The way from the last timestep to the clean image is of first order, for there lambda is infinite.
+linear except for the output of the network; each solver integrates the linear part exactly. With eta = 0 they add no
+noise. The last step, to the clean image, is of first order, because lambda is infinite there.
 """
 
 import math
@@ -23,8 +23,8 @@ def _log_snr(alpha_bar: float) -> float:
     return math.inf if alpha_bar == 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-def _towards(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float = 0.0) -> Tensor:
-    """The exact way from t to s for a predicted image that stays the same, without the noise that eta adds.
+def _first_order_step(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float = 0.0) -> Tensor:
+    """The exact solution from t to s for a constant predicted image x_0, without the noise that eta adds.
 
     Of the ODE for eta = 0 (arXiv:2211.01095, eq. 9, order 1), of the reverse-time SDE for eta = 1 (eq. 18 there).
     """
@@ -49,18 +49,19 @@ def dpmpp_steps(
 ) -> Iterator[Step]:
     """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095), step by step.
 
-    The predicted image is extrapolated along lambda: from the step before (multistep, 2M, algorithm 2: one evaluation
-    a step), or from a timestep on the way (singlestep, 2S, algorithm 1: two evaluations a step).
+    The predicted image is extrapolated along lambda, from the previous step (multistep, 2M, algorithm 2: one evaluation
+    per step) or from an intermediate timestep (singlestep, 2S, algorithm 1: two evaluations per step).
 
     Args:
         model: called as model(x_t, t), t (B,) int64 in [0, T).
         x_T: standard normal noise, (B, C, H, W).
-        num_steps: from 1 to T; to T / 2 where singlestep.
-        clip_x_0: bring each predicted image into [-1, 1].
-        noise: called with the step's number where eta is not 0, for noise of the shape of x_T; None: drawn.
-        eta: 0 solves the ODE; 1 the SDE that has the same marginals (multistep only), which forgets errors made early.
-        spacing: of all timesteps that are evaluated, see `sampling_timesteps`.
-        singlestep: take two evaluations a step in place of memory.
+        num_steps: number of steps, from 1 to T; with singlestep to T / 2.
+        clip_x_0: clip each predicted image to [-1, 1].
+        noise: returns the noise of step i = 0, 1, ... if eta > 0; None: torch's global generator.
+        eta: in [0, 1]; 0 solves the ODE, 1 the SDE with the same marginals, which reduces early errors; 0 with
+            singlestep.
+        spacing: of all timesteps at which the model is evaluated, see `sampling_timesteps`.
+        singlestep: use an intermediate timestep instead of the previous step.
         prediction: what the model predicts.
     Yields:
         A `Step` for each step.
@@ -68,38 +69,38 @@ def dpmpp_steps(
         InputError: num_steps out of range, unknown spacing or prediction, eta not in [0, 1] or with singlestep.
     """
     if not (eta == 0 or (0 < eta <= 1 and not singlestep)):
-        raise InputError(f"eta must be from 0 to 1, and 0 where singlestep, not {eta}")
+        raise InputError(f"eta must be from 0 to 1, and 0 with singlestep, not {eta}")
     x_t = x_T
     if singlestep:
-        way = step_pairs(schedule, 2 * num_steps, spacing)
-        for (t, m, alpha_bar_t, alpha_bar_m), (_, s, _, alpha_bar_s) in zip(way[::2], way[1::2], strict=True):
+        pairs = step_pairs(schedule, 2 * num_steps, spacing)
+        for (t, m, alpha_bar_t, alpha_bar_m), (_, s, _, alpha_bar_s) in zip(pairs[::2], pairs[1::2], strict=True):
             x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
-            x_m = _towards(x_0_hat, x_t, alpha_bar_t, alpha_bar_m)
+            x_m = _first_order_step(x_0_hat, x_t, alpha_bar_t, alpha_bar_m)
             middle, _ = estimate(model, x_m, m, alpha_bar_m, clip_x_0, prediction)
             if s < 0:
                 x_s = middle
             else:
                 start, end = _log_snr(alpha_bar_t), _log_snr(alpha_bar_s)
                 r = (_log_snr(alpha_bar_m) - start) / (end - start)
-                x_s = _towards(x_0_hat + (middle - x_0_hat) / (2 * r), x_t, alpha_bar_t, alpha_bar_s)
+                x_s = _first_order_step(x_0_hat + (middle - x_0_hat) / (2 * r), x_t, alpha_bar_t, alpha_bar_s)
             yield Step(t, x_t, x_s, x_0_hat)
             x_t = x_s
         return
-    before, lambda_before = None, math.nan
-    for step, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(step_pairs(schedule, num_steps, spacing)):
+    x_0_previous, lambda_previous = None, math.nan
+    for i, (t, s, alpha_bar_t, alpha_bar_s) in enumerate(step_pairs(schedule, num_steps, spacing)):
         x_0_hat, _ = estimate(model, x_t, t, alpha_bar_t, clip_x_0, prediction)
         lambda_t = _log_snr(alpha_bar_t)
         extrapolated = x_0_hat
-        if before is not None and s >= 0:
-            r = (lambda_t - lambda_before) / (_log_snr(alpha_bar_s) - lambda_t)
-            extrapolated = x_0_hat + (x_0_hat - before) / (2 * r)
-        x_s = _towards(extrapolated, x_t, alpha_bar_t, alpha_bar_s, eta)
+        if x_0_previous is not None and s >= 0:
+            r = (lambda_t - lambda_previous) / (_log_snr(alpha_bar_s) - lambda_t)
+            extrapolated = x_0_hat + (x_0_hat - x_0_previous) / (2 * r)
+        x_s = _first_order_step(extrapolated, x_t, alpha_bar_t, alpha_bar_s, eta)
         if eta > 0 and s >= 0:
             h = _log_snr(alpha_bar_s) - lambda_t
-            z = torch.randn_like(x_t) if noise is None else noise(step)
+            z = torch.randn_like(x_t) if noise is None else noise(i)
             x_s = x_s + math.sqrt((1 - alpha_bar_s) * -math.expm1(-2 * eta * h)) * z
         yield Step(t, x_t, x_s, x_0_hat)
-        x_t, before, lambda_before = x_s, x_0_hat, lambda_t
+        x_t, x_0_previous, lambda_previous = x_s, x_0_hat, lambda_t
 
 
 def heun_steps(
@@ -114,12 +115,16 @@ def heun_steps(
 ) -> Iterator[Step]:
     """Heun's method on d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 
-    A step goes along the noise predicted at t, then along the mean of that and the noise predicted where it led: two
-    evaluations a step, but for the last, which ends at the clean image and has one.
+    The noise predicted at t gives a first x_s; the step is then repeated with the mean of that noise and the noise
+    predicted at s. Each step takes two evaluations, except the last, to the clean image, which takes one.
 
     Args:
-        num_steps: from 1 to T; 2 num_steps - 1 evaluations.
-        the rest: as in `dpmpp_steps`.
+        model: called as model(x_t, t), t (B,) int64 in [0, T).
+        x_T: standard normal noise, (B, C, H, W).
+        num_steps: number of steps, from 1 to T, with 2 num_steps - 1 evaluations.
+        clip_x_0: clip each predicted image to [-1, 1].
+        spacing: see `sampling_timesteps`.
+        prediction: what the model predicts.
     Yields:
         A `Step` for each step.
     Raises:
@@ -135,8 +140,8 @@ def heun_steps(
             x_0_hat_s, eps_s = estimate(model, x_s, s, alpha_bar_s, clip_x_0, prediction)
             if 2 * _log_snr(alpha_bar_t) > LEAST_LOG_SNR:
                 x_s = scale * x_t + distance * (eps_t + eps_s) / 2
-            else:  # through pure noise the mean of x_0: that of eps would divide their difference by next to nothing
-                x_s = _towards((x_0_hat + x_0_hat_s) / 2, x_t, alpha_bar_t, alpha_bar_s)
+            else:  # in pure noise average x_0: the mean of eps would divide their difference by almost 0
+                x_s = _first_order_step((x_0_hat + x_0_hat_s) / 2, x_t, alpha_bar_t, alpha_bar_s)
         yield Step(t, x_t, x_s, x_0_hat)
         x_t = x_s
 

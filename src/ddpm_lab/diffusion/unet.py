@@ -1,15 +1,15 @@
 """The network: the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), eps_theta(x_t, t).
 
-It knows x_t and t, not the schedule. Levels go down by strided convolutions and up by nearest-neighbour doubling; every
-state on the way down is kept on a stack and joined on the way up. Shape comments: (B, channels, height, width), E the
-width of the time embedding.
+Its input is x_t and t, not the schedule. Strided convolutions halve the resolution on the way down, nearest-neighbour
+upsampling doubles it on the way up; every state on the way down is kept on a stack and concatenated on the way up.
+Shapes: (B, channels, height, width), and E for the width of the time embedding.
 """
 
 import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from ddpm_lab.core.config import Conditioning, ModelConfig
 from ddpm_lab.core.errors import InputError
 
 NORM_EPS = 1e-6
-NARROW_HEAD = 16  # channels
-CACHED_WEIGHTS = 2**21
+NARROW_HEAD = 16  # channels of a head below which attention on a CPU is faster with padding
+CACHED_WEIGHTS = 2**21  # attention weights that fit into the cache of a CPU
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def timestep_embedding(position: Tensor, channels: int) -> Tensor:
@@ -39,18 +41,17 @@ def timestep_embedding(position: Tensor, channels: int) -> Tensor:
 
 
 def _table(rows: int, columns: int) -> nn.Embedding:
-    """nn.Embedding with its usual first values; none on the meta device, where drawing them imports for seconds."""
+    """nn.Embedding with its usual initial values; without them on the meta device, where drawing takes seconds."""
     weight = torch.empty(rows, columns)
     return nn.Embedding(rows, columns, _weight=weight if weight.is_meta else weight.normal_())
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, scale: float = 1.0) -> nn.Conv2d:
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-    return cast(nn.Conv2d, _initialise(layer, scale))
+    return _initialised(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2), scale)
 
 
-def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
-    """Uniform with variance scale / fan_avg, as Ho et al.; scale 0 makes a block start as the identity."""
+def _initialised(layer: Layer, scale: float = 1.0) -> Layer:
+    """The layer with uniform weights of variance scale / fan_avg, as Ho et al.; scale 0 makes a block the identity."""
     if scale > 0:
         nn.init.xavier_uniform_(layer.weight, gain=scale**0.5)
     else:
@@ -63,23 +64,21 @@ def _initialise(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice; 1x1 shortcut where channels change.
 
-    The embedding of time and class is added before the second normalisation (Ho et al. 2020), or scales and shifts what
-    comes out of it (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 3, "AdaGN").
+    The embedding of time and class is added before the second normalisation (Ho et al. 2020), or scales and shifts its
+    output (Dhariwal and Nichol 2021, arXiv:2105.05233, eq. 3, "AdaGN").
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         super().__init__()
-        norm_groups, embedding_channels = config.norm_groups, 4 * config.base_channels
         self.scale_shift = config.time_conditioning == "scale_shift"
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = _convolution(in_channels, out_channels)
-        self.embedding = _initialise(nn.Linear(embedding_channels, out_channels * (1 + self.scale_shift)))
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.embedding = _initialised(nn.Linear(4 * config.base_channels, out_channels * (1 + self.scale_shift)))
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _convolution(out_channels, out_channels, scale=0)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else _convolution(in_channels, out_channels, kernel_size=1)
-        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else _convolution(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -105,11 +104,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     d = q.shape[-1]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        if q.device.type == "cpu" and d < NARROW_HEAD:  # a kernel made for wider heads is faster on zeros than without
+        if q.device.type == "cpu" and d < NARROW_HEAD:  # a kernel for wider heads, on zeros, is faster than none
             q, k, v = (F.pad(x, (0, NARROW_HEAD - d)) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
-    # On the CPU bfloat16 has fast products but no fast fused kernel: products, with as many images at a time as leave
-    # the weights in the cache.
+    # On the CPU bfloat16 has fast products but no fast fused kernel: compute products, of as many images at a time as
+    # keep the weights in the cache.
     images = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
     parts = zip(*(torch.split(x, images) for x in (q * d**-0.5, k, v)), strict=True)
     return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in parts])
@@ -122,8 +121,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = channels // head_channels if head_channels else 1
         self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
-        self.query_key_value = _initialise(nn.Linear(channels, 3 * channels))
-        self.out = _initialise(nn.Linear(channels, channels), scale=0)
+        self.query_key_value = _initialised(nn.Linear(channels, 3 * channels))
+        self.out = _initialised(nn.Linear(channels, channels), scale=0)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -134,12 +133,11 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded at the right and the bottom only (as Ho et al.)."""
+    """Halve height and width by a strided convolution, padded only at the right and the bottom (as Ho et al.)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-        _initialise(self.conv)
+        self.conv = _initialised(nn.Conv2d(channels, channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
@@ -157,7 +155,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, attention after each where the level has it, and the step to the next level."""
+    """The residual blocks of one resolution, each followed by attention if the level has it, and the resampling."""
 
     def __init__(
         self, channels: Sequence[tuple[int, int]], config: ModelConfig, attention: bool, resample: nn.Module | None
@@ -175,21 +173,21 @@ class UNet(nn.Module):
     """eps_theta(x_t, t) of Ho et al. 2020; the default arguments are their CIFAR-10 network (35,746,307 parameters).
 
     Args:
-        image_channels: 1 or 3 (any number works).
+        image_channels: channels of the images.
         base_channels: channels of the first level, a multiple of 4 and of norm_groups.
-        channel_multipliers: one per level; a level after the first has half the height and width of the one before.
+        channel_multipliers: one per level; each level after the first halves height and width.
         num_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_levels: levels with self-attention, from 0; the middle always has it.
+        attention_levels: levels with self-attention, counted from 0; the middle always has it.
         attention_head_channels: channels per head; None: one head.
-        dropout: in the residual blocks, while training.
-        norm_groups: of the normalisations. Warns where a level has one channel a group: what the time embedding adds
-            to a channel is then taken away by the next normalisation, and the level cannot see t.
-        patch_size: side of the patches that are folded into channels first and unfolded last.
+        dropout: probability of dropout in the residual blocks during training.
+        norm_groups: groups of the group normalisations. Warns if a level has one channel per group: the normalisation
+            then removes what the time embedding adds to a channel, and the level ignores t.
+        patch_size: side of the patches that are folded into channels at the input and unfolded at the output.
         time_conditioning: 'shift' or 'scale_shift', see `ResidualBlock`.
-        num_classes: classes it can be told; None: none.
+        num_classes: number of classes of a conditional network; None: an unconditional network.
         num_timesteps: T; the network takes integer t and scales it itself.
     Raises:
-        InputError: what cannot be built.
+        InputError: a value out of range, or values that do not fit each other.
     """
 
     def __init__(
@@ -220,74 +218,70 @@ class UNet(nn.Module):
             time_conditioning=time_conditioning,
             num_classes=num_classes,
         )
-        if time_conditioning == "shift" and norm_groups in (
-            base_channels * multiplier for multiplier in channel_multipliers
-        ):
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        if time_conditioning == "shift" and norm_groups in widths:
             warnings.warn(
-                f"a level of {norm_groups} channels in {norm_groups} groups cannot see t; give model.norm_groups less",
+                f"model.norm_groups of {norm_groups} equals the channels of a level, which then ignores the timestep; "
+                "use fewer groups",
                 stacklevel=2,
             )
         self.image_channels, self.num_timesteps = image_channels, num_timesteps
-        self.patch_size, self.base_channels = patch_size, base_channels
         embedding_channels = 4 * base_channels
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
         last = len(widths) - 1
 
         self.time_embedding = nn.Sequential(
-            _initialise(nn.Linear(base_channels, embedding_channels)),
+            _initialised(nn.Linear(base_channels, embedding_channels)),
             nn.SiLU(),
-            _initialise(nn.Linear(embedding_channels, embedding_channels)),
+            _initialised(nn.Linear(embedding_channels, embedding_channels)),
         )
-        # the last row stands for no class
+        # the last row is for no label
         self.class_embedding = None if num_classes is None else _table(num_classes + 1, embedding_channels)
         self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
 
-        # Down: the channels of every state kept are noted, for the way up joins them in reverse.
+        # `kept` holds the channels of every state on the way down; the way up concatenates the states in reverse order.
         kept = [base_channels]
-        down: list[Level] = []
+        self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
-            resample = Downsample(width) if index < last else None
-            down.append(Level(blocks, self.config, index in attention_levels, resample))
+            resample: nn.Module | None = Downsample(width) if index < last else None
+            self.down.append(Level(blocks, self.config, index in attention_levels, resample))
             kept += [width] * (num_blocks + (index < last))
-
-        self.down = nn.ModuleList(down)
 
         middle = widths[-1]
         self.middle_in = ResidualBlock(middle, middle, self.config)
         self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
         self.middle_out = ResidualBlock(middle, middle, self.config)
 
-        up: list[Level] = []
+        self.up = nn.ModuleList()
         current = middle
         for index, width in reversed(list(enumerate(widths))):
             blocks = []
             for _ in range(num_blocks + 1):
                 blocks.append((current + kept.pop(), width))
                 current = width
-            up.append(Level(blocks, self.config, index in attention_levels, Upsample(width) if index > 0 else None))
-        self.up = nn.ModuleList(up)
+            resample = Upsample(width) if index > 0 else None
+            self.up.append(Level(blocks, self.config, index in attention_levels, resample))
         assert not kept
 
-        self.norm_out = nn.GroupNorm(norm_groups, base_channels * channel_multipliers[0], eps=NORM_EPS)
-        self.conv_out = _convolution(base_channels * channel_multipliers[0], image_channels * patch_size**2, scale=0)
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=NORM_EPS)
+        self.conv_out = _convolution(widths[0], image_channels * patch_size**2, scale=0)
         self.input_scale: Tensor | None
         self.register_buffer("input_scale", None)
 
     def scale_input(self, scale: Tensor | None) -> None:
-        """Multiply x_t by scale[t] first, (T,); None: leave it as it is (see `diffusion.input_scale`)."""
+        """Set the factor of x_t at the input, scale[t] with scale (T,); None: no factor (see `process.input_scale`)."""
         device = self.conv_out.weight.device
         self.register_buffer("input_scale", None if scale is None else scale.float().to(device), persistent=False)
 
     @property
     def num_classes(self) -> int:
-        """How many classes it can be told, 0 where it is told none."""
+        """The number of classes; 0 for an unconditional network."""
         return self.config.num_classes or 0
 
     @property
     def size_multiple(self) -> int:
         """Height and width of images must be multiples of this."""
-        return int(self.patch_size * 2 ** (len(self.down) - 1))
+        return int(self.config.patch_size * 2 ** (len(self.down) - 1))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from noised images.
@@ -295,33 +289,31 @@ class UNet(nn.Module):
         Args:
             x_t: (B, C, H, W) float32; H and W multiples of `size_multiple`.
             t: (B,) int64 in [0, T).
-            y: (B,) int64, each image's class, or num_classes for none; None: none for all.
+            y: (B,) int64, the label of each image, or num_classes for none; None: no labels.
         Returns:
-            (B, C, H, W), in the dtype the last convolution computes in.
+            (B, C, H, W), in the dtype of the last convolution.
         Raises:
-            InputError: channels or size that do not fit the network.
+            InputError: channels or size that do not fit the network, or labels for an unconditional network.
         """
-        if (
-            x_t.shape[1] != self.image_channels
-            or x_t.shape[2] % self.size_multiple
-            or x_t.shape[3] % self.size_multiple
-        ):
+        patch_size = self.config.patch_size
+        _, C, H, W = x_t.shape
+        if self.image_channels != C or H % self.size_multiple or W % self.size_multiple:
             raise InputError(
                 f"this network takes (B, {self.image_channels}, H, W) with H and W multiples of {self.size_multiple}, "
                 f"not {tuple(x_t.shape)}"
             )
-        # Position means noise level whatever T is; float32 throughout, for bfloat16 cannot tell 998 from 999.
+        # The position stands for the noise level, for every T; in float32, for bfloat16 rounds 999 to 1000.
         position = 1000 * (t.float() + 1) / self.num_timesteps - 1
-        embedding = self.time_embedding(timestep_embedding(position, self.base_channels))  # (B, E)
+        embedding = self.time_embedding(timestep_embedding(position, self.config.base_channels))  # (B, E)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
         elif y is not None:
-            raise InputError("this network is told no classes; give no y")
+            raise InputError("this network is unconditional and takes no y")
         embedding = F.silu(embedding)
 
         if self.input_scale is not None:
             x_t = x_t * self.input_scale[t][:, None, None, None]
-        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch_size) if self.patch_size > 1 else x_t)
+        h = self.conv_in(F.pixel_unshuffle(x_t, patch_size) if patch_size > 1 else x_t)
         states = [h]
         for level in cast(Iterable[Level], self.down):
             for block, attention in zip(level.blocks, level.attentions, strict=True):
@@ -338,18 +330,22 @@ class UNet(nn.Module):
                 h = level.resample(h)
         assert not states
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else cast(Tensor, h)
+        return F.pixel_shuffle(h, patch_size) if patch_size > 1 else cast(Tensor, h)
 
 
 def build_unet(
     config: ModelConfig, image_channels: int, image_size: int, num_timesteps: int, input_scale: Tensor | None = None
 ) -> UNet:
-    """The network that a configuration describes, for square images of one size.
+    """The network of a configuration, for square images of one size.
 
     Args:
+        config: the settings of the network.
+        image_channels: channels of the images.
+        image_size: side in pixels.
+        num_timesteps: T.
         input_scale: see `UNet.scale_input`.
     Raises:
-        InputError: the size is not a multiple of what the levels and patches need.
+        InputError: the levels and patches do not divide image_size.
     """
     model = UNet(image_channels, **dataclasses.asdict(config), num_timesteps=num_timesteps)
     if image_size % model.size_multiple:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.config import SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import cache_dir
 from ddpm_lab.core.progress import progress
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.image_folder import unreadable
 from ddpm_lab.data.image_stream import ImageStream, open_images, tensor_stream
 from ddpm_lab.evaluation.feature_store import Features, features_of

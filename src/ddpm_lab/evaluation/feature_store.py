@@ -23,11 +23,11 @@ from ddpm_lab.core import processes
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import (
     TEMPORARY_PREFIX,
+    acquire_lock,
     atomic_file,
     cache_dir,
     cache_writable,
     replace_atomically,
-    waiting_for,
 )
 from ddpm_lab.core.progress import progress
 from ddpm_lab.data.image_stream import ImageStream, ahead, chunk_size
@@ -99,7 +99,7 @@ def _features_of(images: ImageStream, network: FeatureNetwork, keep: bool) -> Fe
             for left in store.glob(f"*{passing.name}"):
                 shutil.rmtree(left, ignore_errors=True)
     folder = store / key
-    with waiting_for(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
+    with acquire_lock(folder.with_name(f".{key}.lock")):  # a second process waits, and finds them there
         try:
             return _open(folder, images.num_images)
         except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged

@@ -60,7 +60,7 @@ class FeatureNetwork:
     @property
     def key(self) -> str:
         """What decides its features and what is kept beside them: weights, versions, device, and the code."""
-        made_by = f"{self.library} {self.version} torch {version('torch')} {source_sha256('evaluation.feature_store')}"
+        made_by = f"{self.library} {self.version} torch {version('torch')} {source_sha256('evaluation')}"
         return f"{self.name} {self.sha256} {made_by} {self.device.type}"
 
     @property

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from ddpm_lab.core import processes
-from ddpm_lab.core.config import Config, SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import Config, SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.core.log import append_line
 from ddpm_lab.core.messages import show_deferred_warnings
-from ddpm_lab.data.datasets import DATASETS, ImageSet, here, load_images
+from ddpm_lab.core.scoring_config import ScoringConfig
+from ddpm_lab.data.datasets import DATASETS, ImageSet, available_datasets, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
 from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.evaluation.feature_store import features_of
@@ -196,7 +197,7 @@ def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Wei
 def _check_floor(reference: Reference | None, data_dir: Path | None) -> None:
     """Fetch the floor's images now where they are missing, so that what cannot be fetched is told before the work."""
     dataset = reference.images.dataset if reference is not None and reference.images is not None else None
-    if reference is not None and dataset is not None and dataset not in here(data_dir):
+    if reference is not None and dataset is not None and dataset not in available_datasets(data_dir):
         reference.floor(2, data_dir)
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ddpm_lab.core.errors import require
-from ddpm_lab.core.settings import SettingsGroup
+from ddpm_lab.core.settings import Range, SettingsGroup
 
 PICTURE_ENDINGS, FILM_ENDINGS = (".png",), (".gif", ".mp4")
 
@@ -19,24 +20,16 @@ class PictureConfig(SettingsGroup):
     """Settings of a picture (.png) and of a film (.gif or .mp4)."""
 
     _grouped = False  # the flags are --scale, --columns and so on, without the name of a group
-    scale: int | None = None
+    scale: Annotated[int | None, Range(1, 16)] = None
     """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
-    columns: int | None = None
+    columns: Annotated[int | None, Range(2)] = None
     """columns of a picture, from one end of the chain to the other; unset: 11, or as many as there are states"""
-    frames: int | None = None
+    frames: Annotated[int | None, Range(2, 10_001)] = None
     """frames of a film, from one end of the chain to the other; unset: 101, or as many as there are states"""
-    fps: int = 20
+    fps: Annotated[int, Range(1, 50)] = 20
     """frames per second, from 1 to 50"""
-    hold: float = 2.0
+    hold: Annotated[float, Range(0, 60)] = 2.0
     """seconds for which a film shows its last frame, from 0 to 60"""
-
-    def _check(self) -> None:
-        self._at_least(1, "scale")
-        self._at_most(16, "scale")
-        self._at_least(2, "frames")
-        self._at_most(10_001, "frames")
-        require(1 <= self.fps <= 50, f"fps must be from 1 to 50, not {self.fps}")
-        require(0 <= self.hold <= 60, f"hold must be from 0 to 60 seconds, not {self.hold}")
 
     def num_states(self, out: Path, available: int) -> int:
         """How many states of a chain a file shows: the frames of a film, or the columns of a picture.

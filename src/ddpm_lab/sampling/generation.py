@@ -375,7 +375,7 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
         "model": process["model"],
         "diffusion": process["diffusion"],
         "version": version("ddpm-lab"),
-        "code": source_sha256("sampling.generation"),
+        "code": source_sha256("sampling"),
         "torch": version("torch"),
         "device": next(trained.model.parameters()).device.type,
         **settings,

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ddpm_lab.core.config import SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import replace_atomically
 from ddpm_lab.core.log import SCORES, append_line, read_lines
 from ddpm_lab.core.progress import duration, progress
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import load_images, to_float
 from ddpm_lab.diffusion.likelihood import variational_bound
 from ddpm_lab.diffusion.schedule import build_schedule

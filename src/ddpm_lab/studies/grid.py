@@ -12,12 +12,12 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ddpm_lab.core.config import RECIPES, Config, Features, Precision, SamplingConfig
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import read_json
-from ddpm_lab.core.settings import SettingsGroup, read_toml
+from ddpm_lab.core.settings import Range, SettingsGroup, read_toml
 
 STUDIES = {path.stem: path for path in sorted((Path(__file__).parent / "packaged").glob("*.toml"))}
 HEADLINE = "ddim-50"  # the sampler of headlines: equal evaluations whatever T
@@ -63,25 +63,22 @@ class GridConfig(SettingsGroup):
 class MeasuresConfig(SettingsGroup):
     """When cells are scored, and how."""
 
-    checkpoints: int = 6
+    checkpoints: Annotated[int, Range(1)] = 6
     """scores in the course of training, evenly spaced, the last at its end"""
-    images: int = 500
+    images: Annotated[int, Range(20)] = 500
     """sampled for each of those, by DDIM with evaluation.sample_steps steps, 50 where the recipe does not say"""
-    final_images: int = 1_000
+    final_images: Annotated[int, Range(20)] = 1_000
     """sampled for each score at the end"""
     samplers: tuple[str, ...] = ("ddim-10", "ddim-20", "ddim-50", "ddim-100", "dpmpp-10", "dpmpp-20")
     """at the end: sampler and number of steps"""
-    ancestral_images: int = 64
+    ancestral_images: Annotated[int, Range(20)] = 64
     """sampled with all T steps"""
-    bound_images: int = 200
+    bound_images: Annotated[int, Range(2)] = 200
     """held-out ones whose bits per dimension are bounded"""
     features: Features = "classifier"
     """the network that scores are taken over"""
 
     def _check(self) -> None:
-        self._at_least(1, "checkpoints")
-        self._at_least(20, "images", "final_images", "ancestral_images")
-        self._at_least(2, "bound_images")
         require(HEADLINE in self.samplers, f"measures.samplers must name {HEADLINE}, by which cells are compared")
         for name in self.samplers:
             parse_sampler(name)

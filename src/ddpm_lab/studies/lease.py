@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm_lab.core.errors import RunError
-from ddpm_lab.core.files import TEMPORARY_PREFIX, waiting_for
+from ddpm_lab.core.files import TEMPORARY_PREFIX, acquire_lock
 
 SECONDS = 120.0
 
@@ -89,7 +89,7 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
 def _acquire(path: Path, seconds: float) -> Lease | None:
     owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}"
     mine = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with waiting_for(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
+    with acquire_lock(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
         mine.write_text(json.dumps({"owner": owner}) + "\n")
         try:
             with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_lab.core.config import Config
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import NO_SPACE, replace_atomically
+from ddpm_lab.core.files import replace_atomically, writable
 from ddpm_lab.core.log import SCORES, read_lines
 from ddpm_lab.core.settings import fits
 from ddpm_lab.diffusion.guidance import guidance_label
@@ -59,12 +59,8 @@ def write_run_report(folder: Path) -> str:
     """
     runs = [_open_run(path) for path in _run_folders(folder)]
     page = run_page(folder.resolve().name, runs).encode("utf-8", "backslashreplace")
-    try:
+    with writable(str(folder / "report.html")):
         replace_atomically(folder / "report.html", page)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise
-        raise InputError(f"{folder / 'report.html'} cannot be written: {error.strerror}") from error
     return f"{folder / 'report.html'}: {', '.join(run.name for run in runs)}"
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddpm_lab.core.config import DiffusionConfig, SamplingConfig
 from ddpm_lab.core.errors import InputError, require
-from ddpm_lab.data.datasets import here, load_images, to_float, to_uint8
-from ddpm_lab.data.image_formats import as_seen, opened_picture
+from ddpm_lab.data.datasets import available_datasets, load_images, to_float, to_uint8
+from ddpm_lab.data.image_formats import as_seen, open_picture
 from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.pictures.drawing import Picture, framed, image_table, short_number, side_by_side, stacked
 from ddpm_lab.pictures.forward import Betas, Curves, forward_processes, forward_states, process_label, snr_at
@@ -68,7 +68,7 @@ def uploaded(content: bytes) -> Image.Image:
     Raises:
         InputError: the file is no picture, or it is damaged or too large.
     """
-    with opened_picture(io.BytesIO(content), "this picture", MAX_PIXELS) as opened:
+    with open_picture(io.BytesIO(content), "this picture", MAX_PIXELS) as opened:
         return ImageOps.fit(as_seen(opened), (UPLOAD_SIZE, UPLOAD_SIZE), Image.Resampling.LANCZOS)
 
 
@@ -134,7 +134,7 @@ def denoised(
 
 def forward_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
     """Lay out the tab and connect its controls."""
-    datasets, names = here(), model_names(runs)
+    datasets, names = available_datasets(), model_names(runs)
     picture = gr.State(dataset_image(datasets[0], 0))
     with gr.Row():
         with gr.Column(scale=1, min_width=300):

@@ -5,9 +5,10 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_lab.core.config import SamplingConfig, ScoringConfig
+from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import require
 from ddpm_lab.core.log import SCORES
+from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.evaluation.score_table import class_count, floor_count, score_table
 from ddpm_lab.evaluation.scores import evaluate_source

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import read_lines
-from ddpm_lab.data.datasets import DATASETS, here
+from ddpm_lab.data.datasets import DATASETS, available_datasets
 from ddpm_lab.data.image_folder import files_below
 from ddpm_lab.models.checkpoint import checkpoint_steps
 from ddpm_lab.models.diffusers_format import is_diffusers
@@ -63,7 +63,7 @@ def check_data(runs: Path, trained: TrainedModel) -> None:
     """
     dataset = trained.config.data.dataset
     if dataset in DATASETS:
-        if dataset not in here():
+        if dataset not in available_datasets():
             raise InputError(f"{dataset} is not on this machine; fetch it with: ddpm data {dataset}")
         return
     folder = Path(dataset)

@@ -4,10 +4,11 @@ import time
 from statistics import median
 
 import torch
+from rich.filesize import decimal
 
 from ddpm_lab.core.config import Config
 from ddpm_lab.core.device import autocast, resolve_precision
-from ddpm_lab.core.progress import duration, size
+from ddpm_lab.core.progress import duration
 from ddpm_lab.data.datasets import ImageSet
 from ddpm_lab.diffusion.process import diffusion_loss
 from ddpm_lab.diffusion.schedule import NoiseSchedule
@@ -41,7 +42,7 @@ def training_cost(
         f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
         f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
         f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
-        f"up to {size(stored)} of checkpoints"
+        f"up to {decimal(stored)} of checkpoints"
     )
 
 
