@@ -155,7 +155,7 @@ def test_a_process_killed_ends_the_run_and_another_number_resumes_it(tiny_recipe
     assert code == 1, err
     errors = [line for line in err.splitlines() if "error:" in line]
     assert len(errors) == 1, err
-    assert "another of the 2 processes ended; the same command goes on from the newest checkpoint" in errors[0]
+    assert "another of the 2 processes ended; the same command continues from the newest checkpoint" in errors[0]
     # One process takes up what two left at step 4, and ends where one alone would have.
     steps = checkpoint_steps(tmp_path / "run")
     assert steps[0] == 4

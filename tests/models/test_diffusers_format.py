@@ -149,7 +149,7 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
                     ["evaluate", str(theirs), *score], ["import", str(theirs), "--run", str(run)]):  # fmt: skip
         assert run_command(command) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "was imported, without what its training needs" in told[0]
+    assert "was imported and cannot be trained" in told[0]
     assert "does not say what it was trained on; give --reference" in told[1]
     assert told[2] == told[1]
     assert "exists; name a new folder" in told[3]
@@ -260,7 +260,7 @@ def cut(folder):
         (edit(UNET, sample_size=-8), "sample_size -8 is not covered"),
         (edit(UNET, sample_size=True), "sample_size true is not covered"),
         (edit(UNET, in_channels=4, out_channels=4), "in_channels 4"),
-        (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in its config"),
+        (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in this network"),
         (edit(UNET, block_out_channels="wide"), "is not a UNet2DModel's"),
         (edit(UNET, norm_num_groups=3), "model.base_channels must be a positive multiple"),
         (edit(SCHEDULER, num_train_timesteps=2000), "num_train_timesteps 2000 is not covered; 1000 is"),

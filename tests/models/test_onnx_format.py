@@ -18,7 +18,7 @@ from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.diffusion.samplers import ddim_sample
 from ddpm_lab.diffusion.schedule import cosine_schedule, linear_schedule
 from ddpm_lab.diffusion.solvers import dpmpp_sample
-from ddpm_lab.models.checkpoint import checkpoint_path, load_tensors, tensor_bytes
+from ddpm_lab.models.checkpoint import checkpoint_path, read_tensors, tensor_bytes
 from ddpm_lab.models.onnx_format import linear_steps
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -98,7 +98,7 @@ def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monk
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in sorted(load_tensors(checkpoint, "ema.safetensors").items())
+        for name, tensor in sorted(read_tensors(checkpoint, "ema.safetensors").items())
     }
     content = tensor_bytes(tensors)
     (checkpoint / "ema.safetensors").write_bytes(content)

@@ -41,7 +41,7 @@ def test_a_run_begins_as_the_network_it_is_from(tmp_path, config, tiny_run):
         "source": str(tiny_run), "step": 12, "weights": "ema", "sha256": source.weights_sha256, "variance": "beta",
             "unconditional": True,
     }  # fmt: skip
-    assert f"began from {tiny_run}, step 12" in "\n".join(describe(str(tmp_path / "run")))
+    assert f"started from {tiny_run}, step 12" in "\n".join(describe(str(tmp_path / "run")))
     assert run_command(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(tmp_path / "card")]) == 0
     assert f"it began with the weights of {tiny_run}, step 12" in (tmp_path / "card" / "README.md").read_text()
 
@@ -77,14 +77,14 @@ def test_it_goes_on_with_and_without_its_source(tmp_path, config, tiny_run):
         assert json.loads((parts / "config.json").read_text())["from"]["source"] == str(source)
     for step in checkpoint_steps(parts):
         shutil.rmtree(checkpoint_path(parts, step))
-    with pytest.raises(InputError, match=r"has no checkpoint yet; give --from .*source once more"):
+    with pytest.raises(InputError, match=r"has no checkpoint yet; give --from .*source again"):
         train(config, parts, device="cpu")
     shutil.copytree(tiny_run, source)
     train(changed(config, "training", num_steps=4), parts, start_from=f"{source}/", device="cpu")
     assert (checkpoint_path(parts, 4) / "ema.safetensors").is_file(), "written otherwise it is the same source"
     shutil.rmtree(checkpoint_path(parts, 4))
     shutil.rmtree(checkpoint_path(source, 12))  # now its newest checkpoint is another
-    with pytest.raises(InputError, match=r"source has changed since run .* began from step 12 of it"):
+    with pytest.raises(InputError, match=r"source/ has changed since run .* started from step 12 of it"):
         train(config, parts, start_from=source, device="cpu")
 
 
@@ -93,7 +93,7 @@ def test_it_goes_on_with_and_without_its_source(tmp_path, config, tiny_run):
     [
         ("model", {"base_channels": 16}, "model.base_channels 32, not 16"),
         ("model", {"patch_size": 2}, "model.patch_size 1, not 2"),
-        ("diffusion", {"prediction": "v"}, "predicts eps, not v"),
+        ("diffusion", {"prediction": "v"}, 'diffusion.prediction "eps", not "v"'),
     ],
 )
 def test_another_network_is_refused(tmp_path, config, tiny_run, group, change, words):
@@ -108,9 +108,9 @@ def test_a_run_begins_but_once(tmp_path, config, tiny_run, capsys, tiny_recipe):
     shutil.copytree(tiny_run, copy)
     command = ["train", str(tiny_recipe), "--run", str(copy), "--device", "cpu", "--from", str(tiny_run)]
     assert run_command(command) == 2
-    assert f"began from random weights, not from {tiny_run}" in capsys.readouterr().err
+    assert f"started from random weights, not from {tiny_run}" in capsys.readouterr().err
     train(at_rest(config), tmp_path / "run", start_from=tiny_run, device="cpu")
-    with pytest.raises(InputError, match=f"began from {tiny_run}, not from {copy}"):
+    with pytest.raises(InputError, match=f"started from {tiny_run}, not from {copy}"):
         train(at_rest(config), tmp_path / "run", start_from=copy, device="cpu")
     for wrong, words in (("nowhere", "nowhere"), ("mnist", "--from mnist has model.base_channels 64, not 32")):
         assert run_command([*command[:3], str(tmp_path / "new"), *command[4:-1], wrong]) == 2

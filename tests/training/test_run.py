@@ -30,7 +30,8 @@ from ddpm_lab.evaluation import scores
 from ddpm_lab.models import checkpoint
 from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.training import cost, session
-from ddpm_lab.training.run import _as_typed, train
+from ddpm_lab.training.resume import as_flag
+from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
 
 
@@ -96,7 +97,7 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.slow
 def test_killed_runs_end_in_the_same_bits(tmp_path, tiny_recipe):
-    """SIGKILL after the log has grown, at several steps, each time resumed; all tensors equal those of one sitting."""
+    """SIGKILL at several steps, after the log has grown; resumed, all tensors equal those of an uninterrupted run."""
     steps = ("--training.num-steps", "40", "--training.log-every", "1", "--training.checkpoint-every", "7")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish(start(tiny_recipe, whole, *steps)) == 0
@@ -125,12 +126,12 @@ def test_interrupting_writes_a_checkpoint(tmp_path, tiny_recipe, number):
     _out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     (step,) = checkpoint_steps(tmp_path)[-1:]
-    assert err.splitlines()[-1] == f"error: stopped at step {step}; its checkpoint is written, the same command goes on"
+    assert err.splitlines()[-1] == f"error: stopped at step {step} with a checkpoint; the same command continues"
     assert read_lines(tmp_path / "log.jsonl")[-1]["step"] == step
 
 
 def test_resuming_at_another_interval_changes_nothing(tmp_path, tiny_recipe, tiny_run):
-    """Steps 1-4, then on to 12 with other intervals: the weights of the run in one sitting."""
+    """Steps 1-4, then on to 12 with other intervals: the weights of an uninterrupted run."""
     first = tiny(tiny_recipe, num_steps=4)
     train(first, tmp_path, device="cpu")
     train(tiny(tiny_recipe, log_every=5, checkpoint_every=3), tmp_path, device="cpu")
@@ -149,7 +150,7 @@ def test_a_finished_run_whose_rate_fell_to_0_says_how_to_go_on(tmp_path, tiny_re
     said = []
     for _ in range(2):
         train(tiny(tiny_recipe, num_steps=2, decay="cosine"), tmp_path / "run", device="cpu", say=said.append)
-    assert said[-1].endswith("has all its 2 steps; give more --training.num-steps to go on")
+    assert said[-1].endswith("has all its 2 steps; give more --training.num-steps to continue")
 
 
 def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_recipe, tiny_run):
@@ -201,7 +202,7 @@ def test_flops_are_counted_as_by_hand():
         (lambda c: dataclasses.replace(c, diffusion=dataclasses.replace(c.diffusion, num_timesteps=500)),
          "diffusion.num_timesteps 1000, not 500"),
         (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, seed=1)), "training.seed"),
-        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "cannot be fewer"),
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "cannot be"),
     ],
 )  # fmt: skip
 def test_another_configuration_is_refused(tiny_recipe, tiny_run, change, words):
@@ -230,10 +231,10 @@ def stop_at(monkeypatch, step):
 @pytest.mark.parametrize(
     ("reached", "share", "num_steps", "words"),
     [
-        (8, 1.0, 20, "is falling to 0, at step 12"),
-        (11, 0.25, 20, "is falling to 0, at step 12"),
-        (9, 0.25, 10, "should have begun to fall at step 8"),
-        (9, 0.25, 8, "cannot be fewer"),
+        (8, 1.0, 20, "is falling to 0 at step 12"),
+        (11, 0.25, 20, "is falling to 0 at step 12"),
+        (9, 0.25, 10, "should have started to fall at step 8"),
+        (9, 0.25, 8, "cannot be"),
     ],
 )
 def test_steps_are_refused_by_which_the_rate_would_have_been_another(
@@ -269,7 +270,7 @@ def test_a_run_whose_rate_fell_to_0_is_trained_on_with_a_new_one(tmp_path, tiny_
     for name in ("whole", "killed"):
         train(then, tmp_path / name, device="cpu", say=lines.append)
     assert weights(tmp_path / "killed", 16) == weights(tmp_path / "whole", 16)
-    assert "learning rate had fallen to 0 and begins anew" in lines[0]
+    assert "learning rate starts again after falling to 0" in lines[0]
     record = json.loads((tmp_path / "killed" / "config.json").read_text())
     assert (record["continued_at"], record["first_num_steps"]) == ([6], 6)
     rates = {line["step"]: line["lr"] for line in read_lines(tmp_path / "whole" / "log.jsonl")}
@@ -345,7 +346,7 @@ def test_a_run_goes_on_where_its_data_moved_and_with_no_other_images(tmp_path, t
     train(of(f"{tmp_path}/./moved/", 4), tmp_path / "run", device="cpu")
     assert load(tmp_path / "run", device="cpu").step == 4
     Image.new("L", (8, 8), 255).save(tmp_path / "moved" / "00.png")
-    with pytest.raises(InputError, match="was begun on other images"):
+    with pytest.raises(InputError, match="was started on other images"):
         train(of(tmp_path / "moved", 6), tmp_path / "run", device="cpu")
 
 
@@ -387,10 +388,10 @@ def signal_within(monkeypatch, moment, step, number):
     """Send a signal in the midst of what a session does after a step."""
     real = getattr(session.Session, moment)
 
-    def interrupted(sitting):
-        if sitting.state.step == step:
+    def interrupted(training):
+        if training.state.step == step:
             os.kill(os.getpid(), number)
-        return real(sitting)
+        return real(training)
 
     monkeypatch.setattr(session.Session, moment, interrupted)
 
@@ -404,7 +405,7 @@ def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_
     assert checkpoint_steps(tmp_path) == [4, 7]
 
 
-@pytest.mark.parametrize(("step", "words"), [(6, "stopped at step 6; its checkpoint"), (12, "after step 12, the last")])
+@pytest.mark.parametrize(("step", "words"), [(6, "stopped at step 6 with"), (12, "after step 12, the last")])
 def test_a_signal_ends_a_score_under_way_which_is_made_on_resume(tmp_path, tiny_recipe, monkeypatch, step, words):
     config = tiny(tiny_recipe)
     scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
@@ -432,7 +433,7 @@ def test_a_signal_before_a_score_that_is_due_leaves_it_for_later(tmp_path, tiny_
     config = tiny(tiny_recipe)
     scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
     signal_within(monkeypatch, "_sample_grid", 6, signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped at step 6; its checkpoint"):
+    with pytest.raises(Interrupted, match="stopped at step 6 with a checkpoint"):
         train(dataclasses.replace(config, evaluation=scored), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 6
     assert not (tmp_path / "scores.jsonl").exists()
@@ -463,7 +464,7 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     assert written()["computed"] == here
     assert [told["dtype"] for told in written()["earlier_versions"]] == [here["dtype"], there]
     assert any(
-        line.startswith(f"from here with dtype {here['dtype']} (was {there}): the weights will") for line in said
+        line.startswith(f"from here on with dtype {here['dtype']} (was {there}): not bit for bit") for line in said
     )
     (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"threads": 99, "processes": 3}}))
     train(tiny(tiny_recipe, num_steps=13), tmp_path, device="cpu", say=said.append)
@@ -471,7 +472,7 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     said.clear()
     said.clear()
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=said.append)
-    assert not any("from here with" in line for line in said)
+    assert not any("from here on with" in line for line in said)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written().items() if k != "computed"}))
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu")
     assert written()["computed"] == {}, "of what was computed elsewhere nothing is known"
@@ -510,7 +511,7 @@ def test_a_run_that_cannot_be_scored_is_refused_and_left_as_it_is(tmp_path, tiny
     ],
 )
 def test_what_a_run_had_is_told_as_it_is_typed(name, value, words):
-    assert _as_typed(name, value) == words
+    assert as_flag(name, value) == words
 
 
 def test_a_run_killed_while_it_wrote_its_first_file_begins(tmp_path, tiny_recipe):
