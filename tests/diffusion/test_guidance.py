@@ -421,7 +421,7 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
         (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 leaves the class out"),
         (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
         (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
-        (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
+        (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no labels"),
         (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance must be above 0"),
         (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
     ],
