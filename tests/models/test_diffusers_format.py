@@ -1,4 +1,4 @@
-"""diffusers both ways: the same images from the same noise at every step, and refusals by name."""
+"""diffusers, read and written: the same images from the same noise at every step; unsupported settings by name."""
 
 import json
 import os
@@ -148,11 +148,11 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
     for command in (["train", str(tiny_recipe), "--run", str(run)], ["evaluate", str(run), *score],
                     ["evaluate", str(theirs), *score], ["import", str(theirs), "--run", str(run)]):  # fmt: skip
         assert run_command(command) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "was imported and cannot be trained" in told[0]
-    assert "does not say what it was trained on; give --reference" in told[1]
-    assert told[2] == told[1]
-    assert "exists; name a new folder" in told[3]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "was imported and cannot be trained" in errors[0]
+    assert "does not say what it was trained on; give --reference" in errors[1]
+    assert errors[2] == errors[1]
+    assert "exists; name a new folder" in errors[3]
     assert tree_hash(run) == made
 
 
@@ -165,8 +165,8 @@ def test_files_at_the_top_are_found_as_older_folders_have_them(theirs, tmp_path)
     assert load(flat, device="cpu").weights_sha256 == load(theirs, device="cpu").weights_sha256
 
 
-def test_a_network_alone_is_told_its_process_or_says_what_is_assumed(tmp_path, capsys):
-    """Also that of an average, or of a checkpoint, below its pipeline; an import goes on saying that it is a guess."""
+def test_a_network_alone_finds_its_scheduler_or_warns(tmp_path, capsys):
+    """Also that of an average, or of a checkpoint, below its pipeline; an imported run still warns."""
     folder = save(tmp_path / "pipeline", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     for name in ("unet", "unet_ema"):
@@ -207,7 +207,7 @@ def test_the_advice_for_pickled_weights_works(theirs, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:no scheduler")
-def test_a_network_in_a_run_is_not_that_run_s(theirs, tiny_run, tmp_path, capsys):
+def test_a_network_inside_a_run_folder_does_not_belong_to_the_run(theirs, tiny_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     shutil.copytree(theirs / "unet", run / "x" / "unet")
@@ -229,9 +229,9 @@ def edit(name, **values):
 
 
 def without_betas(folder):
-    said = json.loads((folder / SCHEDULER).read_text())
-    del said["beta_schedule"]
-    (folder / SCHEDULER).write_text(json.dumps(said))
+    settings = json.loads((folder / SCHEDULER).read_text())
+    del settings["beta_schedule"]
+    (folder / SCHEDULER).write_text(json.dumps(settings))
 
 
 def only_pickled(folder):
@@ -298,7 +298,7 @@ def test_flags_of_another_form_are_refused(tiny_run, tmp_path, capsys, flag):
     assert not (tmp_path / "out").exists()
 
 
-def test_places_that_cannot_be_written_to_are_told_first(tiny_run, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_written_are_reported_first(tiny_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

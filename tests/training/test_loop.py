@@ -59,14 +59,14 @@ def test_learning_rate_rises_then_falls():
     assert 0 < learning_rate(cosine, 99) < 0.001
 
 
-def test_learning_rate_may_fall_in_the_last_steps_only_and_begin_anew():
+def test_learning_rate_may_fall_in_the_last_steps_only_and_restart():
     config = TrainingConfig(num_steps=110, warmup_steps=10, learning_rate=1.0, decay="linear", decay_share=0.2)
     assert decay_start(config) == 90
     assert [learning_rate(config, k) for k in (9, 10, 89, 90, 100, 109)] == pytest.approx([1, 1, 1, 1, 0.5, 0.05])
     longer = dataclasses.replace(config, num_steps=220)
     assert [learning_rate(longer, k) for k in (10, 89)] == [1, 1], "until it falls the rate does not depend on the end"
-    anew = [learning_rate(longer, k, start=110) for k in (110, 119, 120, 199, 210, 219)]
-    assert anew == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+    restarted = [learning_rate(longer, k, start=110) for k in (110, 119, 120, 199, 210, 219)]
+    assert restarted == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
 
 
 def test_noise_levels_are_drawn_as_often_as_configured():
@@ -99,16 +99,16 @@ def test_learned_weights_are_one_over_the_loss_and_1_in_the_mean(noise_levels):
 
 
 def test_weights_are_applied_to_the_gradient_and_not_to_the_log(tiny_recipe):
-    """min_snr: one step of the network differs from the simple one, and the losses told are the same."""
-    images, found = load_images("digits").images, []
+    """min_snr: one step of the network differs from the simple one, and the reported losses are the same."""
+    images, results = load_images("digits").images, []
     for weighting in ("simple", "min_snr"):
         config = config_of(tiny_recipe, num_steps=2, weighting=weighting, max_grad_norm=1e9)
         state = state_of(config)
         steps = list(training_loop(state, linear_schedule(), images, config))
-        found.append((steps[0].losses, steps[0].grad_norm, parameters(state.model)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert float(found[1][1]) < float(found[0][1])
-    assert not torch.equal(found[0][2], found[1][2])
+        results.append((steps[0].losses, steps[0].grad_norm, parameters(state.model)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert float(results[1][1]) < float(results[0][1])
+    assert not torch.equal(results[0][2], results[1][2])
 
 
 def test_warm_up_is_cut_to_the_run():

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -131,13 +131,9 @@ class Session:
                 self.checkpoints.check()
                 if stopping and state.step < training.num_steps:
                     self.checkpoints.wait()
-                    raise Interrupted(
-                        f"stopped at step {state.step}; its checkpoint is written; the same command continues"
-                    )
+                    raise Interrupted(f"stopped at step {state.step} with a checkpoint; the same command continues")
         if processes.any_rank(stop.requested):  # during the last step: a study must not go on to the next cell
-            raise Interrupted(
-                f"stopped after step {state.step}, the last; the same command makes missing samples and scores"
-            )
+            raise Interrupted(f"stopped after step {state.step}, the last; the same command makes what is missing")
 
     def _due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and at the last one, happens after this step."""
@@ -176,10 +172,9 @@ class Session:
         steps, config = self._unlogged, self.config
         losses = torch.stack([step.losses for step in steps]).cpu().double()
         grad_norms = torch.stack([step.grad_norm for step in steps]).cpu().double()
-        for name, values in (("loss", losses.mean(1)), ("gradient", grad_norms)):
-            not_finite = (~values.isfinite()).nonzero()
-            if len(not_finite):
-                self._stop_not_finite(name, steps[int(not_finite[0])].step)
+        for index, step in enumerate(steps):
+            self._check_finite("loss", losses[index].mean().item(), step.step)
+            self._check_finite("gradient", grad_norms[index].item(), step.step)
         now = time.monotonic()  # the device has computed all of it
         bands = torch.stack([step.t for step in steps]).cpu() * BANDS // config.diffusion.num_timesteps
         by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
@@ -202,15 +197,15 @@ class Session:
             labels = self.held_out.labels[:count].to(device)
         images = self.held_out.images[:count].to(device)
         loss = validation_loss(ema, self.schedule, images, self.config.diffusion.predicted, labels=labels)
-        if not math.isfinite(loss):
-            self._stop_not_finite("validation loss", self.state.step)
+        self._check_finite("validation loss", loss, self.state.step)
         return loss
 
-    def _stop_not_finite(self, name: str, step: int) -> NoReturn:
-        raise RunError(
-            f"the {name} is not finite at step {step} (seed {self.config.training.seed}); "
-            f"the last checkpoint is of step {self._last_step()}; a lower --training.learning-rate may help"
-        )
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {name} is not finite at step {step} (seed {self.config.training.seed}); "
+                f"the last checkpoint is of step {self._last_step()}; a lower --training.learning-rate may help"
+            )
 
     def _last_step(self) -> str:
         self.checkpoints.wait()
