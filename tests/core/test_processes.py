@@ -243,7 +243,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "count", "message"),
     [
-        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "is not a multiple of the 2 processes"),
+        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "must be a multiple of the 2 processes"),
         (["study", "digits", "--out", "RUN"], 2, "study runs in one process; several share train, sample, evaluate"),
     ],
 )

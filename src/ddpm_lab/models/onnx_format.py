@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ddpm_lab.core.config import Predicted, Spacing
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.progress import progress
+from ddpm_lab.core.progress import counted, progress
 from ddpm_lab.diffusion.guidance import guided
 from ddpm_lab.diffusion.process import Model
 from ddpm_lab.diffusion.samplers import Step, ddim_steps
@@ -76,9 +76,9 @@ def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, 
         return outputs[-1]
 
     x_T = torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)
-    settings: dict[str, Any] = {"clip_x_0": False, "prediction": prediction, "spacing": SPACING[sampler]}
     run: Callable[..., Iterator[Step]] = ddim_steps if sampler == "ddim" else dpmpp_steps
-    steps = list(run(model, schedule, x_T, num_steps, **settings))
+    spacing = SPACING[sampler]
+    steps = list(run(model, schedule, x_T, num_steps, clip_x_0=False, prediction=prediction, spacing=spacing))
     of_image, of_state = [], []
     x_0_before: list[Tensor] = []
     for step, output in zip(steps, outputs, strict=True):
@@ -114,14 +114,11 @@ def save_onnx(
     if missing:
         raise InputError(f"{', '.join(missing)} not installed: pip install 'ddpm-lab[onnx]'")
     steps = linear_steps(sampler, trained.schedule, num_steps, trained.prediction)
-    with progress("exporting", 1 + (guidance is not None), "graphs") as advance:
-        network = guided_network = network_graph(trained)
-        advance(1)
-        if guidance is not None:
-            guided_network = network_graph(trained, guidance)
-            advance(1)
-    (folder / "network.onnx").write_bytes(network)
-    (folder / "sampler.onnx").write_bytes(sampler_graph(guided_network, steps, trained.image_shape))
+    guidances = (None,) if guidance is None else (None, guidance)
+    with progress("exporting", len(guidances), "graphs") as advance:
+        networks = [network_graph(trained, guidance) for guidance in counted(guidances, advance)]
+    (folder / "network.onnx").write_bytes(networks[0])
+    (folder / "sampler.onnx").write_bytes(sampler_graph(networks[-1], steps, trained.image_shape))
     np.save(folder / "alpha_bar.npy", trained.schedule.alpha_bar.numpy())
     diffusion, num_classes = trained.config.diffusion, trained.num_classes
     values = {

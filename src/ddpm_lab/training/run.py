@@ -195,7 +195,7 @@ def _open_folder(run_dir: Path, record: dict[str, Any], state: TrainingState) ->
     if steps:
         folder = checkpoint_path(run_dir, steps[-1])
         if read_meta(folder)["step"] != steps[-1]:
-            raise InputError(f"{folder}/meta.json has step {read_meta(folder)['step']}, not that of the folder's name")
+            raise InputError(f"{folder}/meta.json is of step {read_meta(folder)['step']}, unlike the folder's name")
         state.set_step(steps[-1])
         for name, tensors in state.tensors().items():
             load_tensors(folder, name, tensors)
