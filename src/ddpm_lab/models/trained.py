@@ -38,7 +38,7 @@ PACKAGED = Path(__file__).parent / "weights"
 RECORD_TYPES: dict[str, Any] = {
     "versions": dict,
     "computed": dict,
-    "earlier_versions": tuple[dict, ...],
+    "earlier_versions": tuple[dict, ...],  # type: ignore[type-arg]  # isinstance takes no parameters
     "first_num_steps": int,
     "continued_at": tuple[int, ...],
     "variance": Variance,
