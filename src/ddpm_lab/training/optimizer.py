@@ -89,18 +89,15 @@ def _set_state(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor]]
     optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
 
 
-def _channels_last(kernel: Tensor) -> bool:
-    return kernel.ndim == 4 and not kernel.is_contiguous()
-
-
 def _as_matrix(kernel: Tensor) -> Tensor:
-    """The same memory as (outputs, all else); Muon does not depend on the order of the columns."""
-    return (kernel.permute(0, 2, 3, 1) if _channels_last(kernel) else kernel).flatten(1)
+    """The same memory as (outputs, all else): in both memory formats the outputs are the outermost dimension.
+
+    The order of the columns depends on the format, and Muon does not depend on it.
+    """
+    columns = kernel[0].numel()
+    return kernel.as_strided((len(kernel), columns), (columns, 1))
 
 
 def _as_kernel(matrix: Tensor, kernel: Tensor) -> Tensor:
-    """The inverse of `_as_matrix`."""
-    if not _channels_last(kernel):
-        return matrix.view(kernel.shape)
-    outputs, inputs, height, width = kernel.shape
-    return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    """The inverse of `_as_matrix`: the memory of a matrix in the shape and format of a kernel."""
+    return matrix.as_strided(kernel.shape, kernel.stride())
