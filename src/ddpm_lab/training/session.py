@@ -36,7 +36,7 @@ from ddpm_lab.training.loop import TrainingState, TrainingStep, training_loop, v
 from ddpm_lab.training.tracking import Tracking
 
 
-def average_steps(record: dict[str, Any]) -> list[int]:
+def average_steps(record: dict[str, Any]) -> set[int]:
     """The steps whose averaged weights a run keeps: 1/16, 1/8 and 1/4 of the number of steps it started with.
 
     They serve as guiding networks (`--guide`) for the trained one.
@@ -45,7 +45,7 @@ def average_steps(record: dict[str, Any]) -> list[int]:
         record: the run's `config.json`.
     """
     num_steps = record.get("first_num_steps", 0)
-    return sorted({num_steps // divisor for divisor in (16, 8, 4)} - {0})
+    return {num_steps // divisor for divisor in (16, 8, 4)}
 
 
 @dataclass
@@ -99,10 +99,12 @@ class Session:
 
     def _catch_up(self) -> None:
         """Sample and score the newest checkpoint if that was due and an earlier session died before it."""
-        every, is_rank0 = self.config.evaluation, processes.is_rank0()
-        if is_rank0 and self._due(every.sample_every) and not self._grid_path().exists():
+        evaluation, is_rank0 = self.config.evaluation, processes.is_rank0()
+        if is_rank0 and self._due(evaluation.sample_every) and not self._grid_path().exists():
             self._sample_grid()
-        if processes.any_rank(is_rank0 and self._due(every.score_every) and not self._is_scored()):
+        scored = [score["step"] for score in read_lines(self.run_dir / SCORES) if score.get("by") == "training"]
+        missing = is_rank0 and self._due(evaluation.score_every) and self.state.step not in scored
+        if processes.any_rank(missing):
             self._score()
 
     def _train(self, images: Tensor, labels: Tensor | None) -> None:
@@ -217,11 +219,6 @@ class Session:
             str(self.run_dir), self.config, self.state.ema, self.schedule, (channels, height, width), self.state.step,
             "ema", self.run_dir, self.record,
         )  # fmt: skip
-
-    def _is_scored(self) -> bool:
-        """Whether the log of scores has one of this step that training made."""
-        scores = read_lines(self.run_dir / SCORES)
-        return any(score["step"] == self.state.step and score.get("by") == "training" for score in scores)
 
     def _score_unless_stopped(self, stop: "_StopSignals") -> bool:
         """Score, which takes minutes; a signal ends it at once, and the next session scores. Returns whether one came.
