@@ -188,7 +188,8 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
     ):
         raise InputError(f"{path} is not a run's config.json: it must hold config, and data with image_shape")
     _check_types(path, record, RECORD_TYPES)
-    _check_types(path, {"source": None} | record["from"] if "from" in record else {}, SOURCE_TYPES)
+    if "from" in record:
+        _check_types(path, {"source": None} | record["from"], SOURCE_TYPES, "from.")
     try:
         config = Config.from_dict(record.get("config"))
     except InputError as error:
@@ -196,12 +197,12 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
     return record, config, (shape[0], shape[1], shape[2])
 
 
-def _check_types(path: Path, table: dict[str, Any], types: dict[str, Any]) -> None:
+def _check_types(path: Path, table: dict[str, Any], types: dict[str, Any], prefix: str = "") -> None:
     """Refuse an entry that has another type than the one listed; it may be absent."""
     for name, hint in types.items():
         value = table.get(name)
         if name in table and not fits(tuple(value) if isinstance(value, list) else value, hint):
-            raise InputError(f"{path}: {name} is {json.dumps(value)}, which no run writes")
+            raise InputError(f"{path}: {prefix}{name} cannot be {json.dumps(value)}")
 
 
 def load(
