@@ -173,7 +173,7 @@ BAD_INPUTS = {
     "run is something else": ("train tiny.toml --run notes --device cpu", "it is not a run"),
     "run below a file": ("train tiny.toml --run a_file/new --device cpu", "cannot be written"),
     "run of another config": ("train tiny.toml --run run --device cpu --model.dropout 0", "model.dropout"),
-    "run of fewer steps": ("train tiny.toml --run run --device cpu --training.num-steps 9", "cannot be fewer"),
+    "run of fewer steps": ("train tiny.toml --run run --device cpu --training.num-steps 9", "num_steps cannot be 9"),
     "damaged checkpoint": ("train tiny.toml --run torn --device cpu --training.num-steps 20", "is damaged"),
     "checkpoint of another step": ("train tiny.toml --run renamed --device cpu --training.num-steps 20", "of step 12"),
     "checkpoints are a file": ("train tiny.toml --run flat --device cpu", "cannot be listed: Not a directory"),

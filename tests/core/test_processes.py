@@ -155,7 +155,7 @@ def test_a_process_killed_ends_the_run_and_another_number_resumes_it(tiny_recipe
     assert code == 1, err
     errors = [line for line in err.splitlines() if "error:" in line]
     assert len(errors) == 1, err
-    assert "another of the 2 processes ended; the same command goes on from the newest checkpoint" in errors[0]
+    assert "another of the 2 processes ended; the same command continues from the newest checkpoint" in errors[0]
     # One process takes up what two left at step 4, and ends where one alone would have.
     steps = checkpoint_steps(tmp_path / "run")
     assert steps[0] == 4
@@ -243,7 +243,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "count", "message"),
     [
-        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "is not a multiple of the 2 processes"),
+        (["train", "digits", "--run", "RUN", "--training.batch-size", "9"], 2, "must be a multiple of the 2 processes"),
         (
             ["study", "digits", "--out", "RUN"],
             2,

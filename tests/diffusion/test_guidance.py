@@ -465,7 +465,7 @@ def test_interpolations_and_reconstructions_take_labels(labelled):
         (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 ignores the class"),
         (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
         (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
-        (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
+        (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no labels"),
         (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance must be above 0"),
         (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
     ],

@@ -19,11 +19,9 @@ from ddpm_lab.models import checkpoint
 from ddpm_lab.models.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
-    load_kept,
-    load_parameters,
+    load_tensors,
     remove_old_checkpoints,
     save_checkpoint,
-    snapshot,
 )
 from ddpm_lab.training.loop import new_state, training_loop
 from tests.conftest import tree_hash
@@ -40,18 +38,17 @@ def trained(tiny_recipe):
 
 
 def save(run_dir, state, step=None):
-    at, files = step or state.step, snapshot(state.model, state.ema, state.kept())
-    return save_checkpoint(checkpoint_path(run_dir, at), at, files)
+    step = step or state.step
+    return save_checkpoint(checkpoint_path(run_dir, step), step, state.tensors())
 
 
 def test_saving_and_loading_gives_the_same_state(trained, tmp_path):
     state, config = trained
     folder = save(tmp_path, state)
     fresh = new_state(build_unet(config.model, 1, 8, 1000), config.training)
-    load_parameters(fresh.model, folder, "model.safetensors")
-    load_parameters(fresh.ema, folder, "ema.safetensors")
-    fresh.restore(state.step, load_kept(folder, fresh.kept_shapes()))
-    fresh.step = state.step
+    fresh.set_step(state.step)
+    for name, tensors in fresh.tensors().items():
+        load_tensors(folder, name, tensors)
     again = save(tmp_path / "again", fresh)
     assert tree_hash(folder) == tree_hash(again)
     assert sorted(tree_hash(folder)) == ["ema.safetensors", "meta.json", "model.safetensors", "optimizer.safetensors"]
@@ -116,7 +113,7 @@ def test_damage_is_named(trained, tmp_path, damage, words):
     folder = save(tmp_path, state)
     damage(folder)
     with pytest.raises(InputError, match=words):
-        load_parameters(state.ema, folder, "ema.safetensors")
+        load_tensors(folder, "ema.safetensors", dict(state.ema.named_parameters()))
 
 
 def test_weights_of_another_network_are_refused(trained, tmp_path, tiny_recipe):
@@ -125,13 +122,13 @@ def test_weights_of_another_network_are_refused(trained, tmp_path, tiny_recipe):
     folder = save(tmp_path, state)
     wide = build_unet(dataclasses.replace(config.model, base_channels=64), 1, 8, 1000)
     with pytest.raises(InputError, match="belongs to another network"):
-        load_parameters(wide, folder, "ema.safetensors")
+        load_tensors(folder, "ema.safetensors", dict(wide.named_parameters()))
     rename_tensor(folder / "ema.safetensors")
     meta = json.loads((folder / "meta.json").read_text())
     meta["sha256"]["ema.safetensors"] = tree_hash(folder)["ema.safetensors"]
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match=r"conv_in.bias is absent there"):
-        load_parameters(state.ema, folder, "ema.safetensors")
+        load_tensors(folder, "ema.safetensors", dict(state.ema.named_parameters()))
 
 
 def test_half_precision_weights_are_cast(trained, tmp_path):
@@ -142,7 +139,7 @@ def test_half_precision_weights_are_cast(trained, tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     meta["sha256"]["ema.safetensors"] = tree_hash(folder)["ema.safetensors"]
     (folder / "meta.json").write_text(json.dumps(meta))
-    load_parameters(state.ema, folder, "ema.safetensors")
+    load_tensors(folder, "ema.safetensors", dict(state.ema.named_parameters()))
     for name, parameter in state.ema.named_parameters():
         assert parameter.dtype == torch.float32
         torch.testing.assert_close(parameter, half[name].float())

@@ -1,4 +1,4 @@
-"""diffusers both ways: the same images from the same noise at every step, and refusals by name."""
+"""diffusers, read and written: the same images from the same noise at every step; unsupported settings by name."""
 
 import json
 import os
@@ -148,11 +148,11 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
     for command in (["train", str(tiny_recipe), "--run", str(run)], ["evaluate", str(run), *score],
                     ["evaluate", str(theirs), *score], ["import", str(theirs), "--run", str(run)]):  # fmt: skip
         assert run_command(command) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "was imported, without what its training needs" in told[0]
-    assert "does not say what it was trained on; give --reference" in told[1]
-    assert told[2] == told[1]
-    assert "exists; name a new folder" in told[3]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "was imported and cannot be trained" in errors[0]
+    assert "does not say what it was trained on; give --reference" in errors[1]
+    assert errors[2] == errors[1]
+    assert "exists; name a new folder" in errors[3]
     assert tree_hash(run) == made
 
 
@@ -165,8 +165,8 @@ def test_files_at_the_top_are_found_as_older_folders_have_them(theirs, tmp_path)
     assert load(flat, device="cpu").weights_sha256 == load(theirs, device="cpu").weights_sha256
 
 
-def test_a_network_alone_is_told_its_process_or_says_what_is_assumed(tmp_path, capsys):
-    """Also that of an average, or of a checkpoint, below its pipeline; an import goes on saying that it is a guess."""
+def test_a_network_alone_finds_its_scheduler_or_warns(tmp_path, capsys):
+    """Also that of an average, or of a checkpoint, below its pipeline; an imported run still warns."""
     folder = save(tmp_path / "pipeline", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     for name in ("unet", "unet_ema"):
@@ -207,7 +207,7 @@ def test_the_advice_for_pickled_weights_works(theirs, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:no scheduler")
-def test_a_network_in_a_run_is_not_that_run_s(theirs, tiny_run, tmp_path, capsys):
+def test_a_network_inside_a_run_folder_does_not_belong_to_the_run(theirs, tiny_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     shutil.copytree(theirs / "unet", run / "x" / "unet")
@@ -229,9 +229,9 @@ def edit(name, **values):
 
 
 def without_betas(folder):
-    said = json.loads((folder / SCHEDULER).read_text())
-    del said["beta_schedule"]
-    (folder / SCHEDULER).write_text(json.dumps(said))
+    settings = json.loads((folder / SCHEDULER).read_text())
+    del settings["beta_schedule"]
+    (folder / SCHEDULER).write_text(json.dumps(settings))
 
 
 def only_pickled(folder):
@@ -247,38 +247,38 @@ def cut(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (edit("model_index.json", _class_name="DDIMPipeline"), '"DDIMPipeline" is not covered; "DDPMPipeline" is'),
-        (edit(UNET, _class_name="UNet2DConditionModel"), '_class_name "UNet2DConditionModel" is not covered'),
-        (edit(UNET, num_class_embeds=10), "num_class_embeds 10 is not covered; null is"),
-        (edit(UNET, resnet_time_scale_shift="spatial"), 'resnet_time_scale_shift "spatial" is not covered'),
-        (edit(UNET, resnet_time_scale_shift="scale_shift"), "attn_norm_num_groups null is not covered; 8 is"),
-        (edit(UNET, freq_shift=0), "freq_shift 0 is not covered; 1 is"),
-        (edit(UNET, block_out_channels=[16, 40]), "block_out_channels [16, 40] is not covered; [16, 32] is"),
+        (edit("model_index.json", _class_name="DDIMPipeline"), '"DDIMPipeline" is not supported; "DDPMPipeline" is'),
+        (edit(UNET, _class_name="UNet2DConditionModel"), '_class_name "UNet2DConditionModel" is not supported'),
+        (edit(UNET, num_class_embeds=10), "num_class_embeds 10 is not supported; null is"),
+        (edit(UNET, resnet_time_scale_shift="spatial"), 'resnet_time_scale_shift "spatial" is not supported'),
+        (edit(UNET, resnet_time_scale_shift="scale_shift"), "attn_norm_num_groups null is not supported; 8 is"),
+        (edit(UNET, freq_shift=0), "freq_shift 0 is not supported; 1 is"),
+        (edit(UNET, block_out_channels=[16, 40]), "block_out_channels [16, 40] is not supported; [16, 32] is"),
         (edit(UNET, down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types"),
         (edit(UNET, up_block_types=["UpBlock2D", "AttnUpBlock2D"]), "up_block_types"),
-        (edit(UNET, sample_size=[8, 16]), "sample_size [8, 16] is not covered"),
-        (edit(UNET, sample_size=-8), "sample_size -8 is not covered"),
-        (edit(UNET, sample_size=True), "sample_size true is not covered"),
+        (edit(UNET, sample_size=[8, 16]), "sample_size [8, 16] is not supported"),
+        (edit(UNET, sample_size=-8), "sample_size -8 is not supported"),
+        (edit(UNET, sample_size=True), "sample_size true is not supported"),
         (edit(UNET, in_channels=4, out_channels=4), "in_channels 4"),
-        (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in its config"),
+        (edit(UNET, layers_per_block=2), "down_blocks.0.resnets.1.conv1.bias is absent there, (16,) in this network"),
         (edit(UNET, block_out_channels="wide"), "is not a UNet2DModel's"),
         (edit(UNET, norm_num_groups=3), "model.base_channels must be a multiple"),
-        (edit(SCHEDULER, num_train_timesteps=2000), "num_train_timesteps 2000 is not covered; 1000 is"),
-        (edit(SCHEDULER, beta_schedule="scaled_linear"), 'beta_schedule "scaled_linear" is not covered'),
-        (edit(SCHEDULER, beta_end=0.03), "beta_end 0.03 is not covered"),
-        (edit(SCHEDULER, prediction_type="score"), 'prediction_type "score" is not covered'),
-        (edit(SCHEDULER, clip_sample=False), "clip_sample false is not covered"),
-        (edit(SCHEDULER, thresholding=True), "thresholding true is not covered"),
-        (edit(SCHEDULER, _class_name="DDIMScheduler"), '_class_name "DDIMScheduler" is not covered'),
-        (edit(SCHEDULER, variance_type="learned"), '"learned" is not covered; fixed_large and fixed_small are'),
-        (without_betas, "beta_schedule null is not covered"),
+        (edit(SCHEDULER, num_train_timesteps=2000), "num_train_timesteps 2000 is not supported; 1000 is"),
+        (edit(SCHEDULER, beta_schedule="scaled_linear"), 'beta_schedule "scaled_linear" is not supported'),
+        (edit(SCHEDULER, beta_end=0.03), "beta_end 0.03 is not supported"),
+        (edit(SCHEDULER, prediction_type="score"), 'prediction_type "score" is not supported'),
+        (edit(SCHEDULER, clip_sample=False), "clip_sample false is not supported"),
+        (edit(SCHEDULER, thresholding=True), "thresholding true is not supported"),
+        (edit(SCHEDULER, _class_name="DDIMScheduler"), '_class_name "DDIMScheduler" is not supported'),
+        (edit(SCHEDULER, variance_type="learned"), '"learned" is not supported; fixed_large and fixed_small are'),
+        (without_betas, "beta_schedule null is not supported"),
         (lambda folder: (folder / UNET).write_text("{"), "is not JSON"),
         (lambda folder: (folder / SCHEDULER).unlink(), "cannot be read"),
         (only_pickled, "holds no diffusion_pytorch_model.safetensors but config.json, diffusion_pytorch_model.bin"),
         (cut, "cannot be read"),
     ],
 )  # fmt: skip
-def test_what_is_not_covered_is_refused_by_name(theirs, tmp_path, capsys, change, words):
+def test_unsupported_settings_are_refused_by_name(theirs, tmp_path, capsys, change, words):
     folder = tmp_path / "theirs"
     shutil.copytree(theirs, folder)
     change(folder)
@@ -298,7 +298,7 @@ def test_flags_of_another_form_are_refused(tiny_run, tmp_path, capsys, flag):
     assert not (tmp_path / "out").exists()
 
 
-def test_places_that_cannot_be_written_to_are_told_first(tiny_run, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_written_are_reported_first(tiny_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

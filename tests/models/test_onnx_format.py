@@ -1,4 +1,4 @@
-"""ONNX graphs: the sampler's numbers are the sampler's, the graphs compute what PyTorch does, the example runs."""
+"""ONNX graphs: the coefficients reproduce the sampler, the graphs compute what PyTorch does, the example runs."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.diffusion.samplers import ddim_sample
 from ddpm_lab.diffusion.schedule import cosine_schedule, linear_schedule
 from ddpm_lab.diffusion.solvers import dpmpp_sample
-from ddpm_lab.models.checkpoint import checkpoint_path, load_tensors, tensor_bytes
+from ddpm_lab.models.checkpoint import checkpoint_path, read_tensors, tensor_bytes
 from ddpm_lab.models.onnx_format import linear_steps
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -54,9 +54,9 @@ def exported(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     shutil.copytree(tiny_run, folder / "run")
     score = {"value": 7.25, "low": 7.0, "high": 7.5}
-    own = load(tiny_run, device="cpu").weights_sha256
+    sha256_of_run = load(tiny_run, device="cpu").weights_sha256
     with (folder / "run" / "scores.jsonl").open("w") as stream:
-        for sha256, sampler in ((own, "heun"), ("0" * 64, "ddpm")):
+        for sha256, sampler in ((sha256_of_run, "heun"), ("0" * 64, "ddpm")):
             record = {
                 "step": 12, "seconds": 1.0, "weights_sha256": sha256, "sampler": sampler, "num_evaluations": 19,
                 "num_images": 5000, "fid_label": "FD-classifier (n=5,000)", "fid": score,
@@ -65,11 +65,13 @@ def exported(tiny_run, tmp_path_factory):
             }  # fmt: skip
             stream.write(json.dumps(record) + "\n")
         del record["sampler"]  # and lines that no run writes
-        stream.write(json.dumps(record | {"weights_sha256": own}) + "\n")
-        stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim", "num_images": "many"}) + "\n")
+        stream.write(json.dumps(record | {"weights_sha256": sha256_of_run}) + "\n")
+        stream.write(
+            json.dumps(record | {"weights_sha256": sha256_of_run, "sampler": "ddim", "num_images": "many"}) + "\n"
+        )
         for half_formed in ({"floor": 3}, {"floor": {"num_images": 3, "fid": "a"}}, {"floor": {"fid": 1.0}},
                             {"fid": {"value": 1.0, "low": 1.0}}, {"fid": {"low": 1.0, "high": 2.0}}):  # fmt: skip
-            stream.write(json.dumps(record | {"weights_sha256": own, "sampler": "ddim"} | half_formed) + "\n")
+            stream.write(json.dumps(record | {"weights_sha256": sha256_of_run, "sampler": "ddim"} | half_formed) + "\n")
     command = ["export", str(folder / "run"), "--to", "onnx", "--out", str(folder / "out")]
     assert run_command([*command, "--sampler", "ddim", "--num-steps", "6", "--license", "cc-by-4.0"]) == 0
     return folder / "out"
@@ -98,7 +100,7 @@ def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monk
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in sorted(load_tensors(checkpoint, "ema.safetensors").items())
+        for name, tensor in sorted(read_tensors(checkpoint, "ema.safetensors").items())
     }
     content = tensor_bytes(tensors)
     (checkpoint / "ema.safetensors").write_bytes(content)
@@ -108,8 +110,8 @@ def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monk
     folder = tmp_path / "exported"
     assert run_command(["export", str(tmp_path / "run"), "--to", "onnx", "--out", str(folder)]) == 0
     command = [sys.executable, str(folder / "example.py")]  # from another folder
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "sampler.onnx: (4, 8, 8, 1) uint8" in said.stdout
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "sampler.onnx: (4, 8, 8, 1) uint8" in result.stdout
     images = np.load(folder / "images.npz")["images"]
     trained = load(tmp_path / "run", device="cpu")
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 1, 8, 8), dtype=np.float32))
@@ -118,9 +120,9 @@ def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monk
         monkeypatch.setattr("ddpm_lab.diffusion.samplers.sampling_timesteps", lambda *_: timesteps)
         return to_uint8(ddim_sample(model, trained.schedule, x, len(timesteps))).permute(0, 2, 3, 1).numpy().astype(int)
 
-    own = np.linspace(999, 0, 25).round().astype(int).tolist()
-    assert np.abs(images.astype(int) - along(own, trained.model)).max() <= 1
-    for different in (along(own, lambda x, t: torch.zeros_like(x)), along(own[::3], trained.model)):
+    timesteps = np.linspace(999, 0, 25).round().astype(int).tolist()
+    assert np.abs(images.astype(int) - along(timesteps, trained.model)).max() <= 1
+    for different in (along(timesteps, lambda x, t: torch.zeros_like(x)), along(timesteps[::3], trained.model)):
         assert np.abs(images.astype(int) - different).max() > 5
     text = (folder / "example.py").read_text()
     assert "ddpm_lab" not in text

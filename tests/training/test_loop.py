@@ -11,12 +11,13 @@ from ddpm_lab.data.datasets import load_images
 from ddpm_lab.diffusion.process import timestep_probabilities
 from ddpm_lab.diffusion.schedule import linear_schedule
 from ddpm_lab.diffusion.unet import build_unet
+from ddpm_lab.models.checkpoint import OPTIMIZER_FILE
 from ddpm_lab.training.loop import (
     LOSS_BANDS,
     NoiseLevelSampler,
     batch_indices,
+    decay_start,
     ema_decay,
-    falling_from,
     learning_rate,
     new_state,
     training_loop,
@@ -58,14 +59,14 @@ def test_learning_rate_rises_then_falls():
     assert 0 < learning_rate(cosine, 99) < 0.001
 
 
-def test_learning_rate_may_fall_in_the_last_steps_only_and_begin_anew():
+def test_learning_rate_may_fall_in_the_last_steps_only_and_restart():
     config = TrainingConfig(num_steps=110, warmup_steps=10, learning_rate=1.0, decay="linear", decay_share=0.2)
-    assert falling_from(config) == 90
+    assert decay_start(config) == 90
     assert [learning_rate(config, k) for k in (9, 10, 89, 90, 100, 109)] == pytest.approx([1, 1, 1, 1, 0.5, 0.05])
     longer = dataclasses.replace(config, num_steps=220)
     assert [learning_rate(longer, k) for k in (10, 89)] == [1, 1], "until it falls the rate does not depend on the end"
-    anew = [learning_rate(longer, k, begun=110) for k in (110, 119, 120, 199, 210, 219)]
-    assert anew == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+    restarted = [learning_rate(longer, k, start=110) for k in (110, 119, 120, 199, 210, 219)]
+    assert restarted == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
 
 
 def test_noise_levels_are_drawn_as_often_as_configured():
@@ -98,16 +99,16 @@ def test_learned_weights_are_one_over_the_loss_and_1_in_the_mean(noise_levels):
 
 
 def test_weights_are_applied_to_the_gradient_and_not_to_the_log(tiny_recipe):
-    """min_snr: one step of the network differs from the simple one, and the losses told are the same."""
-    images, found = load_images("digits").images, []
+    """min_snr: one step of the network differs from the simple one, and the reported losses are the same."""
+    images, results = load_images("digits").images, []
     for weighting in ("simple", "min_snr"):
         config = config_of(tiny_recipe, num_steps=2, weighting=weighting, max_grad_norm=1e9)
         state = state_of(config)
         steps = list(training_loop(state, linear_schedule(), images, config))
-        found.append((steps[0].losses, steps[0].grad_norm, parameters(state.model)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert float(found[1][1]) < float(found[0][1])
-    assert not torch.equal(found[0][2], found[1][2])
+        results.append((steps[0].losses, steps[0].grad_norm, parameters(state.model)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert float(results[1][1]) < float(results[0][1])
+    assert not torch.equal(results[0][2], results[1][2])
 
 
 def test_warm_up_is_cut_to_the_run():
@@ -138,7 +139,10 @@ def test_a_step_depends_on_its_number_and_nothing_before(tiny_recipe, optimizer)
         if step.step == 2:
             for ours, theirs in ((resumed.model, whole.model), (resumed.ema, whole.ema)):
                 ours.load_state_dict(theirs.state_dict())
-            resumed.restore(2, {name: tensor.clone() for name, tensor in whole.kept().items()})
+            resumed.set_step(2)
+            saved = whole.tensors()[OPTIMIZER_FILE]
+            for name, tensor in resumed.tensors()[OPTIMIZER_FILE].items():
+                tensor.copy_(saved[name])
     torch.manual_seed(12345)
     torch.randn(7)
     for _ in training_loop(resumed, linear_schedule(), images, config):
@@ -178,8 +182,8 @@ def test_muon_is_its_definition(tiny_recipe, channels_last):
         assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.3, name
         rms = float(step.square().mean().sqrt())
         assert rms == pytest.approx(0.2, rel=0.3), "as large as Adam's steps are"
-    assert states["muon"].kept().keys() == states["muon"].kept_shapes().keys()
-    assert all(tensor.shape == states["muon"].kept_shapes()[name] for name, tensor in states["muon"].kept().items())
+    tensors = states["muon"].optimizer.tensors()
+    assert all(tensor.shape == before[name.partition(".")[2]].shape for name, tensor in tensors.items())
 
 
 def test_seeds_differ(tiny_recipe):
@@ -196,7 +200,7 @@ def test_gradients_are_clipped_and_their_norm_reported(tiny_recipe):
     """Plain gradient descent of rate 1 moves the weights by the clipped norm exactly."""
     config = config_of(tiny_recipe, num_steps=2, max_grad_norm=1e-3, learning_rate=1.0, warmup_steps=0)
     state = state_of(config)
-    state.optimizer._adam = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    state.optimizer._optimizers = [torch.optim.SGD(state.model.parameters(), lr=1.0)]
     before = parameters(state.model)
     step = next(training_loop(state, linear_schedule(), load_images("digits").images, config))
     assert float(step.grad_norm) > 1e-3

@@ -1,4 +1,4 @@
-"""Runs: files, resuming after any death to the same bits, and what is refused."""
+"""Runs: their files, resuming bit for bit after any interruption, and what is refused."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,8 @@ from ddpm_lab.evaluation import scores
 from ddpm_lab.models import checkpoint
 from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.training import cost, session
-from ddpm_lab.training.run import _as_typed, train
+from ddpm_lab.training.resume import as_flag
+from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
 
 
@@ -49,10 +50,10 @@ def test_a_run_has_the_documented_files(tiny_run):
     assert record["data"]["name"] == "digits:train"
     assert len(record["data"]["sha256"]) == 64
     assert {"ddpm-lab", "torch", "numpy", "python"} <= record["versions"].keys()
-    here = resolve_precision("auto", torch.device("cpu"))
+    dtype = resolve_precision("auto", torch.device("cpu"))
     assert record["computed"] == {
         "device": "cpu",
-        "dtype": str(here).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": 1,
         "compiled": False,
@@ -63,7 +64,7 @@ def test_a_run_has_the_documented_files(tiny_run):
         assert grid.size == (2 * 8 * 7 + 2 * 7, 2 * 8 * 7 + 2 * 7), "2 x 2 images of 8, gaps of 2, seven times as large"
 
 
-def test_the_log_says_what_it_should(tiny_run):
+def test_the_log_has_the_documented_entries(tiny_run):
     log = read_lines(tiny_run / "log.jsonl")
     assert [entry["step"] for entry in log] == [2, 4, 6, 8, 10, 12]
     for entry in log:
@@ -96,7 +97,7 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.slow
 def test_killed_runs_end_in_the_same_bits(tmp_path, tiny_recipe):
-    """SIGKILL after the log has grown, at several steps, each time resumed; all tensors equal those of one sitting."""
+    """SIGKILL at several steps, after the log has grown; resumed, all tensors equal those of an uninterrupted run."""
     steps = ("--training.num-steps", "40", "--training.log-every", "1", "--training.checkpoint-every", "7")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish(start(tiny_recipe, whole, *steps)) == 0
@@ -125,31 +126,31 @@ def test_interrupting_writes_a_checkpoint(tmp_path, tiny_recipe, number):
     _out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     (step,) = checkpoint_steps(tmp_path)[-1:]
-    assert err.splitlines()[-1] == f"error: stopped at step {step}; its checkpoint is written, the same command goes on"
+    assert err.splitlines()[-1] == f"error: stopped at step {step} with a checkpoint; the same command continues"
     assert read_lines(tmp_path / "log.jsonl")[-1]["step"] == step
 
 
 def test_resuming_at_another_interval_changes_nothing(tmp_path, tiny_recipe, tiny_run):
-    """Steps 1-4, then on to 12 with other intervals: the weights of the run in one sitting."""
+    """Steps 1-4, then on to 12 with other intervals: the weights of an uninterrupted run."""
     first = tiny(tiny_recipe, num_steps=4)
     train(first, tmp_path, device="cpu")
     train(tiny(tiny_recipe, log_every=5, checkpoint_every=3), tmp_path, device="cpu")
     assert weights(tmp_path, 12) == weights(tiny_run, 12)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path, tiny_recipe, tiny_run):
+def test_a_finished_run_is_unchanged(tmp_path, tiny_recipe, tiny_run):
     shutil.copytree(tiny_run, tmp_path / "copy")
-    before, said = tree_hash(tmp_path / "copy"), []
-    train(tiny(tiny_recipe), tmp_path / "copy", device="cpu", say=said.append)
+    before, messages = tree_hash(tmp_path / "copy"), []
+    train(tiny(tiny_recipe), tmp_path / "copy", device="cpu", say=messages.append)
     assert tree_hash(tmp_path / "copy") == before
-    assert "has all its 12 steps; give more --training.num-steps" in said[0]
+    assert "has all its 12 steps; give more --training.num-steps" in messages[0]
 
 
-def test_a_finished_run_whose_rate_fell_to_0_says_how_to_go_on(tmp_path, tiny_recipe):
-    said = []
+def test_a_finished_run_whose_rate_fell_to_0_says_how_to_continue(tmp_path, tiny_recipe):
+    messages = []
     for _ in range(2):
-        train(tiny(tiny_recipe, num_steps=2, decay="cosine"), tmp_path / "run", device="cpu", say=said.append)
-    assert said[-1].endswith("has all its 2 steps; give more --training.num-steps to go on")
+        train(tiny(tiny_recipe, num_steps=2, decay="cosine"), tmp_path / "run", device="cpu", say=messages.append)
+    assert messages[-1].endswith("has all its 2 steps; give more --training.num-steps to continue")
 
 
 def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_recipe, tiny_run):
@@ -168,13 +169,13 @@ def test_log_lines_after_the_checkpoint_and_torn_ones_are_cut(tmp_path, tiny_rec
     ]
 
 
-def test_what_it_will_cost_is_said_first(tmp_path, tiny_recipe):
-    said = []
-    train(tiny(tiny_recipe, num_steps=1), tmp_path, device="cpu", say=said.append)
+def test_the_cost_is_estimated_first(tmp_path, tiny_recipe):
+    messages = []
+    train(tiny(tiny_recipe, num_steps=1), tmp_path, device="cpu", say=messages.append)
     assert re.search(
         r"starts: digits:train, 1437 images of 1 x 8 x 8; [\d,]+ parameters, [\d.e-]+ GFLOP an image forward.*"
         r"steps 0 to 1 of 8 images on cpu in .*: about .*; up to [\d.]+ MB of checkpoints",
-        said[0],
+        messages[0],
     )
 
 
@@ -201,7 +202,7 @@ def test_flops_are_counted_as_by_hand():
         (lambda c: dataclasses.replace(c, diffusion=dataclasses.replace(c.diffusion, num_timesteps=500)),
          "diffusion.num_timesteps 1000, not 500"),
         (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, seed=1)), "training.seed"),
-        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "cannot be fewer"),
+        (lambda c: dataclasses.replace(c, training=dataclasses.replace(c.training, num_steps=9)), "cannot be"),
     ],
 )  # fmt: skip
 def test_another_configuration_is_refused(tiny_recipe, tiny_run, change, words):
@@ -230,13 +231,13 @@ def stop_at(monkeypatch, step):
 @pytest.mark.parametrize(
     ("reached", "share", "num_steps", "words"),
     [
-        (8, 1.0, 20, "is falling to 0, at step 12"),
-        (11, 0.25, 20, "is falling to 0, at step 12"),
-        (9, 0.25, 10, "should have begun to fall at step 8"),
-        (9, 0.25, 8, "cannot be fewer"),
+        (8, 1.0, 20, "is falling to 0 at step 12"),
+        (11, 0.25, 20, "is falling to 0 at step 12"),
+        (9, 0.25, 10, "should have started to fall at step 8"),
+        (9, 0.25, 8, "cannot be"),
     ],
 )
-def test_steps_are_refused_by_which_the_rate_would_have_been_another(
+def test_num_steps_with_another_learning_rate_so_far_is_refused(
     tmp_path, tiny_recipe, monkeypatch, reached, share, num_steps, words
 ):
     settings = {"decay": "linear", "decay_share": share}
@@ -248,7 +249,7 @@ def test_steps_are_refused_by_which_the_rate_would_have_been_another(
     assert tree_hash(tmp_path) == before
 
 
-def test_the_end_may_move_while_the_rate_is_constant(tmp_path, tiny_recipe, monkeypatch):
+def test_num_steps_may_change_while_the_rate_is_constant(tmp_path, tiny_recipe, monkeypatch):
     """A run planned for 30 steps, stopped at 7 and given 12, ends in the bits of a run planned for 12."""
     settings = {"decay": "linear", "decay_share": 0.5}
     with stop_at(monkeypatch, 7), pytest.raises(Interrupted):
@@ -258,8 +259,8 @@ def test_the_end_may_move_while_the_rate_is_constant(tmp_path, tiny_recipe, monk
     assert weights(tmp_path / "moved", 12) == weights(tmp_path / "planned", 12)
 
 
-def test_a_run_whose_rate_fell_to_0_is_trained_on_with_a_new_one(tmp_path, tiny_recipe, monkeypatch):
-    """Its rate rises and falls once more, config.json says since when, and a kill on the way changes no bit."""
+def test_a_run_whose_rate_fell_to_0_restarts_its_schedule(tmp_path, tiny_recipe, monkeypatch):
+    """The rate rises and falls again, config.json holds the step, and a kill in between changes no bit."""
     first, then = (tiny(tiny_recipe, num_steps=n, decay="linear") for n in (6, 16))
     lines = []
     for name in ("whole", "killed"):
@@ -269,7 +270,7 @@ def test_a_run_whose_rate_fell_to_0_is_trained_on_with_a_new_one(tmp_path, tiny_
     for name in ("whole", "killed"):
         train(then, tmp_path / name, device="cpu", say=lines.append)
     assert weights(tmp_path / "killed", 16) == weights(tmp_path / "whole", 16)
-    assert "learning rate had fallen to 0 and begins anew" in lines[0]
+    assert "learning rate starts again after falling to 0" in lines[0]
     record = json.loads((tmp_path / "killed" / "config.json").read_text())
     assert (record["continued_at"], record["first_num_steps"]) == ([6], 6)
     rates = {line["step"]: line["lr"] for line in read_lines(tmp_path / "whole" / "log.jsonl")}
@@ -280,7 +281,7 @@ def test_a_run_whose_rate_fell_to_0_is_trained_on_with_a_new_one(tmp_path, tiny_
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["continued_at"] == [6, 16]
 
 
-def test_a_warm_up_that_was_cut_to_a_short_run_stays_when_it_is_given_more(tmp_path, tiny_recipe):
+def test_a_warm_up_cut_to_a_short_run_stays_when_num_steps_grows(tmp_path, tiny_recipe):
     train(tiny(tiny_recipe, num_steps=6, warmup_steps=100), tmp_path, device="cpu")
     train(tiny(tiny_recipe, num_steps=8, warmup_steps=100), tmp_path, device="cpu")
     train(tiny(tiny_recipe, num_steps=9, warmup_steps=100), tmp_path, device="cpu")
@@ -290,8 +291,8 @@ def test_a_warm_up_that_was_cut_to_a_short_run_stays_when_it_is_given_more(tmp_p
         train(tiny(tiny_recipe, num_steps=9, warmup_steps=3), tmp_path, device="cpu")
 
 
-def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_stay(tmp_path, tiny_recipe):
-    """They are those of the run at that step, also where more steps are given later, and can be loaded."""
+def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_are_kept(tmp_path, tiny_recipe):
+    """They are those of the run at that step, whatever num_steps becomes later, and can be loaded."""
     train(tiny(tiny_recipe, num_steps=16), tmp_path, device="cpu")
     train(tiny(tiny_recipe, num_steps=20), tmp_path, device="cpu")
     names = sorted(path.name for path in (tmp_path / "averages").iterdir())
@@ -311,7 +312,7 @@ def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_stay(tmp_path, tiny_rec
     ],
     ids=["edm", "learned", "min_snr", "muon"],
 )
-def test_resuming_gives_the_same_bits_with_every_new_option(tmp_path, tiny_recipe, monkeypatch, settings):
+def test_resuming_gives_the_same_bits_with_every_option(tmp_path, tiny_recipe, monkeypatch, settings):
     config = load_recipe(str(tiny_recipe))
     groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in settings.items()}
     config = dataclasses.replace(config, **groups)
@@ -327,26 +328,26 @@ def test_resuming_gives_the_same_bits_with_every_new_option(tmp_path, tiny_recip
         assert sigma_data == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
 
 
-def test_a_run_goes_on_where_its_data_moved_and_with_no_other_images(tmp_path, tiny_recipe):
-    """The hash of the images decides, not how the folder is called."""
+def test_data_may_move_but_not_change(tmp_path, tiny_recipe):
+    """The hash of the images decides, not the name of the folder."""
     for index in range(24):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("L", (8, 8), 10 * index).save(tmp_path / "pictures" / f"{index:02d}.png")
     config = tiny(tiny_recipe, num_steps=2)
 
-    def of(folder, num_steps):
+    def config_of(folder, num_steps):
         data = dataclasses.replace(config.data, dataset=str(folder))
         return dataclasses.replace(
             config, data=data, training=dataclasses.replace(config.training, num_steps=num_steps)
         )
 
-    train(of(tmp_path / "pictures", 2), tmp_path / "run", device="cpu")
+    train(config_of(tmp_path / "pictures", 2), tmp_path / "run", device="cpu")
     shutil.copytree(tmp_path / "pictures", tmp_path / "moved")
-    train(of(f"{tmp_path}/./moved/", 4), tmp_path / "run", device="cpu")
+    train(config_of(f"{tmp_path}/./moved/", 4), tmp_path / "run", device="cpu")
     assert load(tmp_path / "run", device="cpu").step == 4
     Image.new("L", (8, 8), 255).save(tmp_path / "moved" / "00.png")
-    with pytest.raises(InputError, match="was begun on other images"):
-        train(of(tmp_path / "moved", 6), tmp_path / "run", device="cpu")
+    with pytest.raises(InputError, match="was started on other images"):
+        train(config_of(tmp_path / "moved", 6), tmp_path / "run", device="cpu")
 
 
 def test_another_process_is_refused(tmp_path, tiny_recipe):
@@ -383,29 +384,29 @@ def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tin
     assert checkpoint_steps(tmp_path) == [4]
 
 
-def signal_within(monkeypatch, moment, step, number):
-    """Send a signal in the midst of what a session does after a step."""
+def signal_during(monkeypatch, moment, step, number):
+    """Send a signal during what a session does after a step."""
     real = getattr(session.Session, moment)
 
-    def interrupted(sitting):
-        if sitting.state.step == step:
+    def interrupted(training):
+        if training.state.step == step:
             os.kill(os.getpid(), number)
-        return real(sitting)
+        return real(training)
 
     monkeypatch.setattr(session.Session, moment, interrupted)
 
 
 @pytest.mark.parametrize("moment", ["_validation_loss", "_sample_grid"])
-def test_a_signal_while_looking_stops_after_the_next_step_with_a_checkpoint(tmp_path, tiny_recipe, monkeypatch, moment):
-    """Step 6 validates and samples and is no checkpoint's; the signal comes in the middle of it."""
-    signal_within(monkeypatch, moment, 6, signal.SIGINT)
+def test_a_signal_during_validation_or_sampling_stops_after_the_next_step(tmp_path, tiny_recipe, monkeypatch, moment):
+    """Step 6 validates and samples, and has no checkpoint; the signal comes meanwhile."""
+    signal_during(monkeypatch, moment, 6, signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped at step 7"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4, 7]
 
 
-@pytest.mark.parametrize(("step", "words"), [(6, "stopped at step 6; its checkpoint"), (12, "after step 12, the last")])
-def test_a_signal_ends_a_score_under_way_which_is_made_on_resume(tmp_path, tiny_recipe, monkeypatch, step, words):
+@pytest.mark.parametrize(("step", "words"), [(6, "stopped at step 6 with"), (12, "after step 12, the last")])
+def test_a_signal_ends_scoring_which_resuming_repeats(tmp_path, tiny_recipe, monkeypatch, step, words):
     config = tiny(tiny_recipe)
     scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
     config, real = dataclasses.replace(config, evaluation=scored), scores.generate
@@ -417,28 +418,28 @@ def test_a_signal_ends_a_score_under_way_which_is_made_on_resume(tmp_path, tiny_
         return real(trained, *rest)
 
     monkeypatch.setattr(scores, "generate", interrupted)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with pytest.raises(Interrupted, match=words):
         train(config, tmp_path, device="cpu")
-    assert time.monotonic() - begun < 50
+    assert time.monotonic() - start_time < 50
     assert checkpoint_steps(tmp_path)[-1] == step
     monkeypatch.undo()
     train(config, tmp_path, device="cpu")
     assert [line["step"] for line in read_lines(tmp_path / "scores.jsonl")] == [6, 12]
 
 
-def test_a_signal_before_a_score_that_is_due_leaves_it_for_later(tmp_path, tiny_recipe, monkeypatch):
-    """Step 6 is drawn and scored; the signal comes while it is drawn."""
+def test_a_signal_before_scoring_leaves_it_for_later(tmp_path, tiny_recipe, monkeypatch):
+    """Step 6 is sampled and scored; the signal comes during sampling."""
     config = tiny(tiny_recipe)
     scored = dataclasses.replace(config.evaluation, score_every=6, score_images=20)
-    signal_within(monkeypatch, "_sample_grid", 6, signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped at step 6; its checkpoint"):
+    signal_during(monkeypatch, "_sample_grid", 6, signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped at step 6 with a checkpoint"):
         train(dataclasses.replace(config, evaluation=scored), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 6
     assert not (tmp_path / "scores.jsonl").exists()
 
 
-def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe):
+def test_a_run_records_all_versions_it_was_trained_with(tmp_path, tiny_recipe):
     def written():
         return json.loads((tmp_path / "config.json").read_text())
 
@@ -446,7 +447,7 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
     now, then = written()["versions"], written()["versions"] | {"torch": "1.0"}
     assert "earlier_versions" not in written()
     (tmp_path / "config.json").write_text(json.dumps(written() | {"versions": then}))
-    train(tiny(tiny_recipe, num_steps=4), tmp_path, device="cpu")  # it is at its end: nothing is computed
+    train(tiny(tiny_recipe, num_steps=4), tmp_path, device="cpu")  # the run is complete: nothing is computed
     assert written()["versions"] == then
     train(tiny(tiny_recipe, num_steps=8), tmp_path, device="cpu")
     train(tiny(tiny_recipe, num_steps=10), tmp_path, device="cpu")
@@ -454,39 +455,41 @@ def test_a_run_tells_all_versions_that_it_was_trained_with(tmp_path, tiny_recipe
         now,
         [then | written()["computed"]],
     )
-    here = written()["computed"]
-    assert here["device"] == "cpu"
-    there = {"float32": "bfloat16", "bfloat16": "float32"}[here["dtype"]]
-    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"dtype": there}}))
-    said: list[str] = []
-    train(tiny(tiny_recipe, num_steps=12), tmp_path, device="cpu", say=said.append)
-    assert written()["computed"] == here
-    assert [told["dtype"] for told in written()["earlier_versions"]] == [here["dtype"], there]
+    computed = written()["computed"]
+    assert computed["device"] == "cpu"
+    other_dtype = {"float32": "bfloat16", "bfloat16": "float32"}[computed["dtype"]]
+    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": computed | {"dtype": other_dtype}}))
+    messages: list[str] = []
+    train(tiny(tiny_recipe, num_steps=12), tmp_path, device="cpu", say=messages.append)
+    assert written()["computed"] == computed
+    assert [earlier["dtype"] for earlier in written()["earlier_versions"]] == [computed["dtype"], other_dtype]
     assert any(
-        line.startswith(f"from here with dtype {here['dtype']} (was {there}): the weights will") for line in said
+        line.startswith(f"from here on with dtype {computed['dtype']} (was {other_dtype}): not bit for bit")
+        for line in messages
     )
-    (tmp_path / "config.json").write_text(json.dumps(written() | {"computed": here | {"threads": 99, "processes": 3}}))
-    train(tiny(tiny_recipe, num_steps=13), tmp_path, device="cpu", say=said.append)
-    assert any(f"threads {here['threads']} (was 99), processes 1 (was 3)" in line for line in said)
-    said.clear()
-    said.clear()
-    train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=said.append)
-    assert not any("from here with" in line for line in said)
+    (tmp_path / "config.json").write_text(
+        json.dumps(written() | {"computed": computed | {"threads": 99, "processes": 3}})
+    )
+    train(tiny(tiny_recipe, num_steps=13), tmp_path, device="cpu", say=messages.append)
+    assert any(f"threads {computed['threads']} (was 99), processes 1 (was 3)" in line for line in messages)
+    messages.clear()
+    train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu", say=messages.append)
+    assert not any("from here on with" in line for line in messages)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written().items() if k != "computed"}))
     train(tiny(tiny_recipe, num_steps=14), tmp_path, device="cpu")
-    assert written()["computed"] == {}, "of what was computed elsewhere nothing is known"
+    assert written()["computed"] == {}, "nothing is known of a computation elsewhere"
 
 
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, tiny_recipe, monkeypatch):
-    """All is written, and a study that trains the run does not go on to its measures."""
-    signal_within(monkeypatch, "_sample_grid", 12, signal.SIGTERM)
+    """Everything is written, but a study that trains the run must not continue with its measures."""
+    signal_during(monkeypatch, "_sample_grid", 12, signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after step 12, the last; the same command makes"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path)[-1] == 12
     assert (tmp_path / "samples" / "step_00000012.png").is_file()
 
 
-def test_a_run_that_cannot_be_scored_is_refused_and_left_as_it_is(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+def test_a_run_that_cannot_be_scored_is_refused_and_unchanged(tmp_path, tiny_recipe, tiny_run, monkeypatch):
     monkeypatch.setenv("DDPM_INCEPTION_WEIGHTS", str(tmp_path / "nothing.pth"))
     config = load_recipe(str(tiny_recipe))
     scored = dataclasses.replace(config.evaluation, score_every=4, score_images=20, score_features="inception")
@@ -509,17 +512,17 @@ def test_a_run_that_cannot_be_scored_is_refused_and_left_as_it_is(tmp_path, tiny
         ("training.learning_rate", 2e-4, "give --training.learning-rate 0.0002"),
     ],
 )
-def test_what_a_run_had_is_told_as_it_is_typed(name, value, words):
-    assert _as_typed(name, value) == words
+def test_settings_are_given_as_flags(name, value, words):
+    assert as_flag(name, value) == words
 
 
-def test_a_run_killed_while_it_wrote_its_first_file_begins(tmp_path, tiny_recipe):
+def test_a_run_killed_while_writing_its_first_file_starts(tmp_path, tiny_recipe):
     (tmp_path / ".partial-123-config.json").write_text("{")
     train(tiny(tiny_recipe, num_steps=1), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [1]
 
 
-def test_a_grid_that_a_kill_prevented_is_drawn_on_resuming(tmp_path, tiny_recipe):
+def test_resuming_samples_a_grid_that_a_kill_prevented(tmp_path, tiny_recipe):
     train(tiny(tiny_recipe, num_steps=6), tmp_path, device="cpu")
     (tmp_path / "samples" / "step_00000006.png").unlink()
     train(tiny(tiny_recipe), tmp_path, device="cpu")
@@ -554,8 +557,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_recipe, tiny_run, 
     assert weights(tmp_path, 12) == weights(tiny_run, 12)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, tiny_recipe, tiny_run, monkeypatch):
-    """The disk takes the first checkpoint only once two more steps are logged; it gets the state of its own step."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    """The first checkpoint is written after two more steps are logged; it holds the state of its own step."""
     real, seen = checkpoint.write_durably, threading.Event()
 
     def slow(path, content):
@@ -579,8 +582,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, tiny_recipe, t
     assert weights(tmp_path, 12) == weights(tiny_run, 12)
 
 
-def test_a_checkpoint_that_fails_meanwhile_ends_the_run(tmp_path, tiny_recipe, monkeypatch):
-    """It is told with the step that it was of, before the run has ended by itself."""
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, tiny_recipe, monkeypatch):
+    """The message names its step, and comes before the last step."""
 
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -591,8 +594,8 @@ def test_a_checkpoint_that_fails_meanwhile_ends_the_run(tmp_path, tiny_recipe, m
     assert read_lines(tmp_path / "log.jsonl")[-1]["step"] < 12
 
 
-def test_a_run_scores_itself_from_outside_the_loop(tiny_recipe, tiny_run, tmp_path, monkeypatch):
-    """Scores at the steps asked for; the weights are those of a run that scores nothing; none twice, none lost."""
+def test_a_run_scores_itself_without_changing_its_weights(tiny_recipe, tiny_run, tmp_path, monkeypatch):
+    """Scores come at the configured steps, none twice and none lost; the weights are those of a run without scores."""
     config = load_recipe(str(tiny_recipe))
     evaluation = dataclasses.replace(config.evaluation, score_every=5, score_images=30)
     config = dataclasses.replace(config, evaluation=evaluation)

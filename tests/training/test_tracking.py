@@ -1,4 +1,4 @@
-"""Trackers get what the files hold, once, also where a run was stopped; without one nothing is made."""
+"""Trackers get what the files hold, once, also after an interruption; without one nothing is written."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ def tracked(recipe, tracker, **evaluation):
 
 
 def test_tensorboard_gets_what_the_files_hold_once(tiny_recipe, tiny_run, tmp_path):
-    """After a kill that lost the last four steps the events show each step once, and the weights are those of none."""
+    """After a kill that lost the last four steps the events show each step once, and no weight changes."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,9 +31,9 @@ def test_tensorboard_gets_what_the_files_hold_once(tiny_recipe, tiny_run, tmp_pa
     log = read_lines(tmp_path / "log.jsonl")
     for name in ("loss", "grad_norm", "validation_loss"):
         expected = {line["step"]: line[name] for line in log if name in line}
-        found = {event.step: event.value for event in events.Scalars(name)}
-        assert len(events.Scalars(name)) == len(found), "each step once"
-        assert found == pytest.approx(expected, rel=1e-6)
+        values = {event.step: event.value for event in events.Scalars(name)}
+        assert len(events.Scalars(name)) == len(values), "each step once"
+        assert values == pytest.approx(expected, rel=1e-6)
     band = {event.step: event.value for event in events.Scalars("loss_by_t/0")}
     assert band == pytest.approx({x["step"]: x["loss_by_t"][0] for x in log if x["loss_by_t"][0] is not None}, rel=1e-6)
     scores = {line["step"]: line["fid"]["value"] for line in read_lines(tmp_path / "scores.jsonl")}
@@ -84,7 +84,7 @@ def test_a_tracker_that_is_absent_is_named(tiny_recipe, tmp_path, capsys, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_does_not_start_is_told(tiny_recipe, tmp_path, capsys, monkeypatch):
+def test_a_tracker_that_does_not_start_is_reported(tiny_recipe, tmp_path, capsys, monkeypatch):
     pytest.importorskip("tensorboard")
 
     def refuse(tracker):

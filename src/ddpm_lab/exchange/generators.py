@@ -13,7 +13,7 @@ from ddpm_lab.core.files import atomic_directory
 from ddpm_lab.diffusion.guidance import guided_timesteps
 from ddpm_lab.exchange.model_card import write_card
 from ddpm_lab.models.checkpoint import checkpoint_path, save_checkpoint
-from ddpm_lab.models.diffusers_format import is_diffusers, process_is_told, read_diffusers, save_diffusers
+from ddpm_lab.models.diffusers_format import has_scheduler, is_diffusers, read_diffusers, save_diffusers
 from ddpm_lab.models.onnx_format import Guidance, LoopSampler, save_onnx
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.sampling.generation import Sampler, build_sampler
@@ -46,7 +46,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "data": {"name": dataset, "image_shape": list(image_shape)},
         "versions": versions(),
         "imported": folder.resolve().name,
-        **({} if process_is_told(folder) else {"process_assumed": True}),
+        **({} if has_scheduler(folder) else {"process_assumed": True}),
         "variance": variance,
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}

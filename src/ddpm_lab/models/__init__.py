@@ -1,5 +1,5 @@
-"""Networks on disk: checkpoints, loading any SOURCE, the formats of diffusers and ONNX; the packaged weights.
+"""Networks on disk: checkpoints, loading of any source, the formats of diffusers and ONNX; the packaged weights.
 
 May import `core`, `data`, `diffusion`.
-Start with `trained.load`.
+Start with `trained.load`, then `checkpoint`.
 """

@@ -1,9 +1,9 @@
-"""Checkpoints: one folder a step, in safetensors, that appears whole or not at all.
+"""Checkpoints: a folder for each saved step, with tensors in safetensors, that appears whole or not at all.
 
-A checkpoint is written to a temporary folder, flushed to the disk, and renamed into place; a kill or a full disk at any
-moment leaves the ones before it untouched. Its bytes are a function of the training state alone: no clock, no host.
-`meta.json` holds the SHA-256 of each file, so damage is found on loading, by name. In a run the writing goes on beside
-the training; what is written is the state as it was when it was asked for.
+A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a kill or a full disk at any moment
+leaves the earlier ones untouched. Its bytes depend on the training state alone, not on the clock or the host.
+`meta.json` holds the SHA-256 of each file, so that loading detects damage. During training a thread writes a copy of
+the state, and training continues.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -25,17 +24,24 @@ from torch import Tensor, nn
 from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.core.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
 
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """`checkpoints/step_00010000` of a run folder."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def average_path(run_dir: Path, step: int) -> Path:
+    """`averages/step_00000625` of a run folder: averaged weights alone, which are never deleted."""
+    return run_dir / "averages" / f"step_{step:08d}"
+
+
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps a run folder has checkpoints of, ascending.
+    """The steps that a run folder has checkpoints of, ascending.
 
     Raises:
-        InputError: `checkpoints` is there and cannot be listed; to take it for empty would begin the run anew.
+        InputError: `checkpoints` exists and cannot be listed. (Were it taken as empty, the run would start again.)
     """
     folder = run_dir / "checkpoints"
     try:
@@ -49,43 +55,25 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def last_step(run_dir: Path) -> str:
-    """The step of the newest checkpoint, in words."""
+    """The step of the newest checkpoint, for messages."""
     steps = checkpoint_steps(run_dir)
     return str(steps[-1]) if steps else "none yet"
 
 
-def average_path(run_dir: Path, step: int) -> Path:
-    """`averages/step_00000625` of a run folder: averaged weights alone, that no later checkpoint replaces."""
-    return run_dir / "averages" / f"step_{step:08d}"
-
-
-def snapshot(model: nn.Module, ema: nn.Module, kept: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The training state as it is now, by file and name: copies on the CPU, which no later step changes.
+def save_checkpoint(folder: Path, step: int, state: dict[str, dict[str, Tensor]]) -> Path:
+    """Write the training state after `step` steps; a checkpoint that exists is left as it is.
 
     Args:
-        kept: what the training keeps beside its networks, see `training.TrainingState.kept`.
-    """
-    return {
-        "model.safetensors": _copies(dict(model.named_parameters())),
-        "ema.safetensors": _copies(dict(ema.named_parameters())),
-        "optimizer.safetensors": _copies(kept),
-    }
-
-
-def save_checkpoint(final: Path, step: int, state: dict[str, dict[str, Tensor]]) -> Path:
-    """Write the training state after `step` steps; an existing checkpoint there is kept as it is.
-
-    Args:
-        final: the folder it is to be, see `checkpoint_path` and `average_path`.
-        state: of `snapshot`, or one file of it.
+        folder: the checkpoint's, see `checkpoint_path` and `average_path`.
+        state: the tensors by file and name, on the CPU.
     Returns:
         The checkpoint's folder.
     Raises:
-        OSError: the disk is full or refuses; nothing but the temporary folder was touched, and that is removed.
+        OSError: the disk is full or refuses; only the temporary folder was touched, and it is removed.
     """
-    if final.exists():
-        return final
-    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
+    if folder.exists():
+        return folder
+    temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -97,60 +85,59 @@ def save_checkpoint(final: Path, step: int, state: dict[str, dict[str, Tensor]])
         meta = json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n"
         write_durably(temporary / "meta.json", meta.encode())
         flush_folder(temporary)
-        temporary.rename(final)
-        flush_folder(final.parent)
+        temporary.rename(folder)
+        flush_folder(folder.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return final
+    return folder
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints one after another while training goes on; as a context it ends with all written."""
+    """Writes a run's checkpoints in a thread, one at a time; leaving its context waits for the last one."""
 
-    def __init__(self, run_dir: Path, keep: int, averages_at: Sequence[int] = ()) -> None:
-        """keep: see `remove_old_checkpoints`, which follows every checkpoint; averages_at: of `keep_average`."""
-        self.run_dir, self.keep, self.averages_at = run_dir, keep, averages_at
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """keep: how many of the newest checkpoints stay; 0: all."""
+        self.run_dir, self.keep = run_dir, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = 0
 
     def save(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
-        """Begin to write a `snapshot`, once what was begun before is written.
+        """Start writing a checkpoint, after the previous one is written.
 
+        Args:
+            state: the tensors by file and name; copied, so that later steps may change them.
         Raises:
-            RunError: that could not be written.
+            RunError: the previous one could not be written.
         """
+        self._start(checkpoint_path(self.run_dir, step), step, state)
+
+    def save_average(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
+        """Start writing the averaged weights alone; else as `save`."""
+        self._start(average_path(self.run_dir, step), step, {EMA_FILE: state[EMA_FILE]})
+
+    def _start(self, folder: Path, step: int, state: dict[str, dict[str, Tensor]]) -> None:
         self.wait()
         self._step = step
-        self._writing = self._thread.submit(self._write, step, state)
+        copies = {name: _copies(tensors) for name, tensors in state.items()}
+        self._writing = self._thread.submit(self._write, folder, step, copies)
 
-    def keep_average(self, step: int, ema: nn.Module) -> None:
-        """Write the averaged weights alone, where they are to stay; see `save`."""
-        if step in self.averages_at:
-            self.wait()
-            self._step = step
-            files = {"ema.safetensors": _copies(dict(ema.named_parameters()))}
-            self._writing = self._thread.submit(self._write_average, step, files)
-
-    def _write(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
-        save_checkpoint(checkpoint_path(self.run_dir, step), step, state)
+    def _write(self, folder: Path, step: int, state: dict[str, dict[str, Tensor]]) -> None:
+        save_checkpoint(folder, step, state)
         remove_old_checkpoints(self.run_dir, self.keep)
 
-    def _write_average(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
-        save_checkpoint(average_path(self.run_dir, step), step, files)
-
     def check(self) -> None:
-        """Tell of a checkpoint that could not be written, without waiting for one under way.
+        """Raise the error of a checkpoint that could not be written; do not wait for one in progress.
 
         Raises:
-            RunError: there is one.
+            RunError: a checkpoint could not be written.
         """
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is left to write.
+        """Wait until everything is written.
 
         Raises:
             RunError: the checkpoint could not be written.
@@ -161,10 +148,7 @@ class CheckpointWriter:
         try:
             writing.result()
         except OSError as error:
-            raise RunError(
-                f"{self.run_dir} cannot be written at step {self._step}: {error.strerror or error}; "
-                f"the last checkpoint is of step {last_step(self.run_dir)}"
-            ) from error
+            raise not_writable(self.run_dir, self._step, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -175,8 +159,16 @@ class CheckpointWriter:
             self.wait()
 
 
+def not_writable(run_dir: Path, step: int, error: OSError) -> RunError:
+    """The error of a run folder that cannot be written, to be raised."""
+    return RunError(
+        f"{run_dir} cannot be written at step {step}: {error.strerror or error}; "
+        f"the last checkpoint is of step {last_step(run_dir)}"
+    )
+
+
 def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all), and what killed writers left half done."""
+    """Delete all but the newest `keep` checkpoints (0 keeps all), and the temporary folders of killed writers."""
     folder = run_dir / "checkpoints"
     if keep > 0:
         for step in checkpoint_steps(run_dir)[:-keep]:
@@ -196,12 +188,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = read_json(path)
     hashes = meta.get("sha256") if isinstance(meta, dict) else None
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int) or not isinstance(hashes, dict):
-        raise InputError(f"{path} is not a checkpoint's: it must hold step and sha256")
+        raise InputError(f"{path} is not a checkpoint's meta.json: it must hold step and sha256")
     return meta
 
 
-def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one safetensors file of a checkpoint folder, proved by the hash in its `meta.json`.
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one safetensors file of a checkpoint folder, verified by the hash in its `meta.json`.
 
     Raises:
         InputError: absent, damaged, or not safetensors.
@@ -223,40 +215,39 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a safetensors file: {error}") from error
 
 
-def load_parameters(module: nn.Module, folder: Path, name: str) -> None:
-    """Copy a checkpoint's tensors into a network, cast to its dtype.
-
-    Raises:
-        InputError: as `load_tensors`, or tensors of another network.
-    """
-    tensors, parameters = load_tensors(folder, name), dict(module.named_parameters())
-    _same_names(folder / name, tensors, {key: p.shape for key, p in parameters.items()})
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
-
-
-def load_kept(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """What the training kept beside its networks, see `snapshot`.
+def load_tensors(folder: Path, name: str, targets: dict[str, Tensor]) -> None:
+    """Copy the tensors of a checkpoint's file into those of a network or an optimizer, cast to their dtype.
 
     Args:
-        shapes: what there must be, see `training.TrainingState.kept_shapes`.
+        targets: by name; changed in place.
     Raises:
-        InputError: as `load_tensors`, or tensors of another network or another optimiser.
+        InputError: as `read_tensors`, or the file belongs to another network.
     """
-    name = "optimizer.safetensors"
-    tensors = load_tensors(folder, name)
-    _same_names(folder / name, tensors, shapes)
-    return tensors
+    tensors = read_tensors(folder, name)
+    check_shapes(f"{folder / name} belongs to another network", tensors, targets)
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(tensors[key])
+
+
+def check_shapes(message: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare two sets of tensors by name and shape.
+
+    Args:
+        message: how the error starts.
+    Raises:
+        InputError: they differ; the message names the first difference.
+    """
+    shapes, expected_shapes = ({k: tuple(v.shape) for k, v in each.items()} for each in (tensors, expected))
+    for name in sorted(shapes.keys() | expected_shapes.keys()):
+        shape, expected_shape = shapes.get(name, "absent"), expected_shapes.get(name, "absent")
+        if shape != expected_shape:
+            raise InputError(f"{message}: {name} is {shape} there, {expected_shape} in this network")
 
 
 def parameters_sha256(module: nn.Module) -> str:
-    """SHA-256 of the file that a checkpoint would hold a network's parameters in."""
-    return hashlib.sha256(tensor_bytes(_on_cpu(dict(module.named_parameters())))).hexdigest()
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """SHA-256 of the file in which a checkpoint would hold a network's parameters."""
+    return hashlib.sha256(tensor_bytes(_copies(dict(module.named_parameters())))).hexdigest()
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -264,16 +255,3 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-
-
-def _same_names(path: Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    for name in sorted(tensors.keys() | shapes.keys()):
-        found, expected = tensors.get(name), shapes.get(name)
-        if found is None or expected is None or found.shape != expected:
-            described = [
-                None if s is None else tuple(s) for s in (found.shape if found is not None else None, expected)
-            ]
-            raise InputError(
-                f"{path} belongs to another network: {name} is {described[0] or 'absent'} there, "
-                f"{described[1] or 'absent'} in this one"
-            )

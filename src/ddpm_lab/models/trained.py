@@ -1,4 +1,4 @@
-"""A trained network from wherever it lies: a run, one of its checkpoints, a pipeline of diffusers, or this package."""
+"""Trained networks: load one from a run, a checkpoint, a folder of diffusers, or the packaged weights."""
 
 import copy
 import dataclasses
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 
@@ -14,18 +14,37 @@ from ddpm_lab.core.config import Config, Predicted, Variance
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import read_json
-from ddpm_lab.core.log import read_lines
+from ddpm_lab.core.log import LOG, SCORES, read_lines
 from ddpm_lab.core.settings import fits
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.diffusion.process import input_scale
 from ddpm_lab.diffusion.schedule import NoiseSchedule, build_schedule
 from ddpm_lab.diffusion.unet import UNet, build_unet
-from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps, load_parameters, parameters_sha256, read_meta
+from ddpm_lab.models.checkpoint import (
+    EMA_FILE,
+    MODEL_FILE,
+    checkpoint_path,
+    checkpoint_steps,
+    load_tensors,
+    parameters_sha256,
+    read_meta,
+)
 from ddpm_lab.models.diffusers_format import UNKNOWN, is_diffusers, read_diffusers, warn_of_assumed_process
 
 Weights = Literal["ema", "raw"]
-SCORES_TOLD = 6  # the newest
-WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+WEIGHT_FILES = {"ema": EMA_FILE, "raw": MODEL_FILE}
+PACKAGED = Path(__file__).parent / "weights"
+# The types of what `config.json` may hold beside config and data, and of what `from` holds in it.
+RECORD_TYPES: dict[str, Any] = {
+    "versions": dict,
+    "computed": dict,
+    "earlier_versions": tuple[dict, ...],  # type: ignore[type-arg]  # isinstance takes no parameters
+    "first_num_steps": int,
+    "continued_at": tuple[int, ...],
+    "variance": Variance,
+    "from": dict,
+}
+SOURCE_TYPES: dict[str, Any] = {"source": str, "variance": Variance}
 
 
 @dataclass(frozen=True)
@@ -38,10 +57,10 @@ class TrainedModel:
         model: called as model(x_t, t), t int64 in [0, T); in evaluation mode.
         schedule: its forward process.
         image_shape: (C, H, W).
-        step: optimiser steps trained.
+        step: optimizer steps trained.
         weights: 'ema' or 'raw'.
         folder: the checkpoint's.
-        record: `config.json` whole: config, data, versions, seed.
+        record: the whole `config.json`: config, data, versions, seed.
     """
 
     name: str
@@ -56,7 +75,7 @@ class TrainedModel:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the network can be told, 0 where it is told none."""
+        """The number of classes of a conditional network, 0 for an unconditional one."""
         return self.config.model.num_classes or 0
 
     @property
@@ -66,16 +85,16 @@ class TrainedModel:
 
     @property
     def variance(self) -> Variance:
-        """Of the steps of Algorithm 2, where all are taken: that of the pipeline it was imported or began from, else
-        beta."""
+        """The default variance of the reverse step with all T steps: that of the pipeline it was imported or started
+        from, else beta."""
         return cast(Variance, self.record.get("variance", self.record.get("from", {}).get("variance", "beta")))
 
     @property
     def unconditional(self) -> bool:
-        """Whether it can do without a class: it is told none, classes were withheld in training, or it began from a
-        network that could."""
-        learnt = self.num_classes == 0 or self.config.training.class_dropout > 0
-        return learnt or bool(self.record.get("from", {}).get("unconditional"))
+        """Whether it can predict without a label: it is unconditional, was trained with label dropout, or started from
+        a network that could."""
+        trained = self.num_classes == 0 or self.config.training.class_dropout > 0
+        return trained or bool(self.record.get("from", {}).get("unconditional"))
 
     @property
     def run_dir(self) -> Path | None:
@@ -85,26 +104,26 @@ class TrainedModel:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Of the file the parameters came from, or, in the midst of training, of the file they would be saved to."""
+        """SHA-256 of the file that holds the parameters; during training, of the file that would hold them."""
         if not (self.folder / "meta.json").is_file():
             return parameters_sha256(self.model)
         return str(read_meta(self.folder)["sha256"][WEIGHT_FILES[self.weights]])
 
 
 def with_timesteps(trained: TrainedModel, num_timesteps: int) -> TrainedModel:
-    """The same network as a chain of another length.
+    """The same network for a chain of another length T.
 
-    The network is told t as a position that means a noise level, whatever T (to O(1/T)), so a network trained on one
-    chain can be sampled on another, where both are rescaled to the same process or cosine.
+    The network takes t as a position that means a noise level whatever T is (to O(1/T)). So a network trained for one T
+    can be sampled with another, if the schedule is one process at every T: rescaled linear betas, or cosine.
 
     Raises:
-        InputError: betas of a fixed range, whose process is another for each T; or a T that cannot be.
+        InputError: betas of a fixed range, whose process depends on T; or a T out of range.
     """
     if trained.config.diffusion.beta_convention == "fixed range":
-        raise InputError(f"{trained.name} has betas of a fixed range: with another T they are another process")
+        raise InputError(f"{trained.name} has betas of a fixed range, which are another process for another T")
     diffusion = dataclasses.replace(trained.config.diffusion, num_timesteps=num_timesteps)
-    model = copy.copy(trained.model)  # with the same parameters
-    model._buffers = dict(model._buffers)  # but with a table of its own
+    model = copy.copy(trained.model)  # shares the parameters,
+    model._buffers = dict(model._buffers)  # but not the table that scales the input
     model.num_timesteps, schedule = num_timesteps, build_schedule(diffusion)
     model.scale_input(input_scale(diffusion.predicted, schedule))
     return dataclasses.replace(
@@ -114,27 +133,25 @@ def with_timesteps(trained: TrainedModel, num_timesteps: int) -> TrainedModel:
 
 def packaged_names() -> list[str]:
     """Names of the weights that come with the package."""
-    folder = Path(__file__).parent / "weights"
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and (entry / "meta.json").is_file())
+    return sorted(path.parent.name for path in PACKAGED.glob("*/meta.json"))
 
 
 def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, Path]:
-    """The checkpoint folder and the `config.json` that a SOURCE stands for.
+    """The checkpoint folder and the `config.json` of a source.
 
     Args:
-        source: a run folder, a checkpoint folder in it, or the name of packaged weights. A name wins over a folder of
-            that name (`mnist` may well be one of data); `./mnist` is the folder.
+        source: a run folder, a checkpoint folder in one, or the name of packaged weights. A name takes precedence over
+            a folder of that name (`mnist` may be a folder of data); write `./mnist` for the folder.
         checkpoint: a step of a run folder; None: the newest.
     Raises:
-        InputError: there is no such thing, or no such checkpoint; what there is is named.
+        InputError: no such source or checkpoint; the message names those that exist.
     """
     if source in packaged_names():
         if checkpoint is not None:
             raise InputError(f"packaged weights {source!r} have one checkpoint; leave --checkpoint out")
-        folder = Path(__file__).parent / "weights" / source
-        return folder, folder / "config.json"
-    path = Path(source).resolve() if source else Path("no such folder")
-    if not path.is_dir():
+        return PACKAGED / source, PACKAGED / source / "config.json"
+    path = Path(source).resolve()
+    if not source or not path.is_dir():
         raise InputError(
             f"no model {source!r}: give a run folder, a checkpoint folder in one, a folder of diffusers, "
             f"or the name of packaged weights ({', '.join(packaged_names()) or 'none in this version'})"
@@ -142,8 +159,8 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
     if (path / "meta.json").is_file():
         if checkpoint is not None:
             raise InputError(f"{source} is one checkpoint; give --checkpoint with its run folder")
-        own = path / "config.json"
-        return path, own if own.is_file() else path.parent.parent / "config.json"
+        config_path = path / "config.json"
+        return path, config_path if config_path.is_file() else path.parent.parent / "config.json"
     if not (path / "config.json").is_file():
         raise InputError(f"{source} is not a run folder: it holds no config.json")
     steps = checkpoint_steps(path)
@@ -155,7 +172,7 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
 
 
 def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int, int]]:
-    """A `config.json`: the record whole, the configuration in it, and the images' (C, H, W).
+    """A run's `config.json`: all of it, the configuration in it, and the images' (C, H, W).
 
     Raises:
         InputError: absent, not JSON, or not what a run writes.
@@ -166,26 +183,26 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
     if not (
         isinstance(shape, list)
         and len(shape) == 3
-        and all(isinstance(n, int) and 0 < n < 65536 for n in shape)
+        and all(fits(length, int) and 0 < length < 65_536 for length in shape)
         and shape[1] == shape[2]
-        and all(isinstance(record.get(name, {}), dict) for name in ("versions", "computed"))
-        and all(isinstance(record.get(name, []), list) for name in ("earlier_versions", "continued_at"))
-        and all(fits(step, int) and step > 0 for step in record.get("continued_at", []))
-        and fits(record.get("first_num_steps", 0), int)
-        and all(isinstance(versions, dict) for versions in record.get("earlier_versions", []))
     ):
-        raise InputError(f"{path} is not a run's: it must hold config and data with image_shape")
-    begun_from = record.get("from", {"source": ""})
-    if not isinstance(begun_from, dict) or not isinstance(begun_from.get("source"), str):
-        raise InputError(f"{path}: from must name the source that the run began from")
-    for held in (record, begun_from):
-        if held.get("variance", "beta") not in get_args(Variance):
-            raise InputError(f"{path}: variance must be one of {', '.join(get_args(Variance))}")
+        raise InputError(f"{path} is not a run's config.json: it must hold config, and data with image_shape")
+    _check_types(path, record, RECORD_TYPES)
+    if "from" in record:
+        _check_types(path, {"source": None} | record["from"], SOURCE_TYPES, "from.")
     try:
         config = Config.from_dict(record.get("config"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return record, config, (shape[0], shape[1], shape[2])
+
+
+def _check_types(path: Path, table: dict[str, Any], types: dict[str, Any], prefix: str = "") -> None:
+    """Refuse an entry that has another type than the one listed; it may be absent."""
+    for name, hint in types.items():
+        value = table.get(name)
+        if name in table and not fits(tuple(value) if isinstance(value, list) else value, hint):
+            raise InputError(f"{path}: {prefix}{name} cannot be {json.dumps(value)}")
 
 
 def load(
@@ -195,73 +212,52 @@ def load(
 
     Args:
         source: a run folder, a checkpoint folder in it, the name of packaged weights, or a folder of diffusers.
-        weights: 'ema' the moving average, or 'raw' the network as it was trained.
+        weights: 'ema' for the moving average, 'raw' for the network as trained.
         checkpoint: a step of a run folder; None: the newest.
         device: auto, cpu, cuda or mps.
     Raises:
-        InputError: no such source, damaged files, weights of another network.
+        InputError: no such source, damaged files, or weights of another network.
     """
-    if weights not in ("ema", "raw"):
+    if weights not in WEIGHT_FILES:
         raise InputError(f"weights must be ema or raw, not {weights!r}")
-    on = resolve_device(device)
-    if str(source) not in packaged_names() and is_diffusers(Path(source)):
-        return _load_diffusers(Path(source), weights, checkpoint, on)
-    folder, config_path = find_checkpoint(str(source), checkpoint)
-    if weights == "raw" and str(source) in packaged_names():
-        raise InputError(f"{source} comes with averaged weights only; leave --weights out")
-    record, config, image_shape = read_run_record(config_path)
-    if record.get("process_assumed"):
-        warn_of_assumed_process()
-    step = int(read_meta(folder)["step"])
-    with torch.device("meta"):
-        model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
-    model, schedule = model.to_empty(device=on), build_schedule(config.diffusion)
-    model.scale_input(input_scale(config.diffusion.predicted, schedule))
-    load_parameters(model, folder, WEIGHT_FILES[weights])
-    if on.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    return TrainedModel(
-        name=str(source),
-        config=config,
-        model=model.eval().requires_grad_(False),
-        schedule=schedule,
-        image_shape=image_shape,
-        step=step,
-        weights=weights,
-        folder=folder,
-        record=record,
-    )
-
-
-def _load_diffusers(folder: Path, weights: Weights, checkpoint: int | None, device: torch.device) -> TrainedModel:
-    if weights == "raw" or checkpoint is not None:
-        raise InputError(f"{folder} is of diffusers and has one set of weights; leave --weights and --checkpoint out")
-    config, model, image_shape, variance = read_diffusers(folder, device)
-    return TrainedModel(
-        name=str(folder),
-        config=config,
-        model=model,
-        schedule=build_schedule(config.diffusion),
-        image_shape=image_shape,
-        step=0,
-        weights="ema",
-        folder=folder,
-        record={
-            "config": config.to_dict(),
-            "data": {"name": UNKNOWN, "image_shape": list(image_shape)},
-            "variance": variance,
-        },
-    )
+    torch_device, name = resolve_device(device), str(source)
+    if name not in packaged_names() and is_diffusers(Path(name)):
+        if weights == "raw" or checkpoint is not None:
+            raise InputError(
+                f"{name}, a folder of diffusers, has one set of weights; leave --weights and --checkpoint out"
+            )
+        folder, step = Path(name), 0
+        config, model, image_shape, variance = read_diffusers(folder, torch_device)
+        data = {"name": UNKNOWN, "image_shape": list(image_shape)}
+        record = {"config": config.to_dict(), "data": data, "variance": variance}
+        schedule = build_schedule(config.diffusion)
+    else:
+        folder, config_path = find_checkpoint(name, checkpoint)
+        if weights == "raw" and name in packaged_names():
+            raise InputError(f"packaged weights {name!r} are averaged weights only; leave --weights out")
+        record, config, image_shape = read_run_record(config_path)
+        if record.get("process_assumed"):
+            warn_of_assumed_process()
+        step = int(read_meta(folder)["step"])
+        with torch.device("meta"):
+            model = build_unet(config.model, image_shape[0], image_shape[1], config.diffusion.num_timesteps)
+        model, schedule = model.to_empty(device=torch_device), build_schedule(config.diffusion)
+        model.scale_input(input_scale(config.diffusion.predicted, schedule))
+        load_tensors(folder, WEIGHT_FILES[weights], dict(model.named_parameters()))
+        if torch_device.type == "cuda":
+            model = model.to(memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False)
+    return TrainedModel(name, config, model, schedule, image_shape, step, weights, folder, record)
 
 
 def describe(source: str, checkpoint: int | None = None) -> list[str]:
-    """Lines for a person: what a model is, and how far it came.
+    """What a model is, and how far it is trained, in lines of text.
 
     Raises:
         InputError: as `load`.
     """
     trained = load(source, checkpoint=checkpoint, device="cpu")
-    record, config = trained.record, trained.config
+    record, config, run_dir = trained.record, trained.config, trained.run_dir
     parameters = sum(p.numel() for p in trained.model.parameters())
     lines = [
         f"{source}: {parameters:,} parameters, images of {' x '.join(map(str, trained.image_shape))}",
@@ -271,28 +267,24 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         f"({config.diffusion.beta_convention}), predicts {config.diffusion.prediction}",
     ]
     if "from" in record:
-        lines.append(f"began from {record['from'].get('source')}, step {record['from'].get('step')}")
-    if trained.run_dir is not None:
-        steps = checkpoint_steps(trained.run_dir)
-        lines.append(f"checkpoints: {', '.join(map(str, steps))}")
+        lines.append(f"started from {record['from'].get('source')}, step {record['from'].get('step')}")
+    if run_dir is not None:
+        lines.append(f"checkpoints: {', '.join(map(str, checkpoint_steps(run_dir)))}")
     for group, values in config.to_dict().items():
         lines.append(f"{group}: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items()))
-    made_with = {**record.get("versions", {}), **record.get("computed", {})}
-    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in made_with.items()))
-    log = None if trained.run_dir is None else trained.run_dir / "log.jsonl"
-    if log is not None and log.is_file():
-        entries = [
-            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.endswith("}")
-        ]
-        validated = [line for line in entries if "validation_loss" in line]
-        lines += [f"last logged: {line}" for line in validated[-1:] or entries[-1:]]
-    scored = [] if trained.run_dir is None else read_lines(trained.run_dir / "scores.jsonl")
-    for score in scored[-SCORES_TOLD:]:
+    versions = record.get("versions", {}) | record.get("computed", {})
+    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    if run_dir is None:
+        return lines
+    log, scores = read_lines(run_dir / LOG), read_lines(run_dir / SCORES)
+    validated = [line for line in log if "validation_loss" in line]
+    lines += [f"last logged: {json.dumps(line)}" for line in validated[-1:] or log[-1:]]
+    for score in scores[-6:]:
         fid = score.get("fid")
         if isinstance(fid, dict) and fits(fid.get("value"), float):
-            how = f"{score.get('sampler')} with {score.get('num_evaluations')} evaluations{guidance_label(score)}"
+            sampling = f"{score.get('sampler')} with {score.get('num_evaluations')} evaluations{guidance_label(score)}"
             lines.append(
-                f"scored at step {score['step']}: {score.get('fid_label')} {fid['value']:.4g}, {how}, "
+                f"scored at step {score['step']}: {score.get('fid_label')} {fid['value']:.4g}, {sampling}, "
                 f"{score.get('weights')} weights"
             )
     return lines

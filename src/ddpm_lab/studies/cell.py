@@ -36,7 +36,7 @@ from ddpm_lab.studies.grid import HEADLINE, Cell, Study, cell_folder, parse_samp
 from ddpm_lab.studies.lease import Lease
 from ddpm_lab.training.cost import evaluation_seconds, step_seconds
 from ddpm_lab.training.loop import new_state
-from ddpm_lab.training.run import told_classes, train, versions
+from ddpm_lab.training.run import conditional_labels, train, versions
 from ddpm_lab.training.tracking import check_tracker
 
 MEASURES = "measures.jsonl"
@@ -55,7 +55,7 @@ def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> 
     check_tracker(config.evaluation.tracker)
     data = config.data
     training, held_out = (load_images(data.dataset, split, data_dir, data.image_size) for split in ("train", "test"))
-    told_classes(config, training)
+    conditional_labels(config, training)
     if len(held_out.images) < 2:
         raise InputError(f"{data.dataset} has {len(held_out.images)} held-out image; a bound of likelihood needs 2")
     _, C, H, W = training.images.shape

@@ -1,6 +1,6 @@
-"""What training will cost, said before it starts: parameters, operations, time, disk."""
+"""What training costs, told before it starts: parameters, operations, time, disk."""
 
-import time
+import timeit
 from statistics import median
 
 import torch
@@ -16,16 +16,12 @@ from ddpm_lab.training.loop import TrainingState
 
 
 def training_cost(
-    config: Config,
-    state: TrainingState,
-    schedule: NoiseSchedule,
-    training_set: ImageSet,
-    device: torch.device,
+    config: Config, state: TrainingState, schedule: NoiseSchedule, training_set: ImageSet, device: torch.device
 ) -> str:
-    """One line on what a run will cost, counted or measured before it starts.
+    """What the rest of a run costs, counted or measured, in one line.
 
     Args:
-        state: where training stands; its weights stay as they are.
+        state: the training state; its weights are not changed.
         training_set: gives the shape of the images.
     """
     training = config.training
@@ -33,25 +29,25 @@ def training_cost(
     image_shape = tuple(training_set.images.shape[1:])
     dtype = resolve_precision(training.precision, device)
     seconds = step_seconds(state, schedule, image_shape, config, device) * (training.num_steps - state.step)
-    kept = training.keep_checkpoints or -(-training.num_steps // training.checkpoint_every)
-    kept = min(kept, -(-training.num_steps // training.checkpoint_every))
-    stored = parameters * (16 * kept + 12)  # checkpoints, and three averages
+    checkpoints = -(-training.num_steps // training.checkpoint_every)
+    checkpoints = min(training.keep_checkpoints or checkpoints, checkpoints)
+    num_bytes = parameters * (16 * checkpoints + 12)  # network, average, two moments; and three kept averages
     return (
         f"{training_set.name}, {len(training_set)} images of "
         f"{' x '.join(map(str, image_shape))}; {parameters:,} parameters, "
         f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
         f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
         f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
-        f"up to {decimal(stored)} of checkpoints"
+        f"up to {decimal(num_bytes)} of checkpoints"
     )
 
 
 def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one evaluation for one image: two for each multiplication."""
+    """Floating-point operations of one evaluation for one image; a multiplication with its addition counts as two."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Without data, and with attention as products: the fused kernel of the CPU is not counted.
+    # On the meta device nothing is computed. The counter does not know the CPU's fused attention, but knows products.
     weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     inputs = torch.zeros(1, *image_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -62,31 +58,32 @@ def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
 def step_seconds(
     state: TrainingState, schedule: NoiseSchedule, image_shape: tuple[int, ...], config: Config, device: torch.device
 ) -> float:
-    """Time of a training step, from a forward and backward pass over part of a batch; weights stay as they are."""
-    rows = min(config.training.batch_size, 32)
-    x_0 = torch.zeros(rows, *image_shape, device=device)
+    """Seconds of a training step, from a forward and backward pass over up to 32 images; weights are not changed."""
+    images = min(config.training.batch_size, 32)
+    x_0 = torch.zeros(images, *image_shape, device=device)
     dtype = resolve_precision(config.training.precision, device)
-    passes = []
-    for _ in range(4):  # the first ones also warm up, and other programs may disturb any
-        begun = time.monotonic()
+
+    def forward_and_backward() -> None:
         with autocast(device, dtype):
             loss = diffusion_loss(state.model, schedule, x_0)
         torch.autograd.backward(loss)
-        float(loss.detach())
-        passes.append(time.monotonic() - begun)
+        float(loss.detach())  # waits for the device
+
+    # The first passes warm up, and other programs may disturb any.
+    seconds = min(timeit.repeat(forward_and_backward, number=1, repeat=4))
     state.optimizer.zero_grad()
-    return min(passes) * config.training.batch_size / rows
+    return seconds * config.training.batch_size / images
 
 
 def evaluation_seconds(
-    model: torch.nn.Module, image_shape: tuple[int, ...], precision: str, device: torch.device, rows: int = 64
+    model: torch.nn.Module, image_shape: tuple[int, ...], precision: str, device: torch.device, batch_size: int = 64
 ) -> float:
-    """Time of one evaluation for one image, from batches of 64: the median of five, after one to warm up."""
-    x_t, t = torch.zeros(rows, *image_shape, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-    passes = []
-    for _ in range(6):
-        begun = time.monotonic()
+    """Seconds of one evaluation for one image: the median of five batches, after one to warm up."""
+    x_t = torch.zeros(batch_size, *image_shape, device=device)
+    t = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    def evaluate() -> None:
         with torch.no_grad(), autocast(device, resolve_precision(precision, device)):
-            float(model(x_t, t).float().sum())
-        passes.append(time.monotonic() - begun)
-    return median(passes[1:]) / rows
+            float(model(x_t, t).float().sum())  # waits for the device
+
+    return median(timeit.repeat(evaluate, number=1, repeat=6)[1:]) / batch_size

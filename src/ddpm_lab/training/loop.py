@@ -1,8 +1,8 @@
-"""Training: Algorithm 1 of Ho et al. 2020, in a loop that yields after every step; the caller logs, saves and looks.
+"""The training loop: Algorithm 1 of Ho et al. 2020. It yields after every step; the caller logs, saves and samples.
 
-Invariant: step k is a pure function of (config, weights, moments, k). Everything random in it comes from (seed, k), the
-order of the images from (seed, epoch), the learning rate and the decay of the average from k; so no random state is
-kept, and a run that was killed and resumed ends in the very weights of the run that was not.
+Invariant: step k is a pure function of (config, weights, moments, k). Its random numbers come from (seed, k), the order
+of the images from (seed, epoch), and the learning rate and the decay of the average from k. So no random state is
+saved, and a run that was killed and resumed ends in the same weights as an uninterrupted one.
 """
 
 import copy
@@ -23,20 +23,24 @@ from ddpm_lab.diffusion.guidance import conditional, drop_labels, guided
 from ddpm_lab.diffusion.process import Model, denoising_losses, min_snr_weights, per_image, timestep_probabilities
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 from ddpm_lab.diffusion.unet import UNet
+from ddpm_lab.models.checkpoint import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from ddpm_lab.training.optimizer import Optimizer
 
-MEAN_LOSSES = "mean_losses"
 LOSS_BANDS = 32  # of noise levels, each drawn equally often, in which learned weights are constant
 
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds: networks, moments, how many steps are done, and what weights are learned from.
+    """What a checkpoint holds: networks, the optimizer's moments, the step, and the losses behind learned weights.
 
     Attributes:
+        model: the network that is trained.
+        ema: its moving average.
+        optimizer: of the network.
+        step: optimizer steps done.
         mean_losses: with learned weights, the mean loss in each of LOSS_BANDS bands of noise levels, (LOSS_BANDS,)
             float32 on the network's device; else None.
-        begun: the step at which the learning rate last began anew, see `learning_rate`.
+        schedule_start: the step at which the learning rate last started its schedule, see `learning_rate`.
     """
 
     model: UNet
@@ -44,35 +48,33 @@ class TrainingState:
     optimizer: Optimizer
     step: int = 0
     mean_losses: Tensor | None = None
-    begun: int = 0
+    schedule_start: int = 0
 
-    def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the networks, by name: the optimiser's tensors, and the mean losses."""
-        return self.optimizer.tensors() | ({} if self.mean_losses is None else {MEAN_LOSSES: self.mean_losses})
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint by file and name; not copies, so that a checkpoint can be loaded into them."""
+        mean_losses = {} if self.mean_losses is None else {"mean_losses": self.mean_losses}
+        return {
+            MODEL_FILE: dict(self.model.named_parameters()),
+            EMA_FILE: dict(self.ema.named_parameters()),
+            OPTIMIZER_FILE: self.optimizer.tensors() | mean_losses,
+        }
 
-    def kept_shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of `kept`, known before any step."""
-        losses = {} if self.mean_losses is None else {MEAN_LOSSES: self.mean_losses.shape}
-        return self.optimizer.shapes() | losses
-
-    def restore(self, step: int, kept: dict[str, Tensor]) -> None:
-        """Take what was `kept` after so many steps; the optimiser's tensors are zero where there are none."""
+    def set_step(self, step: int) -> None:
+        """Set the number of steps done; the optimizer's moments become zero."""
         self.step = step
-        self.optimizer.restore(step, kept)
-        if self.mean_losses is not None and MEAN_LOSSES in kept:
-            self.mean_losses.copy_(kept[MEAN_LOSSES])
+        self.optimizer.reset(step)
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one step did.
+    """The result of one training step.
 
     Attributes:
         step: steps done, counted from 1.
-        losses: of each image of the batch, those of all processes, (B,) float32; t: their timesteps, (B,) int64; both
-            on the device.
-        grad_norm: Euclidean norm before clipping, a scalar on the device.
-        learning_rate: used in this step.
+        losses: of each image of the global batch, (B,) float32, on the device.
+        t: timesteps of those images, (B,) int64, on the device.
+        grad_norm: Euclidean norm of the gradient before clipping, a scalar on the device.
+        learning_rate: of this step.
     """
 
     step: int
@@ -83,29 +85,29 @@ class TrainingStep:
 
 
 def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
-    """A state at step 0: the average equal to the network."""
+    """A state at step 0, whose average equals the network."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
-    learned = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
-    return TrainingState(model, ema, Optimizer(model, config), mean_losses=learned)
+    mean_losses = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
+    return TrainingState(model, ema, Optimizer(model, config), mean_losses=mean_losses)
 
 
-def falling_from(config: TrainingConfig, begun: int = 0) -> int:
-    """The step at which the learning rate begins to fall, where it does."""
-    after_warmup = config.num_steps - begun - min(config.warmup_steps, config.num_steps - begun)
+def decay_start(config: TrainingConfig, start: int = 0) -> int:
+    """The step at which the learning rate starts to fall, if it does; `start` as in `learning_rate`."""
+    after_warmup = config.num_steps - start - min(config.warmup_steps, config.num_steps - start)
     return config.num_steps - round(after_warmup * config.decay_share)
 
 
-def learning_rate(config: TrainingConfig, k: int, begun: int = 0) -> float:
-    """Of step k = 0, 1, ...: a linear rise over the warm-up, then constant, then perhaps falling to 0 at num_steps.
+def learning_rate(config: TrainingConfig, k: int, start: int = 0) -> float:
+    """The learning rate of step k = 0, 1, ...: a linear warm-up, then constant, then, with a decay, falling to 0.
 
     Args:
-        begun: the step at which all this begins, for a run that is trained on after its rate had fallen to 0.
+        start: the step at which this schedule starts; above 0 when a run is continued after its rate fell to 0.
     """
-    rise = min(config.warmup_steps, config.num_steps - begun)
-    if k - begun < rise:
-        return config.learning_rate * (k - begun + 1) / rise
-    fall = falling_from(config, begun)
+    warmup = min(config.warmup_steps, config.num_steps - start)
+    if k - start < warmup:
+        return config.learning_rate * (k - start + 1) / warmup
+    fall = decay_start(config, start)
     if config.decay == "constant" or k < fall:
         return config.learning_rate
     share = (k - fall) / max(config.num_steps - fall, 1)
@@ -113,7 +115,7 @@ def learning_rate(config: TrainingConfig, k: int, begun: int = 0) -> float:
 
 
 def ema_decay(config: TrainingConfig, k: int) -> float:
-    """Of step k: short at first, so that the average forgets the random start."""
+    """The decay of the average at step k: small at first, so that the average forgets the initial weights."""
     return min(config.ema_decay, (1 + k) / (10 + k))
 
 
@@ -124,71 +126,61 @@ def _permutation(num_images: int, seed: int, epoch: int) -> Tensor:
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor:
-    """Which images step k sees: positions k B .. (k + 1) B of one permutation after another, (B,) int64."""
-    positions = range(k * batch_size, (k + 1) * batch_size)
-    pieces, position = [], positions.start
-    while position < positions.stop:
+    """The images of step k: positions k B .. (k + 1) B in a sequence of permutations, one an epoch, (B,) int64."""
+    pieces, position, stop = [], k * batch_size, (k + 1) * batch_size
+    while position < stop:
         epoch, offset = divmod(position, num_images)
-        piece = _permutation(num_images, seed, epoch)[offset : offset + positions.stop - position]
-        pieces.append(piece)
-        position += len(piece)
+        pieces.append(_permutation(num_images, seed, epoch)[offset : offset + stop - position])
+        position += len(pieces[-1])
     return torch.cat(pieces)
 
 
 class NoiseLevelSampler:
-    """Which timesteps training draws, and how it weighs the losses there (config: noise_levels, weighting)."""
+    """Draws the timesteps of training and weighs their losses (config: noise_levels, weighting)."""
 
     def __init__(self, config: TrainingConfig, schedule: NoiseSchedule, prediction: Predicted) -> None:
-        self.num_timesteps, self.learned = schedule.num_timesteps, config.weighting == "learned"
+        self.num_timesteps = schedule.num_timesteps
         self._cumulative: Tensor | None = None
         probabilities = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
         if config.noise_levels == "lognormal":
             probabilities = timestep_probabilities(schedule, config.log_sigma_mean, config.log_sigma_std)
             self._cumulative = probabilities.cumsum(0) / probabilities.sum()
         middles = probabilities.cumsum(0) - probabilities / 2
-        self._band = (middles * LOSS_BANDS).long().clamp(max=LOSS_BANDS - 1)  # (T,)
-        weighted = config.weighting == "min_snr"
-        self._weights = min_snr_weights(prediction, schedule) if weighted else None
+        self._bands = (middles * LOSS_BANDS).long().clamp(max=LOSS_BANDS - 1)  # (T,)
+        self._weights = min_snr_weights(prediction, schedule) if config.weighting == "min_snr" else None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps, (count,) int64 on the generator's device."""
         if self._cumulative is None:
             return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
         uniform = torch.rand(count, generator=generator, device=generator.device)
-        found = torch.searchsorted(self._cumulative.to(uniform), uniform, right=True)
-        return found.clamp(max=self.num_timesteps - 1)
+        t = torch.searchsorted(self._cumulative.to(uniform), uniform, right=True)
+        return t.clamp(max=self.num_timesteps - 1)
 
     def weights(self, t: Tensor, mean_losses: Tensor | None) -> Tensor | None:
-        """The weight of each loss, (B,) float32; None: they all count alike.
+        """The weight of each loss, (B,) float32; None where all weights are 1.
 
-        Learned ones are one over the mean loss of their band, and 1 in the mean over the timesteps drawn: Karras et al.
-        2024 (arXiv:2312.02696, eq. 21) find that weight by descent, and it is the minimum of their criterion.
+        A learned weight is one over the mean loss of its band, scaled so that the mean over the timesteps drawn is 1:
+        the minimum of the criterion that Karras et al. 2024 (arXiv:2312.02696, eq. 21) minimise by descent.
         """
         if mean_losses is not None:
             inverse = 1 / mean_losses.clamp(min=1e-6)
-            return (inverse / inverse.mean())[self._band.to(t.device)[t]]
+            return (inverse / inverse.mean())[self._bands.to(t.device)[t]]
         if self._weights is None:
             return None
         return per_image(self._weights, t, torch.zeros(len(t), device=t.device))
 
     def learn(self, mean_losses: Tensor, t: Tensor, losses: Tensor, k: int) -> None:
-        """Move the mean losses of the bands that were drawn towards what was found there, in place."""
-        band = self._band.to(t.device)[t]
+        """Move the mean losses of the bands drawn in step k towards the losses of that step, in place."""
+        band = self._bands.to(t.device)[t]
         count = torch.zeros_like(mean_losses).index_add_(0, band, torch.ones_like(losses))
-        found = torch.zeros_like(mean_losses).index_add_(0, band, losses) / count.clamp(min=1)
-        moved = torch.lerp(mean_losses, found, 1 - min(0.99, (1 + k) / (10 + k)))
-        mean_losses.copy_(torch.where(count > 0, moved, mean_losses))
-
-
-def engine(model: UNet, config: TrainingConfig, device: torch.device) -> nn.Module:
-    """What computes a training step: the network, compiled where that is asked for, and averaging its gradients over
-    the processes where there are several."""
-    network: nn.Module = compiled(model) if is_compiled(config, device) else model
-    return processes.data_parallel(network)
+        batch_means = torch.zeros_like(mean_losses).index_add_(0, band, losses) / count.clamp(min=1)
+        updated = torch.lerp(mean_losses, batch_means, 1 - min(0.99, (1 + k) / (10 + k)))
+        mean_losses.copy_(torch.where(count > 0, updated, mean_losses))
 
 
 def is_compiled(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether a training step is computed by kernels of torch.compile."""
+    """Whether training steps run in kernels made by torch.compile."""
     return config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
 
 
@@ -202,13 +194,14 @@ def training_loop(
         schedule: the forward process.
         images: the training set, (N, C, H, W) uint8, on the network's device.
         config: the run's.
-        labels: (N,) int64 on the same device, where the network is told classes.
+        labels: (N,) int64 on the same device, for a conditional network.
     Yields:
-        A `TrainingStep` after each.
+        A `TrainingStep` after each step.
     """
     training, seed, device = config.training, config.training.seed, images.device
     dtype = resolve_precision(training.precision, device)
-    network = engine(state.model, training, device)
+    network: nn.Module = compiled(state.model) if is_compiled(training, device) else state.model
+    network = processes.data_parallel(network)
     parameters: list[Tensor] = list(state.model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
     prediction = config.diffusion.predicted
@@ -216,11 +209,11 @@ def training_loop(
     state.model.train()
     for k in range(state.step, training.num_steps):
         generator = torch.Generator(device).manual_seed(random_seed(seed, STEP, k))
-        torch.manual_seed(random_seed(seed, STEP, k, 1 + processes.rank()))  # dropout has no generator of its own
+        torch.manual_seed(random_seed(seed, STEP, k, 1 + processes.rank()))  # dropout uses the global generator
 
         # x_0 ~ q(x_0)
-        chosen = batch_indices(len(images), training.batch_size, seed, k)
-        indices = chosen.to(device, non_blocking=images.is_cuda)
+        indices = batch_indices(len(images), training.batch_size, seed, k)
+        indices = indices.to(device, non_blocking=images.is_cuda)
         x_0 = training_batch(images, indices, config.data.horizontal_flip, generator)
 
         # t ~ Uniform (or as configured), eps ~ N(0, I)
@@ -233,19 +226,18 @@ def training_loop(
             y = drop_labels(labels[indices], config.model.num_classes, training.class_dropout, generator)
             model = guided(network, processes.rank_slice(y), config.model.num_classes)
 
-        # All was drawn for the whole batch, so that it does not depend on how many processes share it.
-        x_0, own_t, eps = processes.rank_slice(x_0), processes.rank_slice(t), processes.rank_slice(eps)
+        # Random numbers are drawn for the global batch, so that they do not depend on the number of processes.
+        x_0, rank_t, eps = processes.rank_slice(x_0), processes.rank_slice(t), processes.rank_slice(eps)
 
         # Gradient descent on || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2
         with autocast(device, dtype):
-            losses = denoising_losses(model, schedule, x_0, own_t, eps, prediction)
-        weights = levels.weights(own_t, state.mean_losses)
+            losses = denoising_losses(model, schedule, x_0, rank_t, eps, prediction)
+        weights = levels.weights(rank_t, state.mean_losses)
         state.optimizer.zero_grad()
-        torch.autograd.backward(
-            (losses if weights is None else weights * losses).mean()
-        )  # among processes gradients are averaged on the way
+        # The backward pass averages the gradients over the processes.
+        torch.autograd.backward((losses if weights is None else weights * losses).mean())
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-        rate = learning_rate(training, k, state.begun)
+        rate = learning_rate(training, k, state.schedule_start)
         state.optimizer.step(rate)
 
         with torch.no_grad():
@@ -265,14 +257,18 @@ def validation_loss(
     batch_size: int = 250,
     labels: Tensor | None = None,
 ) -> float:
-    """The simple loss on held-out images, with timesteps and noise that are always the same.
+    """The simple loss (Ho et al. 2020, eq. 14) on held-out images, always with the same timesteps and noise.
 
-    Image i has a timestep of the i-th of N equal parts of the chain (in a fixed shuffled order), so two networks differ
-    by their denoising and not by their draw; the noise depends on neither seed nor run.
+    Image i has a timestep in the i-th of N equal parts of the chain (in a fixed shuffled order). The noise depends on
+    neither seed nor run, so the losses of two networks differ by their denoising alone.
 
     Args:
+        model: called as model(x_t, t).
+        schedule: the forward process.
         images: (N, C, H, W) uint8, on the model's device.
-        labels: (N,) int64 there, for a network that is to be told its classes.
+        prediction: what the model predicts.
+        batch_size: images per evaluation of the model.
+        labels: (N,) int64 on the same device, for a conditional network.
     Returns:
         Mean squared error, in units of the prediction.
     """
@@ -282,9 +278,9 @@ def validation_loss(
     total = 0.0
     with torch.no_grad():
         for first in range(0, N, batch_size):
-            x_0 = to_float(images[first : first + batch_size])
+            batch = slice(first, first + batch_size)
+            x_0 = to_float(images[batch])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            t_batch = t[first : first + batch_size].to(x_0.device)
-            asked = conditional(model, None if labels is None else labels[first : first + batch_size])
-            total += float(denoising_losses(asked, schedule, x_0, t_batch, eps, prediction).sum())
+            denoiser = conditional(model, None if labels is None else labels[batch])
+            total += float(denoising_losses(denoiser, schedule, x_0, t[batch].to(x_0.device), eps, prediction).sum())
     return total / N

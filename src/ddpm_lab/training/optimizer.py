@@ -1,9 +1,8 @@
-"""What changes the weights: Adam; or Muon for the hidden kernels, and Adam for all else.
+"""Optimizers: Adam for all parameters; or Muon for the hidden kernels and Adam for the rest.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a kernel, read as a matrix
-(outputs x all else), and makes its singular values nearly equal before it steps, by Newton-Schulz iterations in
-bfloat16. Its step is scaled to the root mean square of Adam's (arXiv:2502.16982, section 2.2), so that one learning
-rate serves both.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) reads the momentum of a kernel as a matrix
+(outputs x all else) and makes its singular values nearly equal, by Newton-Schulz iterations in bfloat16. Its step is
+scaled to the root mean square of Adam's (arXiv:2502.16982, section 2.2), so that one learning rate serves both.
 """
 
 import torch
@@ -13,12 +12,7 @@ from ddpm_lab.core.config import TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 MOMENTUM = "momentum"  # Muon's
-OUTSIDE = (
-    "conv_in",
-    "conv_out",
-    "time_embedding",
-    "class_embedding",
-)  # no hidden kernels, like the blocks' `embedding`
+NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "class_embedding")  # nor are the blocks' `embedding` layers
 
 
 def hidden_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,12 +20,12 @@ def hidden_kernels(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim in (2, 4) and not name.startswith(OUTSIDE) and ".embedding." not in name
+        if parameter.ndim in (2, 4) and not name.startswith(NOT_HIDDEN) and ".embedding." not in name
     }
 
 
 class Optimizer:
-    """Steps of the parameters of a network, and what a checkpoint keeps to go on with them."""
+    """Updates the parameters of a network; its state can be saved and restored by parameter name."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self._model = model
@@ -45,80 +39,65 @@ class Optimizer:
             fused=device.type in ("cpu", "cuda"),
             foreach=False,
         )
-        # Muon wants matrices: the same numbers seen as such, so that a step of the matrix is one of the kernel.
+        self._optimizers: list[torch.optim.Optimizer] = [self._adam]
+        # Muon takes matrices: views of the kernels' memory, so that a step of the matrix is a step of the kernel.
         self._matrices = {name: nn.Parameter(_as_matrix(kernel.detach())) for name, kernel in self._kernels.items()}
-        self._muon = (
-            torch.optim.Muon(
+        if self._matrices:
+            self._muon = torch.optim.Muon(
                 self._matrices.values(), config.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
             )
-            if self._matrices
-            else None
-        )
+            self._optimizers.append(self._muon)
+        self.reset(step=0)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self._model.zero_grad()
 
     def step(self, learning_rate: float) -> None:
-        """Change the parameters by their gradients."""
-        for optimizer in (self._adam, *([] if self._muon is None else [self._muon])):
+        """Update the parameters by their gradients."""
+        for name, matrix in self._matrices.items():
+            gradient = self._kernels[name].grad
+            assert gradient is not None
+            matrix.grad = _as_matrix(gradient)
+        for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        self._adam.step()
-        if self._muon is not None:
-            for name, matrix in self._matrices.items():
-                gradient = self._kernels[name].grad
-                assert gradient is not None
-                matrix.grad = _as_matrix(gradient)
-            self._muon.step()  # type: ignore[no-untyped-call]
+            optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments and momenta after at least one step, named by kind and parameter and shaped like it; no copies."""
+        """Moments and momenta by kind and parameter name, shaped like the parameter; views, not copies."""
         adam = {f"{m}.{name}": self._adam.state[p][m] for m in MOMENTS for name, p in self._others.items()}
-        if self._muon is None:
-            return adam
-        buffers = {name: self._muon.state[matrix]["momentum_buffer"] for name, matrix in self._matrices.items()}
-        return adam | {f"{MOMENTUM}.{name}": _as_kernel(held, self._kernels[name]) for name, held in buffers.items()}
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of `tensors`, known before any step."""
-        adam = {f"{m}.{name}": p.shape for m in MOMENTS for name, p in self._others.items()}
-        return adam | {f"{MOMENTUM}.{name}": kernel.shape for name, kernel in self._kernels.items()}
-
-    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Take moments and momenta, zero where there are none, and Adam's count of steps."""
-        state = {
-            index: {
-                "step": torch.tensor(float(step)),
-                **{m: _like(parameter, tensors.get(f"{m}.{name}")) for m in MOMENTS},
-            }
-            for index, (name, parameter) in enumerate(self._others.items())
+        return adam | {
+            f"{MOMENTUM}.{name}": _as_kernel(self._muon.state[matrix]["momentum_buffer"], self._kernels[name])
+            for name, matrix in self._matrices.items()
         }
-        self._adam.load_state_dict({"state": state, "param_groups": self._adam.state_dict()["param_groups"]})
-        if self._muon is not None:
-            held = {
-                index: {"momentum_buffer": _as_matrix(_like(kernel, tensors.get(f"{MOMENTUM}.{name}")))}
-                for index, (name, kernel) in enumerate(self._kernels.items())
-            }
-            self._muon.load_state_dict({"state": held, "param_groups": self._muon.state_dict()["param_groups"]})
+
+    def reset(self, step: int) -> None:
+        """Set moments and momenta to zero, and Adam's count of steps to `step`."""
+        zeros = [
+            {"step": torch.tensor(float(step)), **{m: torch.zeros_like(p) for m in MOMENTS}}
+            for p in self._others.values()
+        ]
+        _set_state(self._adam, zeros)
+        if self._matrices:
+            _set_state(self._muon, [{"momentum_buffer": torch.zeros_like(m)} for m in self._matrices.values()])
 
 
-def _like(parameter: Tensor, held: Tensor | None) -> Tensor:
-    return torch.zeros_like(parameter) if held is None else torch.empty_like(parameter).copy_(held)
-
-
-def _channels_last(kernel: Tensor) -> bool:
-    return kernel.ndim == 4 and not kernel.is_contiguous()
+def _set_state(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor]]) -> None:
+    """Give an optimizer a state for each of its parameters, in their order."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
 
 
 def _as_matrix(kernel: Tensor) -> Tensor:
-    """The same memory as (outputs, all else); the order of columns means nothing to Muon."""
-    return (kernel.permute(0, 2, 3, 1) if _channels_last(kernel) else kernel).flatten(1)
+    """The same memory as (outputs, all else): in both memory formats the outputs are the outermost dimension.
+
+    The order of the columns depends on the format, and Muon does not depend on it.
+    """
+    columns = kernel[0].numel()
+    return kernel.as_strided((len(kernel), columns), (columns, 1))
 
 
 def _as_kernel(matrix: Tensor, kernel: Tensor) -> Tensor:
-    """The inverse of `_as_matrix`."""
-    if not _channels_last(kernel):
-        return matrix.view(kernel.shape)
-    outputs, inputs, height, width = kernel.shape
-    return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    """The inverse of `_as_matrix`: the memory of a matrix in the shape and format of a kernel."""
+    return matrix.as_strided(kernel.shape, kernel.stride())

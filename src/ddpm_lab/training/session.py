@@ -1,18 +1,19 @@
-"""One sitting of a run: the training loop, and what happens between its steps, of which the loop knows nothing.
+"""A session of a run: from its start or newest checkpoint until the last step, an interruption or an error.
 
-Invariant: a step is logged before its checkpoint is begun, so that the log is never behind the newest checkpoint; its
-samples and scores come again on resume, where the checkpoint did not come to be.
+The training loop only trains. A session logs, validates, saves, samples and scores between its steps. Invariant: a step
+is logged before its checkpoint is written, so the log never ends before the newest checkpoint. If the process dies
+before a checkpoint's samples or scores are complete, the next session makes them.
 """
 
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ddpm_lab.core.log import BANDS, LOG, SCORES, append_line, read_lines
 from ddpm_lab.core.progress import Advance, progress
 from ddpm_lab.data.datasets import ImageSet
 from ddpm_lab.diffusion.schedule import NoiseSchedule
-from ddpm_lab.models.checkpoint import CheckpointWriter, last_step, snapshot
+from ddpm_lab.models.checkpoint import CheckpointWriter, last_step, not_writable
 from ddpm_lab.models.trained import TrainedModel
 from ddpm_lab.pictures.film import save_film
 from ddpm_lab.pictures.picture_settings import SHORT_FILM
@@ -35,135 +36,149 @@ from ddpm_lab.training.loop import TrainingState, TrainingStep, training_loop, v
 from ddpm_lab.training.tracking import Tracking
 
 
-def averages_at(record: dict[str, Any]) -> list[int]:
-    """The steps whose averaged weights a run keeps: a sixteenth, an eighth and a quarter of those it began with.
+def average_steps(record: dict[str, Any]) -> set[int]:
+    """The steps whose averaged weights a run keeps: 1/16, 1/8 and 1/4 of the number of steps it started with.
 
-    They serve as guides (`--guide`) of the network that comes of it.
+    They serve as guiding networks (`--guide`) for the trained one.
 
     Args:
         record: the run's `config.json`.
     """
-    planned = record.get("first_num_steps", 0)
-    return sorted({planned // share for share in (16, 8, 4)} - {0})
+    num_steps = record.get("first_num_steps", 0)
+    return {num_steps // divisor for divisor in (16, 8, 4)}
 
 
 @dataclass
-class Interval:
-    """What is summed up between two lines of the log."""
-
-    steps: list[TrainingStep]
-    begun: float
-
-
 class Session:
-    """One sitting of a run: the loop, and what happens between its steps."""
+    """Trains a run in this process, with all that happens between the steps.
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        state: TrainingState,
-        schedule: NoiseSchedule,
-        held_out: ImageSet,
-        training_set: ImageSet,
-        record: dict[str, Any],
-        seconds: float,
-        scorer: Callable[[TrainedModel], dict[str, Any] | None] | None,
-    ) -> None:
-        self.config, self.run_dir, self.state, self.schedule = config, run_dir, state, schedule
-        self.held_out = held_out
-        channels, height, width = training_set.images.shape[1:]
-        self.image_shape = (channels, height, width)
-        self.record, self.seconds_before, self.begun = record, seconds, time.monotonic()
-        self.scorer = scorer
-        self.checkpoints = CheckpointWriter(run_dir, config.training.keep_checkpoints, averages_at(record))
-        self.tracking = Tracking(config, run_dir, state.step)
+    Attributes:
+        config: the run's.
+        run_dir: its folder.
+        state: the training state at the newest checkpoint, changed in place by `run`.
+        schedule: the forward process.
+        held_out: images for the validation loss.
+        record: the run's `config.json`.
+        seconds_before: training time of earlier sessions.
+        scorer: scores a model, and returns the record on rank 0; None where the run is not scored.
+    """
 
-    def catch_up(self) -> None:
-        """Draw and score what was due at the newest checkpoint, where a kill came before it."""
-        step, last = self.state.step, self.state.step == self.config.training.num_steps
-        due = step > 0 and (last or step % self.config.evaluation.sample_every == 0)
-        if due and processes.is_rank0() and not self._grid_path().exists():
+    config: Config
+    run_dir: Path
+    state: TrainingState
+    schedule: NoiseSchedule
+    held_out: ImageSet
+    record: dict[str, Any]
+    seconds_before: float
+    scorer: Callable[[TrainedModel], dict[str, Any] | None] | None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the tracker does not start."""
+        self.checkpoints = CheckpointWriter(self.run_dir, self.config.training.keep_checkpoints)
+        self.tracking = Tracking(self.config, self.run_dir, self.state.step)
+        self._unlogged: list[TrainingStep] = []  # steps since the last line of the log
+        self._start_time = self._unlogged_time = time.monotonic()  # of the session, and of the first such step
+
+    def run(self, images: Tensor, labels: Tensor | None) -> None:
+        """Make what is missing at the newest checkpoint, then train to the last step.
+
+        Args:
+            images: the training set, (N, C, H, W) uint8; labels: (N,) int64, for a conditional network.
+        Raises:
+            RunError: a loss or gradient is not finite, or the folder cannot be written.
+            Interrupted: a signal stopped it; a checkpoint was written.
+        """
+        try:
+            self._catch_up()
+            if self.state.step < self.config.training.num_steps:
+                self._train(images, labels)
+        except OSError as error:
+            raise not_writable(self.run_dir, self.state.step, error) from error
+        finally:
+            self.tracking.close()
+
+    def _catch_up(self) -> None:
+        """Sample and score the newest checkpoint if that was due and an earlier session died before it."""
+        evaluation, is_rank0 = self.config.evaluation, processes.is_rank0()
+        if is_rank0 and self._due(evaluation.sample_every) and not self._grid_path().exists():
             self._sample_grid()
-        missing = processes.is_rank0() and step > 0 and self._scoring(step) and not self._scored()
+        scored = [score["step"] for score in read_lines(self.run_dir / SCORES) if score.get("by") == "training"]
+        missing = is_rank0 and self._due(evaluation.score_every) and self.state.step not in scored
         if processes.any_rank(missing):
             self._score()
 
-    def run(self, images: Tensor, labels: Tensor | None) -> None:
-        """Train to the end, logging, validating, sampling and saving when each is due.
-
-        All processes go through the steps and the scores; what else there is to do the leader does.
-        """
+    def _train(self, images: Tensor, labels: Tensor | None) -> None:
+        """Run the loop. All processes train and score; rank 0 does the rest."""
         training, state = self.config.training, self.state
-        interval = Interval([], time.monotonic())
+        device = next(state.model.parameters()).device
+        images, labels = images.to(device), None if labels is None else labels.to(device)
+        self._unlogged_time = time.monotonic()
         with (
-            _stop_signals() as stop,
+            _StopSignals() as stop,
             self.checkpoints,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
             for step in training_loop(state, self.schedule, images, self.config, labels):
-                k, last = step.step, step.step == training.num_steps
-                # asked once, and of all: a signal that comes later, or to one process only, is served alike by all
-                stopping = processes.any_rank(stop.asked)
-                logged = False
+                # Decided once a step and by all: a signal may come later, or to one process only.
+                stopping = processes.any_rank(stop.requested)
                 if processes.is_rank0():
-                    interval.steps.append(step)
-                    logged = self._keep(interval, stopping, advance)
-                if self._scoring(k) and self._score_unless(stop):
+                    self._unlogged.append(step)
+                    self._log_and_save(stopping, advance)
+                if self._due(self.config.evaluation.score_every) and self._score_unless_stopped(stop):
                     self._save()
                     stopping = True
-                if logged:  # what was drawn and scored since is not counted as time of training
-                    interval = Interval([], time.monotonic())
+                if not self._unlogged:  # time spent on samples and scores is not training time
+                    self._unlogged_time = time.monotonic()
                 advance(1)
                 self.checkpoints.check()
-                if stopping and not last:
+                if stopping and state.step < training.num_steps:
                     self.checkpoints.wait()
-                    raise Interrupted(
-                        f"stopped at step {state.step}; its checkpoint is written, the same command goes on"
-                    )
-        if processes.any_rank(stop.asked):  # in the midst of the last step: a study is not to go on
-            raise Interrupted(
-                f"stopped after step {state.step}, the last; the same command makes what is missing of it"
-            )
+                    raise Interrupted(f"stopped at step {state.step} with a checkpoint; the same command continues")
+        if processes.any_rank(stop.requested):  # during the last step: a study must not go on to the next cell
+            raise Interrupted(f"stopped after step {state.step}, the last; the same command makes what is missing")
 
-    def _keep(self, interval: Interval, stopping: bool, advance: Advance) -> bool:
-        """Log, save and draw what is due after a step; whether it was logged."""
-        training, evaluation, state = self.config.training, self.config.evaluation, self.state
-        k, last = state.step, state.step == training.num_steps
-        saving = k % training.checkpoint_every == 0 or last or stopping
-        validating = k % evaluation.validate_every == 0 or last
-        sampling = k % evaluation.sample_every == 0 or last
-        logging = k % training.log_every == 0 or saving or validating or sampling or self._scoring(k)
-        if logging:
-            line = self._summary(interval)
+    def _due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0: never), and at the last one, happens after this step."""
+        step = self.state.step
+        return every > 0 and step > 0 and (step % every == 0 or step == self.config.training.num_steps)
+
+    def _log_and_save(self, stopping: bool, advance: Advance) -> None:
+        """Log, validate, save and sample after a step, each if it is due."""
+        training, evaluation = self.config.training, self.config.evaluation
+        saving = stopping or self._due(training.checkpoint_every)
+        validating, sampling = self._due(evaluation.validate_every), self._due(evaluation.sample_every)
+        if saving or validating or sampling or self._due(evaluation.score_every) or self._due(training.log_every):
+            line = self._log_line()
             if validating:
                 line["validation_loss"] = self._validation_loss()
             append_line(self.run_dir / LOG, line)
             self.tracking.line(line)
             advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+            self._unlogged.clear()
         if saving:
             self._save()
-        self.checkpoints.keep_average(k, state.ema)
+        if self.state.step in average_steps(self.record):
+            self.checkpoints.save_average(self.state.step, self.state.tensors())
         if sampling:
             self._sample_grid()
-        return logging
 
     def _save(self) -> None:
-        state = self.state
-        self.checkpoints.save(state.step, snapshot(state.model, state.ema, state.kept()))
+        self.checkpoints.save(self.state.step, self.state.tensors())
 
-    def _summary(self, interval: Interval) -> dict[str, Any]:
-        """A line of the log; stops the run where a loss or a gradient was not finite."""
-        steps, config = interval.steps, self.config
+    def _log_line(self) -> dict[str, Any]:
+        """A line of the log, on the steps since the last one.
+
+        Raises:
+            RunError: a loss or a gradient was not finite.
+        """
+        steps, config = self._unlogged, self.config
         losses = torch.stack([step.losses for step in steps]).cpu().double()
         grad_norms = torch.stack([step.grad_norm for step in steps]).cpu().double()
-        for values, what in ((losses.mean(1), "loss"), (grad_norms, "gradient")):
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                self._stop_not_finite(what, steps[int(bad[0])].step)
-        elapsed = time.monotonic() - interval.begun
-        t = torch.stack([step.t for step in steps]).cpu()
-        bands = t * BANDS // config.diffusion.num_timesteps
+        for index, step in enumerate(steps):
+            self._check_finite("loss", losses[index].mean().item(), step.step)
+            self._check_finite("gradient", grad_norms[index].item(), step.step)
+        now = time.monotonic()  # the device has computed all of it
+        bands = torch.stack([step.t for step in steps]).cpu() * BANDS // config.diffusion.num_timesteps
         by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
         return {
             "step": steps[-1].step,
@@ -172,125 +187,112 @@ class Session:
             "loss_by_t": by_t,
             "grad_norm": grad_norms.mean().item(),
             "lr": steps[-1].learning_rate,
-            "images_per_second": losses.numel() / elapsed,
-            "seconds": self.seconds_before + time.monotonic() - self.begun,
+            "images_per_second": losses.numel() / (now - self._unlogged_time),
+            "seconds": self.seconds_before + now - self._start_time,
         }
 
     def _validation_loss(self) -> float:
-        count, on = self.config.evaluation.validation_images, next(self.state.ema.parameters()).device
-        labels = self.held_out.labels if self.config.model.num_classes is not None else None
-        loss = validation_loss(
-            self.state.ema, self.schedule, self.held_out.images[:count].to(on), self.config.diffusion.predicted,
-            labels=None if labels is None else labels[:count].to(on),
-        )  # fmt: skip
-        if not math.isfinite(loss):
-            self._stop_not_finite("validation loss", self.state.step)
+        ema, count = self.state.ema, self.config.evaluation.validation_images
+        device = next(ema.parameters()).device
+        labels = None
+        if self.config.model.num_classes is not None and self.held_out.labels is not None:
+            labels = self.held_out.labels[:count].to(device)
+        images = self.held_out.images[:count].to(device)
+        loss = validation_loss(ema, self.schedule, images, self.config.diffusion.predicted, labels=labels)
+        self._check_finite("validation loss", loss, self.state.step)
         return loss
 
-    def _stop_not_finite(self, what: str, step: int) -> NoReturn:
-        raise RunError(
-            f"the {what} is not finite at step {step} (seed {self.config.training.seed}); "
-            f"the last checkpoint is of step {self._last_step()}; a lower --training.learning-rate may help"
-        )
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {name} is not finite at step {step} (seed {self.config.training.seed}); "
+                f"the last checkpoint is of step {self._last_step()}; a lower --training.learning-rate may help"
+            )
 
     def _last_step(self) -> str:
         self.checkpoints.wait()
         return last_step(self.run_dir)
 
-    def _grid_path(self) -> Path:
-        return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
-
-    def _trained(self) -> TrainedModel:
+    def _trained_model(self) -> TrainedModel:
+        channels, height, width = self.record["data"]["image_shape"]
         return TrainedModel(
-            str(self.run_dir), self.config, self.state.ema, self.schedule, self.image_shape, self.state.step,
+            str(self.run_dir), self.config, self.state.ema, self.schedule, (channels, height, width), self.state.step,
             "ema", self.run_dir, self.record,
         )  # fmt: skip
 
-    def _scoring(self, step: int) -> bool:
-        every = self.config.evaluation.score_every
-        return every > 0 and (step % every == 0 or step == self.config.training.num_steps)
+    def _score_unless_stopped(self, stop: "_StopSignals") -> bool:
+        """Score, which takes minutes; a signal ends it at once, and the next session scores. Returns whether one came.
 
-    def _scored(self) -> bool:
-        return any(
-            line["step"] == self.state.step and line.get("by") == "training"
-            for line in read_lines(self.run_dir / SCORES)
-        )
-
-    def _score_unless(self, stop: "_Stop") -> bool:
-        """Score, but for a signal, which ends at once what takes minutes; whether one came. It is scored on resume.
-
-        Among several processes all go through it, for they compute it together.
+        Several processes compute a score together, so there a signal waits for its end.
         """
-        stop.at_once = processes.world_size() == 1
-        try:
-            if stop.at_once and stop.asked:  # a signal that came while the step was logged or drawn
-                return True
+        if processes.world_size() > 1:
             self._score()
+            return False
+        stop.interrupts = True
+        try:
+            if not stop.requested:  # a signal may have come during logging or sampling
+                self._score()
+            return stop.requested
         except KeyboardInterrupt:
-            if not stop.at_once:
-                raise
             return True
         finally:
-            stop.at_once = False
-        return False
+            stop.interrupts = False
 
     def _score(self) -> None:
         assert self.scorer is not None
         try:
-            record = self.scorer(self._trained())
+            record = self.scorer(self._trained_model())
         except OSError as error:
             raise RunError(
                 f"step {self.state.step} could not be scored: {error.filename or 'cache'}: {error.strerror or error} "
                 f"(DDPM_CACHE_DIR names another cache); the last checkpoint is of step {self._last_step()}"
             ) from error
-        if record is not None:  # the leader's
+        if record is not None:  # on rank 0
             append_line(self.run_dir / SCORES, record)
             self.tracking.score(record)
 
+    def _grid_path(self) -> Path:
+        return self.run_dir / "samples" / f"step_{self.state.step:08d}.png"
+
     def _sample_grid(self) -> None:
-        evaluation = self.config.evaluation
+        """Sample the averaged weights into a PNG; after the last step a tracker also gets a film."""
+        trained, evaluation = self._trained_model(), self.config.evaluation
+        scale = visible_scale(trained.image_shape[1])
         sampling = SamplingConfig(num_steps=evaluation.sample_steps, batch_size=min(evaluation.sample_images, 64))
-        images = torch.cat(list(generate(self._trained(), evaluation.sample_images, sampling)))
+        images = torch.cat(list(generate(trained, evaluation.sample_images, sampling)))
         self._grid_path().parent.mkdir(exist_ok=True)
-        grid = image_grid(images, scale=visible_scale(self.image_shape[1]))
+        grid = image_grid(images, scale=scale)
         save_png(self._grid_path(), grid)
-        self.tracking.picture("samples", grid, self.state.step)
-        if self.config.evaluation.tracker != "none" and self.state.step == self.config.training.num_steps:
+        self.tracking.picture("samples", grid, trained.step)
+        if evaluation.tracker != "none" and trained.step == self.config.training.num_steps:
             film = self.run_dir / "samples" / "reverse.gif"
-            shown = record_trajectory(self._trained(), sampling, 4, SHORT_FILM.frames or 2)
-            save_film(film, reverse_frames([shown], visible_scale(self.image_shape[1])), SHORT_FILM)
-            self.tracking.film("reverse", film, self.state.step)
+            trajectory = record_trajectory(trained, sampling, 4, SHORT_FILM.frames or 2)
+            save_film(film, reverse_frames([trajectory], scale), SHORT_FILM)
+            self.tracking.film("reverse", film, trained.step)
 
 
-@dataclass
-class _Stop:
-    """What signals ask for.
+class _StopSignals:
+    """In its context SIGINT and SIGTERM ask the session to stop after the current step; a second one interrupts it.
 
     Attributes:
-        asked: to stop.
-        at_once: whether a signal interrupts what is under way.
+        requested: whether one came.
+        interrupts: whether already the first raises KeyboardInterrupt.
     """
 
-    asked: bool = False
-    at_once: bool = False
+    def __init__(self) -> None:
+        self.requested = self.interrupts = False
+        self._previous: dict[int, Any] = {}
 
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask to stop once the step under way has ended; a second one interrupts at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(signum: int, frame: object) -> None:
-        again, stop.asked = stop.asked, True
-        if again or stop.at_once:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        if again or self.interrupts:
+            raise KeyboardInterrupt
