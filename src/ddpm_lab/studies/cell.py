@@ -262,9 +262,10 @@ def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_di
     Files that exist are kept.
     """
     scale, shown = visible_scale(trained.image_shape[1]), _as_chain(trained, cell.shown_as)
-    for key, (num_images, T, sampling) in planned_scores(study, cell).items():
-        name = {HEADLINE: "samples", "ancestral": "ancestral"}.get(key.partition(" ")[0])
-        if name is not None and cell.shown_as == T and not (folder / f"{name}.png").exists():
+    scores = planned_scores(study, cell)
+    for name, key in (("samples", cell.headline), ("ancestral", "ancestral")):
+        if key in scores and not (folder / f"{name}.png").exists():
+            num_images, _, sampling = scores[key]
             images = next(iter(generated_images(shown, num_images, sampling).take(SHOWN).batches()))
             table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)
             save_png(folder / f"{name}.png", framed(table))

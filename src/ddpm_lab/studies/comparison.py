@@ -119,11 +119,10 @@ def answer(results: Results) -> str:
     comparison = compare(results, "fid", HEADLINE)
     if comparison is None:
         return "Fewer than two lengths of the chain have been scored yet."
-    label = next(r["fid_label"] for r in results.records if r["key"] == HEADLINE and r.get("fid"))
     betas = BETAS[results.study.grid.compared]
     sampler, _, steps = HEADLINE.partition("-")
     conditions = f"At equal evaluations ({sampler.upper()} with {steps} steps) and with {betas}"
-    return f"{conditions}, {describe(comparison, label)}; the interval covers {comparison.covers}."
+    return f"{conditions}, {describe(comparison, results.label)}; the interval covers {comparison.covers}."
 
 
 def describe(comparison: Comparison, label: str) -> str:

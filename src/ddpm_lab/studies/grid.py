@@ -124,6 +124,11 @@ class Cell:
         return 1000 if 1000 in self.sampled_as else self.sampled_as[0]
 
     @property
+    def headline(self) -> str:
+        """The key of the measure by which it is compared."""
+        return f"{HEADLINE} as T={self.shown_as}" if self.sampled_as else HEADLINE
+
+    @property
     def label(self) -> str:
         """Its name in figures."""
         diffusion = self.config.diffusion

@@ -127,8 +127,6 @@ def _is_gone(owner: str | None) -> bool:
         return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it exists, but belongs to another user
-        pass
+    except OSError as error:  # a process of another user raises PermissionError
+        return isinstance(error, ProcessLookupError)
     return False

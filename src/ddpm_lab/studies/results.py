@@ -52,10 +52,6 @@ class CellResult:
         """The record with a key, or None."""
         return next((record for record in self.records if record["key"] == key), None)
 
-    def shown_measure(self, key: str) -> dict[str, Any] | None:
-        """The same; of a network of continuous time, the record of the chain that tables show it as."""
-        return self.measure(key) or self.measure(f"{key} as T={self.cell.shown_as}")
-
 
 @dataclass(frozen=True)
 class Results:
