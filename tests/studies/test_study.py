@@ -414,7 +414,7 @@ def test_the_example_in_the_docs_is_a_valid_study(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("[settings.data]\ndataset = 'FOLDER'\nimage_size = 8", "a bound of likelihood needs 2"),
+        ("[settings.data]\ndataset = 'FOLDER'\nimage_size = 8", "the bound of the likelihood needs 2"),
         ("[settings.data]\ndataset = 'FOLDER'\nimage_size = 12", "no packaged classifier takes images of (1, 12, 12)"),
         ("[settings.data]\ndataset = 'nothing-here'", "nothing-here"),
         ("[settings.model]\nnum_classes = 4", "model.num_classes must be 10"),

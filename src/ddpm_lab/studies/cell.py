@@ -55,7 +55,9 @@ def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> 
     training, held_out = (load_images(data.dataset, split, data_dir, data.image_size) for split in ("train", "test"))
     told_classes(config, training)
     if len(held_out.images) < 2:
-        raise InputError(f"{data.dataset} has {len(held_out.images)} held-out image; the bound of likelihood needs 2")
+        raise InputError(
+            f"{data.dataset} has {len(held_out.images)} held-out image; the bound of the likelihood needs 2"
+        )
     _, C, H, W = training.images.shape
     shape, reference = (C, H, W), own_reference(config, data_dir)
     network = feature_network(measures.features, shape, reference, None, str(resolve_device(device)))
