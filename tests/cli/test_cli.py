@@ -358,8 +358,8 @@ BAD_INPUTS = {
     "study in another folder": ("study digits --out notes", "holds todo.txt"),
     "study of a cell too many": ("study digits --out new --cell 6", "from 0 to 5"),
     "study of a negative cell": ("study digits --out new --cell -1", "from 0 to 5"),
-    "report of another folder": ("report notes", "is neither a study nor a run"),
-    "report of nothing": ("report nowhere", "is neither a study nor a run"),
+    "report of another folder": ("report notes", "is not a study (no study.json), not a run"),
+    "report of nothing": ("report nowhere", "is not a study (no study.json), not a run"),
     "demo in a file": ("demo --out a_file", "a_file"),
 }
 

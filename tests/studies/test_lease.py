@@ -1,4 +1,4 @@
-"""Leases: one holder at a time, taken over from the dead, never from the living."""
+"""Leases: one holder at a time, and takeover from dead holders only."""
 
 import json
 import multiprocessing
@@ -34,7 +34,7 @@ def holder(path, seconds):
     return process
 
 
-def test_one_holds_and_the_next_is_refused_until_it_ends(tmp_path):
+def test_a_lease_has_one_holder_at_a_time(tmp_path):
     path = tmp_path / "a.lease"
     with leased(path) as first:
         assert first is not None
@@ -47,7 +47,7 @@ def test_one_holds_and_the_next_is_refused_until_it_ends(tmp_path):
         assert third is not None
 
 
-def test_a_holder_keeps_its_lease_for_longer_than_it_lasts(tmp_path):
+def test_a_holder_renews_its_lease(tmp_path):
     path = tmp_path / "a.lease"
     with leased(path, 2.0) as lease:
         for _ in range(6):
@@ -70,7 +70,7 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_p
     assert names(tmp_path) == ["a.lease.lock"]
 
 
-def test_the_lease_of_a_worker_elsewhere_is_taken_over_when_it_is_no_longer_touched(tmp_path):
+def test_the_lease_of_a_worker_on_another_machine_is_taken_over_when_it_expires(tmp_path):
     path = tmp_path / "a.lease"
     path.write_text('{"owner": "another-machine/pid:[1] 1 x"}\n')
     with leased(path, 1.0) as lease:
@@ -80,40 +80,40 @@ def test_the_lease_of_a_worker_elsewhere_is_taken_over_when_it_is_no_longer_touc
         assert lease is not None
 
 
-def test_a_machine_of_the_same_name_is_not_this_one(tmp_path):
-    """Else its processes would be looked for here, and its lease taken as that of a dead one."""
+def test_another_machine_with_the_same_name_is_recognised(tmp_path):
+    """Its process ids mean nothing on this machine."""
     from ddpm_lab.studies import lease as module
 
-    path, gone = tmp_path / "a.lease", 2**22 + 1  # a number above those of processes
+    path, dead_pid = tmp_path / "a.lease", 2**22 + 1  # a number above those of processes
     name, _, start = module._this_machine().rpartition("/")
     boot = Path("/proc/sys/kernel/random/boot_id")
     assert not boot.exists() or start == boot.read_text().strip()
     for other, taken in ((module._this_machine(), True), (f"{name}/another-start", False)):
-        path.write_text(json.dumps({"owner": f"{other} {gone} x"}))
+        path.write_text(json.dumps({"owner": f"{other} {dead_pid} x"}))
         with leased(path, 100.0) as lease:
             assert (lease is not None) is taken
 
 
-def test_a_moment_without_the_file_system_loses_no_lease(tmp_path, monkeypatch):
+def test_a_short_file_system_failure_loses_no_lease(tmp_path, monkeypatch):
     from ddpm_lab.studies import lease as module
 
     path, read, failures = tmp_path / "a.lease", module._owner, []
 
-    def stumbles(of):
+    def fails_three_times(of):
         if len(failures) < 3:
             failures.append(1)
             raise OSError(116, "Stale file handle")
         return read(of)
 
     with leased(path, 0.5) as lease:
-        monkeypatch.setattr(module, "_owner", stumbles)
+        monkeypatch.setattr(module, "_owner", fails_three_times)
         time.sleep(0.8)
         assert failures == [1, 1, 1]
         lease.check()
     assert names(tmp_path) == ["a.lease.lock"]
 
 
-def test_who_stood_still_finds_its_lease_lost_and_leaves_the_new_one(tmp_path):
+def test_a_stalled_worker_loses_its_lease_and_keeps_the_new_one(tmp_path):
     path = tmp_path / "a.lease"
     with leased(path, 1.0) as lease:
         os.utime(path, (0, 0))  # as if it had not been touched for long
@@ -133,7 +133,7 @@ def _try(path, seconds, results, all_tried):
         all_tried.wait(20)
 
 
-def test_of_many_who_come_at_once_one_takes_over(tmp_path):
+def test_one_of_many_workers_takes_over_an_expired_lease(tmp_path):
     path = tmp_path / "a.lease"
     path.write_text('{"owner": "dead"}\n')
     os.utime(path, (0, 0))
@@ -142,8 +142,8 @@ def test_of_many_who_come_at_once_one_takes_over(tmp_path):
     workers = [context.Process(target=_try, args=(path, 30.0, results, all_tried)) for _ in range(6)]
     for worker in workers:
         worker.start()
-    won = [results.get(timeout=20) for _ in workers]
+    acquired = [results.get(timeout=20) for _ in workers]
     all_tried.set()
     for worker in workers:
         worker.join()
-    assert sum(won) == 1
+    assert sum(acquired) == 1

@@ -1,4 +1,4 @@
-"""`ddpm report` of runs: the page, what is on it, and folders that hold none."""
+"""`ddpm report` of runs: the content of the page, and folders without runs."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def page(folder):
     return (folder / "report.html").read_text()
 
 
-def test_a_run_is_one_page_that_needs_nothing_but_itself(scored_run, capsys):
+def test_the_page_of_a_run_is_self_contained(scored_run, capsys):
     before = tree_hash(scored_run)
     assert run_command(["report", str(scored_run)]) == 0
     assert capsys.readouterr().out == f"{scored_run / 'report.html'}: one\n"
@@ -58,7 +58,7 @@ def test_a_run_is_one_page_that_needs_nothing_but_itself(scored_run, capsys):
     assert "one, 96 images: 30.2" in text  # what a dot says: 12 steps of 8
 
 
-def test_a_run_that_is_being_trained_is_reported_all_the_same(scored_run):
+def test_a_run_in_training_can_be_reported(scored_run):
     with locked(scored_run, "--run"):
         write_run_report(scored_run)
     assert "30.2" in page(scored_run)
@@ -78,7 +78,7 @@ def test_runs_are_shown_together(scored_run):
     assert not (scored_run / "report.html").exists()
 
 
-def test_foreign_scores_are_passed_over(scored_run):
+def test_invalid_scores_are_left_out(scored_run):
     unlabelled = {
         "fid": {"value": 7.5},
         "floor": 3,
@@ -87,8 +87,8 @@ def test_foreign_scores_are_passed_over(scored_run):
         "reference": "x",
         "by": "training",
     }
-    for strange in ({"fid": "low"}, {"fid": {"value": "a"}}, unlabelled):
-        append_line(scored_run / "scores.jsonl", score(12, 1.0) | strange)
+    for invalid in ({"fid": "low"}, {"fid": {"value": "a"}}, unlabelled):
+        append_line(scored_run / "scores.jsonl", score(12, 1.0) | invalid)
     for name in ("step_final.png", "step_00000012_big.png"):
         shutil.copy(scored_run / "samples" / "step_00000012.png", scored_run / "samples" / name)
     write_run_report(scored_run)
@@ -97,16 +97,16 @@ def test_foreign_scores_are_passed_over(scored_run):
     assert ">7.50</a></td>" in page(scored_run)  # without an interval
 
 
-def test_a_link_to_a_run_is_no_other_run_and_names_need_not_be_text(scored_run):
-    odd = scored_run.with_name(os.fsdecode(b"caf\xe9"))
-    shutil.copytree(scored_run, odd)
-    (scored_run.parent / "latest").symlink_to(odd.name)
-    said = write_run_report(scored_run.parent)
-    assert said.endswith(": caf\\udce9, one")
+def test_links_are_left_out_and_names_need_not_be_valid_text(scored_run):
+    renamed = scored_run.with_name(os.fsdecode(b"caf\xe9"))
+    shutil.copytree(scored_run, renamed)
+    (scored_run.parent / "latest").symlink_to(renamed.name)
+    message = write_run_report(scored_run.parent)
+    assert message.endswith(": caf\\udce9, one")
     assert page(scored_run.parent).count("caf\\udce9") >= 3
 
 
-def test_a_floor_of_fewer_images_and_the_classes_of_an_inception_score_are_told(scored_run):
+def test_a_smaller_floor_and_the_number_of_classes_are_shown(scored_run):
     for n in (12, 20):
         floor = {"fid": 0.5, "inception_score": 9.5, "num_images": n}
         features = {"name": "classifier (digits)", "num_classes": 10}
@@ -121,54 +121,53 @@ def test_a_floor_of_fewer_images_and_the_classes_of_an_inception_score_are_told(
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["_old", "run$_$", "$a$ and $b", "a\\$b"])
-def test_names_are_drawn_as_they_stand(scored_run, name):
-    """Matplotlib takes what stands between dollars for mathematics, and leaves out of legends what begins with _."""
-    odd = scored_run.with_name(name)
-    scored_run.rename(odd)
-    legend = training_figure(read_runs([odd])).axes[0].get_legend()
+def test_names_are_drawn_literally(scored_run, name):
+    """Matplotlib reads text between dollars as mathematics, and leaves names that begin with _ out of legends."""
+    renamed = scored_run.with_name(name)
+    scored_run.rename(renamed)
+    legend = training_figure(read_runs([renamed])).axes[0].get_legend()
     assert [text.get_text().strip().replace(r"\$", "$") for text in legend.get_texts()] == [name]
-    write_run_report(odd)
-    chart = page(odd).partition("<svg")[2]
+    write_run_report(renamed)
+    chart = page(renamed).partition("<svg")[2]
     assert f"{name}</text>" in chart
     assert f"{name}, 96 images: 30.2" in chart
 
 
-def test_what_a_run_came_from_is_part_of_how_to_repeat_it(scored_run):
+def test_the_page_names_the_weights_that_a_run_started_from(scored_run):
     record = json.loads((scored_run / "config.json").read_text())
-    begun = {"from": {"source": "runs/first", "step": 8}, "earlier_versions": [{"torch": "1.0"}]}
-    (scored_run / "config.json").write_text(json.dumps(record | begun))
+    origin = {"from": {"source": "runs/first", "step": 8}, "earlier_versions": [{"torch": "1.0"}]}
+    (scored_run / "config.json").write_text(json.dumps(record | origin))
     write_run_report(scored_run)
     assert "--run DIR --from runs/first" in page(scored_run)
-    assert "It began from runs/first, step 8." in page(scored_run)
-    assert "before, with torch 1.0" in page(scored_run)
+    assert "It started from the weights of runs/first, step 8." in page(scored_run)
+    assert "earlier: torch 1.0" in page(scored_run)
     (scored_run / "config.json").write_text(json.dumps(record | {"imported": "a pipeline"}))
     write_run_report(scored_run)
     assert "ddpm train" not in page(scored_run)
 
 
 @pytest.mark.parametrize(("number", "refused"), [(errno.ENOSPC, OSError), (errno.EACCES, InputError)])
-def test_a_page_that_cannot_be_written_is_told(scored_run, monkeypatch, number, refused):
+def test_a_page_that_cannot_be_written_is_an_error(scored_run, monkeypatch, number, refused):
     def fails(path, content):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("ddpm_lab.studies.run_report.replace_atomically", fails)
-    with pytest.raises(refused) as told:
+    with pytest.raises(refused) as raised:
         write_run_report(scored_run)
-    assert type(told.value) is refused
+    assert type(raised.value) is refused
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipe_on_the_page_is_that_of_the_run(recipe):
+def test_the_recipe_on_the_page_equals_that_of_the_run(recipe):
     config = load_recipe(recipe)
     assert Config.from_dict(tomllib.loads(as_toml(config))) == config
 
 
-def test_what_holds_no_run_is_refused(tmp_path, tiny_run, capsys):
+def test_a_folder_without_a_run_is_refused(tmp_path, tiny_run, capsys):
     for folder in (tmp_path / "absent", tmp_path):
         assert run_command(["report", str(folder)]) == 2
         assert capsys.readouterr().err == (
-            f"error: {folder} is neither a study nor a run, and holds none: there is no study.json in it, and no "
-            "config.json\n"
+            f"error: {folder} is not a study (no study.json), not a run (no config.json), and contains no runs\n"
         )
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

@@ -1,4 +1,4 @@
-"""In and out: importing and exporting generators, and the card that goes with exported weights.
+"""Exchange with other libraries: import and export of generators, and the model card of exported weights.
 
 May import `core` to `studies`.
 Start with `generators.export_generator`.

@@ -1,4 +1,4 @@
-"""Studies: a grid of runs, its cells shared among workers, results with intervals, reports as HTML.
+"""Studies: a grid of runs whose cells several workers share, results with intervals, and reports as HTML.
 
 May import `core` to `training`.
 Start with `study.run_study`.

@@ -1,4 +1,4 @@
-"""One cell of a study: its run, the measures at its end, and the pictures of its generator."""
+"""One cell of a study: its run, the measures after training, and pictures of its samples."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import replace_atomically
-from ddpm_lab.core.log import SCORES, append_line, read_lines
+from ddpm_lab.core.log import LOG, SCORES, append_line, read_lines
 from ddpm_lab.core.progress import duration, progress
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import load_images, to_float
@@ -40,34 +40,36 @@ from ddpm_lab.training.run import conditional_labels, train, versions
 from ddpm_lab.training.tracking import check_tracker
 
 MEASURES = "measures.jsonl"
-BOUND_DRAWN = 50
-SHOWN = 16  # samples of the same seeds, side by side
+BOUND_DRAWN = 50  # timesteps of each image at which the bound is estimated
+SHOWN = 16  # samples in a picture
 
 
 def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> None:
-    """Refuse, before any work, what a cell would stumble over at its end.
+    """Refuse, before any work, a cell that could not be finished.
 
     Raises:
-        InputError: no images, no network for their features or too few of them, classes that they do not have, a
-            tracker that is not installed.
+        InputError: no images, no feature network for them, too few images, no classes, or a tracker that is not
+            installed.
     """
-    config, plan = cell.config, study.measures
+    config, measures, data = cell.config, study.measures, cell.config.data
     check_tracker(config.evaluation.tracker)
-    data = config.data
     training, held_out = (load_images(data.dataset, split, data_dir, data.image_size) for split in ("train", "test"))
     conditional_labels(config, training)
     if len(held_out.images) < 2:
-        raise InputError(f"{data.dataset} has {len(held_out.images)} held-out image; a bound of likelihood needs 2")
+        raise InputError(
+            f"{data.dataset} has {len(held_out.images)} held-out image; the bound of the likelihood needs 2"
+        )
     _, C, H, W = training.images.shape
     shape, reference = (C, H, W), own_reference(config, data_dir)
-    network = feature_network(plan.features, shape, reference, None, str(resolve_device(device)))
-    counts = {num_images for num_images, _, _ in _scored(study, cell).values()} | {plan.images}
+    network = feature_network(measures.features, shape, reference, None, str(resolve_device(device)))
+    counts = {num_images for num_images, _, _ in planned_scores(study, cell).values()} | {measures.images}
     for count in sorted(counts):
-        check_scoring("the samples of a cell", count, shape, reference, network, _scoring(("fid", "is", "kid"), count))
+        scoring = _scoring(count, ("fid", "is", "kid"))
+        check_scoring("the samples of a cell", count, shape, reference, network, scoring)
 
 
 def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data_dir: Path | None) -> list[str]:
-    """Lines on what is left of cells will cost, counted and measured before they start: training, scoring, in all."""
+    """Lines on the time that cells will take, from their missing steps and evaluations and a measured speed."""
     on = resolve_device(device)
     config = cells[0].config
     data = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
@@ -75,31 +77,31 @@ def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data
     model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
     state = new_state(model, config.training)
     step = step_seconds(state, build_schedule(config.diffusion), shape, config, on)
-    each = evaluation_seconds(model.eval(), shape, config.training.precision, on)
+    evaluation = evaluation_seconds(model.eval(), shape, config.training.precision, on)
     lines, total = [], 0.0
     for cell in cells:
-        steps, evaluations = _left(study, cell, cell_folder(out, cell))
-        training, scoring = step * steps, each * evaluations
+        steps, evaluations = missing_work(study, cell, cell_folder(out, cell))
+        training, scoring = step * steps, evaluation * evaluations
         total += training + scoring
         lines.append(f"  {cell.name}: about {duration(training)} of training, {duration(scoring)} of sampling to score")
     return [*lines, f"in all about {duration(total)} on {on}, by a speed measured just now"]
 
 
-def _left(study: Study, cell: Cell, folder: Path) -> tuple[int, int]:
-    """Steps of training and evaluations for scores that a cell has not done yet."""
+def missing_work(study: Study, cell: Cell, folder: Path) -> tuple[int, int]:
+    """Training steps, and evaluations for scores, that a cell still needs."""
     num_steps, planned = cell.config.training.num_steps, planned_evaluations(study, cell)
     try:
         trained, measured = min(max(checkpoint_steps(folder), default=0), num_steps), _measured(folder, num_steps)
         scored = {line["step"] for line in read_lines(folder / SCORES) if line.get("by") == "training"}
-    except (InputError, OSError):  # what cannot be read is told when its turn comes, and stops no other
+    except (InputError, OSError):  # a damaged cell fails when it is computed, and must not stop others
         return num_steps, sum(planned.values())
-    kept = sum(step <= trained for step in scored)  # later ones are taken again
+    kept = sum(step <= trained for step in scored)  # later scores are repeated
     planned["while training"] -= planned["while training"] * kept // _scores_in_training(cell)
     return num_steps - trained, sum(count for key, count in planned.items() if key not in measured)
 
 
 def _measured(folder: Path, step: int) -> set[Any]:
-    """What was measured of the network at that step."""
+    """The keys of the measures that were taken at a step."""
     return {line.get("key") for line in read_lines(folder / MEASURES) if line["step"] == step}
 
 
@@ -108,39 +110,43 @@ def _scores_in_training(cell: Cell) -> int:
 
 
 def planned_evaluations(study: Study, cell: Cell) -> dict[str, int]:
-    """Evaluations of the network for each measure of a cell, in images times steps."""
+    """Network evaluations for each measure of a cell, one image at one timestep each."""
     measures = study.measures
-    evaluation = cell.config.evaluation
-    planned = {"while training": _scores_in_training(cell) * measures.images * evaluation.sample_steps}
-    for key, (num_images, _, sampling) in _scored(study, cell).items():
-        num_steps = sampling.num_steps or cell.config.diffusion.num_timesteps
-        planned[key] = num_images * evaluations_of(sampling, num_steps)
-    planned["bound"] = measures.bound_images * (BOUND_DRAWN + 1)
+    in_training = _scores_in_training(cell) * measures.images * cell.config.evaluation.sample_steps
+    planned = {"while training": in_training, "bound": measures.bound_images * (BOUND_DRAWN + 1)}
+    for key, (num_images, T, sampling) in planned_scores(study, cell).items():
+        planned[key] = num_images * evaluations_of(sampling, sampling.num_steps or T)
     return planned
 
 
-def _scored(study: Study, cell: Cell) -> dict[str, tuple[int, int | None, SamplingConfig]]:
-    """What is sampled and scored at the end, by the measure's key: number of images, chain to sample it as, sampler.
+def planned_scores(study: Study, cell: Cell) -> dict[str, tuple[int, int, SamplingConfig]]:
+    """The scores after training: number of images, length of chain to sample, and sampler, by the key of the measure.
 
-    A network of continuous time is sampled as each chain by the headline's sampler alone.
+    A network of continuous time is sampled as each chain by the headline's sampler only.
     """
-    measures = study.measures
+    measures, training, T = study.measures, cell.config.training, cell.config.diffusion.num_timesteps
     if cell.sampled_as:
         headline = _sampling(cell, HEADLINE)
-        return {f"{HEADLINE} as T={T}": (measures.final_images, T, headline) for T in cell.sampled_as}
-    scored: dict[str, tuple[int, int | None, SamplingConfig]] = {
-        name: (measures.final_images, None, _sampling(cell, name)) for name in measures.samplers
-    }
-    few = min(64, measures.ancestral_images)  # rows beyond those wanted would be computed for nothing
-    training = cell.config.training
-    ancestral = SamplingConfig(sampler="ddpm", precision=training.precision, seed=training.seed, batch_size=few)
-    return scored | {"ancestral": (measures.ancestral_images, None, ancestral)}
+        return {f"{HEADLINE} as T={other}": (measures.final_images, other, headline) for other in cell.sampled_as}
+    batch_size = min(64, measures.ancestral_images)  # a batch is padded to this size
+    ancestral = SamplingConfig(sampler="ddpm", precision=training.precision, seed=training.seed, batch_size=batch_size)
+    scores = {name: (measures.final_images, T, _sampling(cell, name)) for name in measures.samplers}
+    return scores | {"ancestral": (measures.ancestral_images, T, ancestral)}
 
 
 def _sampling(cell: Cell, name: str) -> SamplingConfig:
-    """A sampler by its name; all lengths of one training seed start from the same noise, each seed from its own."""
+    """A sampler by its name; all cells of one training seed start from the same noise, each seed from its own."""
     training = cell.config.training
-    return dataclasses.replace(parse_sampler(name, training.precision), seed=training.seed)
+    return parse_sampler(name, precision=training.precision, seed=training.seed)
+
+
+def _scoring(num_images: int, metrics: tuple[str, ...]) -> ScoringConfig:
+    return ScoringConfig(metrics=metrics, is_splits=min(10, num_images // 10))
+
+
+def _as_chain(trained: TrainedModel, T: int) -> TrainedModel:
+    """A network to be sampled as a chain of T steps."""
+    return trained if trained.schedule.num_timesteps == T else with_timesteps(trained, T)
 
 
 def compute_cell(
@@ -153,46 +159,62 @@ def compute_cell(
     data_dir: Path | None,
     say: Callable[[str], object],
 ) -> None:
-    """Train a cell's run and measure it; what an earlier call has done is not done again.
+    """Train a cell's run and measure it; work of an earlier call is not repeated.
 
     Raises:
-        as `run.train`; RunError where the lease is lost.
+        RunError: the lease is lost; and as `run.train`.
     """
     train(cell.config, folder, device=device, data_dir=data_dir, say=say)
     trained = load(folder, device=device)
-    done = _measured(folder, trained.step)
-    for key, measure in _measures(study, cell, trained, data_dir).items():
+    reference, on = own_reference(cell.config, data_dir), next(trained.model.parameters()).device
+    network = feature_network(study.measures.features, trained.image_shape, reference, None, str(on))
+    scores, done = planned_scores(study, cell), _measured(folder, trained.step)
+    for key in ("speed", *scores, "bound"):
         lease.check()
         if key in done:
             continue
         begun = time.monotonic()
-        record = {"key": key, "step": trained.step, **measure()}
+        if key == "speed":
+            measure = _speed(trained)
+        elif key == "bound":
+            measure = _bound(trained, study.measures.bound_images, data_dir)
+        else:
+            num_images, T, sampling = scores[key]
+            metrics = ("is", "kid") if key == "ancestral" else ("fid", "is", "kid")  # too few images for a distance
+            scoring = _scoring(num_images, metrics)
+            measure = score_model(_as_chain(trained, T), num_images, sampling, reference, network, scoring, data_dir)
         lease.check()
-        append_line(folder / MEASURES, record | {"seconds": time.monotonic() - begun})
-        say(f"{cell.name}: {key}{_told(record)}, {duration(time.monotonic() - begun)}")
+        record = {"key": key, "step": trained.step, **measure, "seconds": time.monotonic() - begun}
+        append_line(folder / MEASURES, record)
+        say(f"{cell.name}: {key}{_result(record)}, {duration(record['seconds'])}")
     _draw(study, cell, trained, folder, data_dir)
     lease.check()
-    log, scores = read_lines(folder / "log.jsonl"), read_lines(folder / "scores.jsonl")
-    scoring = sum(line["seconds"] for line in scores + read_lines(folder / MEASURES))
-    seen = [0, *(line["images"] for line in log)]
-    training = sum((b - a) / line["images_per_second"] for a, b, line in zip(seen, seen[1:], log, strict=False))
-    summary = {
+    summary = _summary(cell, folder, trained.step, str(resolve_device(device)))
+    replace_atomically(folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _summary(cell: Cell, folder: Path, step: int, device: str) -> dict[str, Any]:
+    """The content of done.json."""
+    log = read_lines(folder / LOG)
+    images = [0, *(line["images"] for line in log)]
+    training = sum((b - a) / line["images_per_second"] for a, b, line in zip(images, images[1:], log, strict=False))
+    return {
         "cell": cell.name,
         "label": cell.label,
         "seed": cell.config.training.seed,
-        "step": trained.step,
+        "step": step,
         "images": log[-1]["images"],
         "seconds_of_training": training,
-        "seconds_of_scoring": scoring,
-        "device": str(resolve_device(device)),
+        "seconds_of_scoring": sum(line["seconds"] for name in (SCORES, MEASURES) for line in read_lines(folder / name)),
+        "device": device,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "versions": versions(),
     }
-    replace_atomically(folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def _told(record: dict[str, Any]) -> str:
+def _result(record: dict[str, Any]) -> str:
+    """The main number of a measure, for a message."""
     if record.get("fid") is not None:
         return f": {record['fid_label']} {record['fid']['value']:.3g}"
     if "bits_per_dimension" in record:
@@ -200,78 +222,62 @@ def _told(record: dict[str, Any]) -> str:
     return ""
 
 
-def _measures(
-    study: Study, cell: Cell, trained: TrainedModel, data_dir: Path | None
-) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured at the end, each by a function that gives its record."""
-    plan, data = study.measures, cell.config.data
-    reference = own_reference(cell.config, data_dir)
-    on = next(trained.model.parameters()).device
-    network = feature_network(plan.features, trained.image_shape, reference, None, str(on))
-    held_out = load_images(data.dataset, "test", data_dir, data.image_size)
-    images, labels = held_out.images[: plan.bound_images], None
-    if trained.num_classes and held_out.labels is not None:
-        labels = held_out.labels[: plan.bound_images].to(on)
+def _chain(trained: TrainedModel) -> dict[str, Any]:
+    """The fields of a record that describe the chain."""
     diffusion = trained.config.diffusion
-    chain = {name: getattr(diffusion, name) for name in ("num_timesteps", "schedule", "beta_convention")}
-
-    def scores(model: TrainedModel, num_images: int, sampling: SamplingConfig, metrics: tuple[str, ...]) -> Any:
-        scoring = _scoring(metrics, num_images)
-        return lambda: score_model(model, num_images, sampling, reference, network, scoring, data_dir)
-
-    def speed() -> dict[str, Any]:
-        each = evaluation_seconds(trained.model, trained.image_shape, cell.config.training.precision, on)
-        return {
-            "seconds_an_evaluation": each,
-            "rows": 64,
-            "device": str(on),
-            "threads": torch.get_num_threads(),
-        } | chain
-
-    def bound() -> dict[str, Any]:
-        with progress("bounding", len(images) * (BOUND_DRAWN + 1), "evaluations") as advance:
-            found = variational_bound(
-                trained.model,
-                trained.schedule,
-                images.to(on),
-                prediction=diffusion.predicted,
-                num_drawn=BOUND_DRAWN,
-                labels=labels,
-                on_batch=advance,
-            )
-        half = 1.96 * found.standard_error
-        value = {"value": found.value, "low": found.value - half, "high": found.value + half}
-        return {"bits_per_dimension": value, **dataclasses.asdict(found), "variance": "beta", "images": "test"} | chain
-
-    planned: dict[str, Callable[[], dict[str, Any]]] = {"speed": speed}
-    for key, (num_images, T, sampling) in _scored(study, cell).items():
-        model = trained if T is None else with_timesteps(trained, T)
-        metrics = ("is", "kid") if key == "ancestral" else ("fid", "is", "kid")  # too few images for a distance
-        planned[key] = scores(model, num_images, sampling, metrics)
-    return planned | {"bound": bound}
+    return {name: getattr(diffusion, name) for name in ("num_timesteps", "schedule", "beta_convention")}
 
 
-def _scoring(metrics: tuple[str, ...], num_images: int) -> ScoringConfig:
-    return ScoringConfig(metrics=metrics, is_splits=min(10, num_images // 10))
+def _speed(trained: TrainedModel) -> dict[str, Any]:
+    """The time of one network evaluation."""
+    device = next(trained.model.parameters()).device
+    seconds = evaluation_seconds(trained.model, trained.image_shape, trained.config.training.precision, device)
+    threads = torch.get_num_threads()
+    return {"seconds_an_evaluation": seconds, "rows": 64, "device": str(device), "threads": threads} | _chain(trained)
+
+
+def _bound(trained: TrainedModel, num_images: int, data_dir: Path | None) -> dict[str, Any]:
+    """The variational bound of held-out images, with its 95 % interval."""
+    data, device = trained.config.data, next(trained.model.parameters()).device
+    held_out = load_images(data.dataset, "test", data_dir, data.image_size)
+    images, labels = held_out.images[:num_images], None
+    if trained.num_classes and held_out.labels is not None:
+        labels = held_out.labels[:num_images].to(device)
+    with progress("bounding", len(images) * (BOUND_DRAWN + 1), "evaluations") as advance:
+        bound = variational_bound(
+            trained.model,
+            trained.schedule,
+            images.to(device),
+            prediction=trained.config.diffusion.predicted,
+            num_drawn=BOUND_DRAWN,
+            labels=labels,
+            on_batch=advance,
+        )
+    half = 1.96 * bound.standard_error
+    interval = {"value": bound.value, "low": bound.value - half, "high": bound.value + half}
+    record = {"bits_per_dimension": interval, **dataclasses.asdict(bound), "variance": "beta", "images": "test"}
+    return record | _chain(trained)
 
 
 def _draw(study: Study, cell: Cell, trained: TrainedModel, folder: Path, data_dir: Path | None) -> None:
-    """The first images of what was scored, by the headline's sampler and by all T steps, and a film of each process."""
-    scale = visible_scale(trained.image_shape[1])
-    shown = with_timesteps(trained, cell.shown_as) if cell.sampled_as else trained
-    for key, (num_images, T, sampling) in _scored(study, cell).items():
-        name = {HEADLINE: "samples", "ancestral": "ancestral"}.get(key.partition(" ")[0])
-        if name is not None and T in (None, cell.shown_as) and not (folder / f"{name}.png").exists():
-            model = trained if T is None else with_timesteps(trained, T)
-            images = next(iter(generated_images(model, num_images, sampling).take(SHOWN).batches()))
+    """Pictures of the first scored samples, by the headline's sampler and by all T steps, and films of both processes.
+
+    Files that exist are kept.
+    """
+    scale, shown = visible_scale(trained.image_shape[1]), _as_chain(trained, cell.shown_as)
+    scores = planned_scores(study, cell)
+    for name, key in (("samples", cell.headline), ("ancestral", "ancestral")):
+        if key in scores and not (folder / f"{name}.png").exists():
+            num_images, _, sampling = scores[key]
+            images = next(iter(generated_images(shown, num_images, sampling).take(SHOWN).batches()))
             table = image_table(images.reshape(2, SHOWN // 2, *images.shape[1:]), scale=scale)
             save_png(folder / f"{name}.png", framed(table))
+    frames = SHORT_FILM.frames or 2
     if not (folder / "reverse.gif").exists():
         sampling = dataclasses.replace(_sampling(cell, HEADLINE), batch_size=4)
-        trajectory = record_trajectory(shown, sampling, 4, SHORT_FILM.frames or 2)
-        named = dataclasses.replace(trajectory, label=cell.label)
-        save_film(folder / "reverse.gif", reverse_frames([named], scale), SHORT_FILM)
+        trajectory = dataclasses.replace(record_trajectory(shown, sampling, 4, frames), label=cell.label)
+        save_film(folder / "reverse.gif", reverse_frames([trajectory], scale), SHORT_FILM)
     if not (folder / "forward.gif").exists():
         data = load_images(cell.config.data.dataset, "test", data_dir, cell.config.data.image_size)
-        noised = noised_images(shown.config.diffusion, to_float(data.images[:2]), SHORT_FILM.frames or 2)
+        noised = noised_images(shown.config.diffusion, to_float(data.images[:2]), frames)
         save_film(folder / "forward.gif", forward_frames([noised], scale), SHORT_FILM)

@@ -1,18 +1,20 @@
-"""Pages that need nothing but themselves: templates filled in, pictures as data, numbers as short as they are exact."""
+"""Self-contained pages: templates filled in, pictures embedded as data, numbers rounded for readers."""
 
 import base64
 from pathlib import Path
-from typing import Any
 
 from ddpm_lab.core.progress import duration
+from ddpm_lab.diffusion.guidance import guidance_label
+from ddpm_lab.evaluation.score_table import class_count, floor_count
+from ddpm_lab.studies.records import read_score
 
 MIME = {".png": "image/png", ".gif": "image/gif"}
 
 
 def render(template: str, **values: object) -> str:
-    """A template of this package, as HTML; what is put in is escaped.
+    """Fill in a template of this package, as HTML; values are escaped.
 
-    Names of files may hold what is no text: let `backslashreplace` encode it.
+    File names may hold characters that UTF-8 cannot encode: encode the page with `backslashreplace`.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -20,28 +22,32 @@ def render(template: str, **values: object) -> str:
         loader=PackageLoader("ddpm_lab.studies"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"short": format_number, "percent": lambda x: f"{x:.1%}", "duration": duration}
+    environment.filters |= {
+        "score": read_score,
+        "short": format_number,
+        "thousands": lambda value: f"{value:,}",
+        "percent": lambda value: f"{value:.1%}",
+        "duration": duration,
+        "embedded": embedded,
+        "guidance": guidance_label,
+        "floor_count": floor_count,
+        "class_count": class_count,
+    }
     return environment.get_template(template).render(**values)
 
 
-def as_data(content: bytes, ending: str) -> str:
-    """A picture as an address that holds it."""
-    return f"data:{MIME[ending]};base64,{base64.b64encode(content).decode()}"
+def as_data(content: bytes, suffix: str) -> str:
+    """A picture as a data URL."""
+    return f"data:{MIME[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
-def embedded(path: Path) -> str | None:
-    """A picture's file likewise; None where there is none."""
-    return as_data(path.read_bytes(), path.suffix) if path.is_file() else None
+def embedded(path: Path | None) -> str | None:
+    """A picture file as a data URL; None where there is no such file."""
+    return as_data(path.read_bytes(), path.suffix) if path is not None and path.is_file() else None
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """So many digits, zeros at the end too, for they were measured; two below 0.05; nothing for None."""
+    """A number with so many significant digits, trailing zeros included; two digits below 0.05; '' for None."""
     if value is None:
         return ""
     return f"{value:#.{digits if abs(value) >= 0.05 else 2}g}".removesuffix(".")
-
-
-def record_as_text(name: str, record: dict[str, Any], left_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A record for the end of a page, without what is empty."""
-    told = {key: str(value) for key, value in record.items() if value is not None and key not in left_out}
-    return {"name": name, "told": told}

@@ -1,8 +1,8 @@
 """Leases: which of several workers, on one machine or many, does a piece of work in a shared folder.
 
-A lease is a file that its holder touches again and again. One that was not touched for a while belongs to a worker that
-is dead, and is taken over; at once, where it was a process of this machine, since that was started, and is gone. Ages
-are read from the file system's own clock, for those of machines may differ.
+A lease is a file that its holder touches regularly. A lease that was not touched for some time belongs to a dead worker
+and can be taken over; if its holder was a process of this machine, since the last boot, that no longer exists, at once.
+Ages come from the clock of the file system, because the clocks of machines may differ.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ SECONDS = 120.0
 
 
 class LeaseLost(RunError):
-    """Another worker took the work over."""
+    """Another worker has taken over the work."""
 
 
 class Lease:
-    """A lease that is held.
+    """A lease that this process holds, and touches from a thread.
 
     Attributes:
         path: its file.
@@ -33,34 +33,28 @@ class Lease:
 
     def __init__(self, path: Path, owner: str, seconds: float) -> None:
         self.path, self._owner = path, owner
-        self._lost, self._ended = threading.Event(), threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, args=(seconds,), daemon=True)
         self._thread.start()
 
     def _renew(self, seconds: float) -> None:
         while not self._ended.wait(seconds / 5):
-            try:
-                if _owner(self.path) != self._owner:
-                    self._lost.set()
-                    return
-                os.utime(self.path)
-            except OSError:  # a file system that does not answer for a moment
-                continue
+            with contextlib.suppress(OSError):  # a network file system may fail for a moment
+                if _owner(self.path) == self._owner:
+                    os.utime(self.path)
 
     def check(self) -> None:
-        """Raise where another worker has taken the work over, because this one stood still for too long.
+        """Check that the lease is still held.
 
         Raises:
-            LeaseLost: so it is.
+            LeaseLost: another worker has taken it over, because this one did not touch it for too long.
         """
-        with contextlib.suppress(OSError):  # a file system that does not answer says nothing about who holds it
+        with contextlib.suppress(OSError):  # no answer is no evidence that it is lost
             if _owner(self.path) != self._owner:
-                self._lost.set()
-        if self._lost.is_set():
-            raise LeaseLost(f"{self.path} was taken over by another worker; this one stood still for too long")
+                raise LeaseLost(f"{self.path} was taken over by another worker: this one did not renew it in time")
 
     def release(self) -> None:
-        """End it; the file goes, if it is still this worker's."""
+        """Stop renewing it, and delete the file if it is still this process's."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -73,10 +67,10 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
     """Hold a lease while the block runs.
 
     Args:
-        path: of its file; the folder exists. Beside it lies PATH.lock, held only while a lease is taken.
-        seconds: without a touch after which a lease counts as dead.
+        path: of its file, in a folder that exists. PATH.lock beside it is held only while a lease is acquired.
+        seconds: after so long without a touch a lease expires.
     Yields:
-        The lease, or None where another worker holds it.
+        The lease, or None if another worker holds it.
     """
     lease = _acquire(path, seconds)
     try:
@@ -88,54 +82,51 @@ def leased(path: Path, seconds: float = SECONDS) -> Iterator[Lease | None]:
 
 def _acquire(path: Path, seconds: float) -> Lease | None:
     owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}"
-    mine = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with acquire_lock(path.with_name(path.name + ".lock")):  # of two who find a dead lease, one takes it
-        mine.write_text(json.dumps({"owner": owner}) + "\n")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    with acquire_lock(path.with_name(path.name + ".lock")):  # of two that find an expired lease, one takes it
+        temporary.write_text(json.dumps({"owner": owner}) + "\n")
         try:
             with contextlib.suppress(FileNotFoundError):
-                age = mine.stat().st_mtime - path.stat().st_mtime
+                age = temporary.stat().st_mtime - path.stat().st_mtime
                 if age < seconds and not _is_gone(_owner(path)):
                     return None
-            mine.replace(path)
+            temporary.replace(path)
         finally:
-            mine.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return Lease(path, owner, seconds)
 
 
 def _owner(path: Path) -> str | None:
-    """Who holds a lease; None where there is none, or one that cannot be understood.
+    """The holder named in a lease file; None if there is no file or no valid one.
 
     Raises:
         OSError: the file system does not answer.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return str(held.get("owner")) if isinstance(held, dict) else None
+    return str(content.get("owner")) if isinstance(content, dict) else None
 
 
 def _this_machine() -> str:
-    """A name of this machine since it started and of its table of processes: containers have their own, and machines
-    may share a name."""
-    processes, start = "-", f"{uuid.getnode():x}"
+    """A name of this machine, its boot and its process namespace: containers have their own, and host names repeat."""
+    namespace, boot = "-", f"{uuid.getnode():x}"
     with contextlib.suppress(OSError):
-        processes = os.readlink("/proc/self/ns/pid")
+        namespace = os.readlink("/proc/self/ns/pid")
     with contextlib.suppress(OSError):
-        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()}/{processes}/{start}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{namespace}/{boot}"
 
 
 def _is_gone(owner: str | None) -> bool:
-    """Whether a holder is a process of this machine that is no more."""
+    """Whether a holder is a process of this machine that no longer exists."""
     machine, _, rest = (owner or "").partition(" ")
     pid = rest.partition(" ")[0]
     if machine != _this_machine() or not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:  # a process of another user raises PermissionError
+        return isinstance(error, ProcessLookupError)
     return False
