@@ -106,12 +106,12 @@ def test_formats_are_known_by_content_and_other_files_are_named(tmp_path, recwar
         (tmp_path / name).rename(tmp_path / "set" / name)
     (tmp_path / "set" / "class").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
-    for index in range(7):
-        (tmp_path / "set" / f"notes{index}.txt").write_text("no picture")
+    for index in range(22):
+        (tmp_path / "set" / f"notes{index:02d}.txt").write_text("no picture")
     found = open_folder(tmp_path / "set", None, "--size")
     assert [path.name for path in found.paths] == ["a", "b.dat", "c.pgm", "d.png"]
     (output,) = [str(one.message) for one in recwarn if "skipped in" in str(one.message)]
-    assert "notes0.txt, notes1.txt" in output
+    assert "notes00.txt, notes01.txt" in output
     assert output.endswith("and 2 more")
 
 
@@ -175,12 +175,12 @@ def test_a_reference_batch_with_images_and_statistics_is_images(tmp_path):
     assert (reference.images.num_images, reference.given) == (9, None)
 
 
-def bomb(path: Path, **arrays: tuple[tuple[int, ...], str]) -> Path:
+def bomb(path: Path, fortran_order: bool = False, **arrays: tuple[tuple[int, ...], str]) -> Path:
     """An .npz of zeros whose headers are consistent, written without ever holding the arrays."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, (shape, kind) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                header = {"descr": kind, "fortran_order": False, "shape": shape}
+                header = {"descr": kind, "fortran_order": fortran_order, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
                 left = int(np.prod(shape)) * np.dtype(kind).itemsize
                 while left:
@@ -203,20 +203,65 @@ def test_small_files_do_not_fill_the_memory(tmp_path, arrays, command, words):
     """Told from the header: the peak of a process that reads them is what it is for a sound file, to 200 MB."""
     path = bomb(tmp_path / "a.npz", **arrays)
     assert path.stat().st_size < 2_000_000
+    output, memory = peak_memory(READERS[command], path)
+    assert any(word in output for word in words.split("|")), output
+    assert memory < 200
+
+
+READERS = {
+    "images": "from ddpm_lab.data.image_stream import open_images as read",
+    "reference": "from ddpm_lab.evaluation.reference import open_reference as read",
+    "batches": "from ddpm_lab.data.image_stream import open_images\n"
+    "read = lambda name: [len(batch) for batch in open_images(name).batches()]",
+    "inception": "from pathlib import Path\nfrom ddpm_lab.evaluation.features import inception_network\n"
+    "read = lambda name: inception_network(Path(name))",
+}
+
+
+def peak_memory(reader: str, path: Path) -> tuple[str, int]:
+    """What a process of its own prints that reads a file, and by how many MB that raises its peak memory."""
     program = (
-        "import resource, sys\n"
-        "from ddpm_lab.data.image_stream import open_images\nfrom ddpm_lab.evaluation.reference import open_reference\n"
+        f"import resource, sys\n{reader}\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n    (open_images if sys.argv[1] == 'images' else open_reference)(sys.argv[2])\n"
+        "try:\n    print(read(sys.argv[1]))\n"
         "except ValueError as error:\n    print(error)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, 'MB')\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, command, str(path)], capture_output=True, text=True, check=True, env=os.environ
-    )
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     *output, memory = done.stdout.splitlines()
-    assert any(word in " ".join(output) for word in words.split("|")), done.stdout
-    assert int(memory.split()[0]) < 200
+    return " ".join(output), int(memory)
+
+
+@pytest.mark.slow
+def test_an_array_in_fortran_order_is_read_in_parts(tmp_path):
+    """1 GB of pixels in 1 MB of file."""
+    path = bomb(tmp_path / "a.npz", fortran_order=True, images=((4_000, 512, 512, 1), "|u1"))
+    output, memory = peak_memory(READERS["batches"], path)
+    assert output == str([500] * 8)
+    assert memory < 700
+
+
+@pytest.mark.slow
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path):
+    """Four transparent pictures of 36 million pixels, each of which takes some 700 MB to decode."""
+    for name in "abcd":
+        Image.new("RGBA", (6_000, 6_000)).save(tmp_path / f"{name}.png")
+    output, memory = peak_memory(
+        READERS["images"].replace(" as read", "\nread = lambda name: open_images(name, image_size=32)"), tmp_path
+    )
+    assert "num_images=4" in output
+    assert memory < 1100
+
+
+def test_weights_that_unpack_to_far_more_than_their_file_are_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data/0", "w") as stream:
+        for _ in range(64):
+            stream.write(bytes(2**24))
+    output, memory = peak_memory(READERS["inception"], path)
+    assert "no PyTorch file" in output
+    assert memory < 300
 
 
 def test_a_picture_too_large_to_decode_is_refused_by_its_header(tmp_path):

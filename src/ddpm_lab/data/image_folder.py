@@ -4,8 +4,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SAMPLING = "sampling.json"  # the settings of the images in a folder of samples
-MAX_NAMED = 5  # files that a message names
+MAX_NAMED = 20  # files that a message names
+LARGE_PICTURE = 2**24  # pixels; pictures that are larger are decoded one at a time, to bound the memory
 COLOUR_CHUNK = 256  # images decoded at a time in search of one in colour
 
 T = TypeVar("T")
@@ -163,10 +166,14 @@ def _read_pictures(
 ) -> list[T | InputError]:
     """The result of `read`, or the error, for each file; in threads, for decoding releases the interpreter lock."""
 
+    one_at_a_time = Lock()
+
     def read_one(path: Path) -> T | InputError:
         try:
             with open_picture(path, f"image {path}") as picture:
-                return read(picture)
+                large = picture.width * picture.height > LARGE_PICTURE
+                with one_at_a_time if large else nullcontext():
+                    return read(picture)
         except InputError as error:
             return error
 

@@ -5,7 +5,7 @@ called. Here only the formats below are ever tried, each by the content of the f
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -83,13 +83,14 @@ def as_seen(picture: "Image.Image") -> "Image.Image":
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, BACKGROUND), picture)
     if picture.mode in ("1", "L"):
         return picture.convert("L")
     picture = picture.convert("RGB")
-    channels = np.asarray(picture)
-    return picture.getchannel(0) if (channels == channels[..., :1]).all() else picture
+    red, green, blue = picture.split()
+    is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
+    return red if is_grey else picture
 
 
 def _upright(picture: "Image.Image") -> "Image.Image":
@@ -97,7 +98,6 @@ def _upright(picture: "Image.Image") -> "Image.Image":
     from PIL import ImageOps
 
     picture.load()  # not within `try`: a second attempt to read damaged pixels returns black pixels and no error
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # whatever damaged metadata makes Pillow raise
-        return picture
+    with suppress(Exception):  # whatever damaged metadata makes Pillow raise
+        ImageOps.exif_transpose(picture, in_place=True)  # a copy of a large picture would take much memory
+    return picture

@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import shutil
+import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ from ddpm_lab.data.image_formats import MOST_PIXELS
 
 ARRAYS = ("images", "arr_0")  # names of the array of images in an .npz: ours, and the one other projects use
 MOST_IMAGES, MOST_BYTES = 500, 2**27  # in a chunk
-MOST_COLUMN_MAJOR = 2**32  # bytes of an array in Fortran order, which is read as a whole
+MOST_COLUMN_MAJOR = 2**32  # bytes of an array in Fortran order, which is unpacked into a temporary file
 FAULTS = (  # what zipfile and numpy raise for a damaged archive; the header of an array is parsed as Python
     OSError, EOFError, ValueError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError, zlib.error,
     zipfile.BadZipFile,
@@ -170,7 +172,7 @@ def _open_npz(path: Path, channels: int | None) -> ImageStream:
     if H * W > MOST_PIXELS:
         raise InputError(f"{path} holds images of {W} x {H} pixels; {MOST_PIXELS:,} are the most")
     if column_major and math.prod(shape) > MOST_COLUMN_MAJOR:
-        raise InputError(f"{path} holds {array} in Fortran order, which cannot be read in parts; save it in C order")
+        raise InputError(f"{path} holds {array} in Fortran order, of more than 4 GiB; save it in C order")
     read = partial(_read_npz, path, f"{array}.npy", shape, column_major)
     stream = ImageStream(str(path), N, (C, H, W), read)
     if channels != 3 and C == 3:  # as in a folder, equal channels are grey
@@ -192,16 +194,33 @@ def _read_npz(path: Path, member: str, shape: tuple[int, ...], column_major: boo
     _, H, W, C = shape
     with readable(path), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         _read_header(stream)
-        if column_major:  # the pixels of one image are far apart in the file
-            whole = np.frombuffer(stream.read(math.prod(shape)), np.uint8).reshape(shape, order="F")
         size = chunk_size((C, H, W))
-        for first in range(0, num_images, size):
-            count = min(size, num_images - first)
-            if column_major:
-                batch = whole[first : first + count]
-            else:
-                batch = np.frombuffer(stream.read(count * H * W * C), np.uint8).reshape(count, H, W, C)
+        counts = [min(size, num_images - first) for first in range(0, num_images, size)]
+        batches = (
+            _column_major_batches(stream, shape, counts) if column_major else _row_major_batches(stream, shape, counts)
+        )
+        for batch in batches:
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+
+
+def _row_major_batches(stream: IO[bytes], shape: tuple[int, ...], counts: Sequence[int]) -> Iterator[np.ndarray]:
+    """Batches of so many images each, (count, H, W, C), of an array in C order."""
+    for count in counts:
+        yield np.frombuffer(stream.read(count * math.prod(shape[1:])), np.uint8).reshape(count, *shape[1:])
+
+
+def _column_major_batches(stream: IO[bytes], shape: tuple[int, ...], counts: Sequence[int]) -> Iterator[np.ndarray]:
+    """The same of an array in Fortran order, in which each pixel of all images comes before the next pixel."""
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file)
+        first = 0
+        for count in counts:
+            pixels = bytearray()
+            for pixel in range(math.prod(shape[1:])):
+                file.seek(pixel * shape[0] + first)
+                pixels += file.read(count)
+            yield np.frombuffer(pixels, np.uint8).reshape((count, *shape[1:]), order="F")
+            first += count
 
 
 def array_header(archive: zipfile.ZipFile, array: str, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
