@@ -89,7 +89,7 @@ def as_seen(picture: "Image.Image") -> "Image.Image":
         return picture.convert("L")
     picture = picture.convert("RGB")
     red, green, blue = picture.split()
-    is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
+    is_grey = red.tobytes() == green.tobytes() == blue.tobytes()
     return red if is_grey else picture
 
 
