@@ -22,7 +22,7 @@ from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.config import RECIPES, SamplingConfig
 from ddpm_lab.core.progress import progress
 from ddpm_lab.models.trained import load
-from ddpm_lab.sampling.generation import sampling_identity
+from ddpm_lab.sampling.output import sampling_identity
 from ddpm_lab.studies.grid import STUDIES
 from tests.conftest import TINY_RECIPE, tree_hash
 

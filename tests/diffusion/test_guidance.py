@@ -164,9 +164,9 @@ def test_a_guide_that_does_not_fit_is_refused(told, tiny_run, tmp_path):
     other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, num_timesteps=50))
     train(dataclasses.replace(other, training=dataclasses.replace(config.training, num_steps=1)), tmp_path / "short")
     for source, guide, words in (
-        (told, "mnist", "another images than"),
-        (told, tmp_path / "short", "another process than"),
-        (tiny_run, told, "another number of classes than"),
+        (told, "mnist", "in its image shape"),
+        (told, tmp_path / "short", "in its number of timesteps"),
+        (tiny_run, told, "in its number of classes"),
         (told, tmp_path / "nothing", "no model"),
     ):
         with pytest.raises(InputError, match=words):
@@ -419,8 +419,8 @@ def test_pictures_of_seeds_and_of_real_images_are_asked_for_classes(told):
         (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),
         (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be at least 0"),
         (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 leaves the class out"),
-        (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
-        (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
+        (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was trained without classes"),
+        (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was trained without classes"),
         (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no classes on"),
         (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance must be above 0"),
         (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
@@ -446,7 +446,7 @@ def test_a_network_that_was_always_told_its_class_is_not_asked_without(tiny_reci
     assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *always]) == 0
     trained = load(tmp_path / "run", device="cpu")
     for guidance in (0.0, 2.0):
-        with pytest.raises(InputError, match=r"never learnt to do without a class .*; guidance is 1"):
+        with pytest.raises(InputError, match=r"cannot sample without a class .*, so guidance must be 1"):
             build_sampler(trained, SamplingConfig(guidance=guidance))
     assert build_sampler(trained, SamplingConfig(guidance=1.0)).num_evaluations == 50
     # What begins from it has learnt no more; what begins from one that was told no classes has, for its own are 0.

@@ -37,7 +37,7 @@ from ddpm_lab.evaluation.neighbours import memorisation
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.evaluation.score_table import score_table
 from ddpm_lab.evaluation.scores import evaluate_source
-from ddpm_lab.sampling import generation
+from ddpm_lab.sampling import generation, output
 from ddpm_lab.sampling.image_files import save_npz
 from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
@@ -272,8 +272,8 @@ def test_a_perfect_generator_has_the_share_expected_19_times_in_20(num_images, n
 def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, monkeypatch):
     trained = load(tiny_run, device="cpu")
     config = SamplingConfig(num_steps=2, batch_size=4)
-    generation.sample_to_folder(trained, tmp_path / "whole", 11, config)
-    saved, made = generation.save_png, []
+    output.sample_to_folder(trained, tmp_path / "whole", 11, config)
+    saved, made = output.save_png, []
 
     def stop_at_the_sixth(path, picture):
         if len(made) == 6:
@@ -281,29 +281,29 @@ def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, mon
         made.append(path.name)
         saved(path, picture)
 
-    monkeypatch.setattr(generation, "save_png", stop_at_the_sixth)
+    monkeypatch.setattr(output, "save_png", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
-    monkeypatch.setattr(generation, "save_png", saved)
-    assert generation.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
-    assert generation.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
+        output.sample_to_folder(trained, tmp_path / "parts", 11, config)
+    monkeypatch.setattr(output, "save_png", saved)
+    assert output.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
+    assert output.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
     assert tree_hash(tmp_path / "parts") == tree_hash(tmp_path / "whole")
     assert len(list((tmp_path / "parts").glob("*.png"))) == 11
     in_memory = torch.cat(list(generation.generate(trained, 11, config)))
     on_disk = torch.cat(list(open_images(str(tmp_path / "parts")).batches()))
     assert torch.equal(in_memory, on_disk)
     with pytest.raises(InputError, match="images of another seed"):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
+        output.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
     record = tmp_path / "parts" / "sampling.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"mood": None}))
     with pytest.raises(InputError, match="images of another mood;"):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
+        output.sample_to_folder(trained, tmp_path / "parts", 11, config)
 
 
 def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkeypatch):
     """The first picture is held back until the second batch has been begun."""
     trained = load(tiny_run, device="cpu")
-    saved, drawn, begun = generation.save_png, generation.trajectory, threading.Event()
+    saved, drawn, begun = output.save_png, generation.trajectory, threading.Event()
 
     def trajectory(trained, sampler, first=0):
         if first == 4:
@@ -315,8 +315,8 @@ def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkey
         saved(path, picture)
 
     monkeypatch.setattr(generation, "trajectory", trajectory)
-    monkeypatch.setattr(generation, "save_png", save)
-    generation.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
+    monkeypatch.setattr(output, "save_png", save)
+    output.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
     assert len(list((tmp_path / "images").glob("*.png"))) == 8
 
 

@@ -14,8 +14,9 @@ from ddpm_lab import load
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.models.trained import packaged_names
-from ddpm_lab.sampling.generation import ImageNoise, generate, sample_to_file
+from ddpm_lab.sampling.generation import ImageNoise, generate
 from ddpm_lab.sampling.image_files import image_grid, save_npz
+from ddpm_lab.sampling.output import sample_to_file
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def sample(
             second call goes on filling.
         num_images: how many; image i of a seed is the same in any number.
     """
-    from ddpm_lab.sampling.generation import sample_to_file
+    from ddpm_lab.sampling.output import sample_to_file
 
     made = sample_to_file(
         source, out, num_images, sampling,

@@ -39,8 +39,8 @@ from ddpm_lab.evaluation.metrics import (
 from ddpm_lab.evaluation.neighbours import manifold, memorisation
 from ddpm_lab.evaluation.reference import MIN_IMAGES, Reference, open_reference
 from ddpm_lab.models.trained import TrainedModel
-from ddpm_lab.sampling.generation import is_sampled, sample_to_folder, sampling_identity
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
+from ddpm_lab.sampling.output import sample_to_folder, sampling_identity
 
 SCORES = (
     "fid", "fid_extrapolated", "inception_score", "inception_score_whole", "kid",
@@ -83,8 +83,7 @@ def generated_images(trained: TrainedModel, num_images: int, config: SamplingCon
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
     folder = cache_dir() / "generated" / key
     sample = partial(sample_to_folder, trained, folder, num_images, config, wait=True, option="DDPM_CACHE_DIR")
-    if not is_sampled(trained, folder, num_images, config):  # also from a cache that this user cannot write
-        sample()
+    sample()
     if damaged := unreadable(folder):
         for path in damaged:
             path.unlink()

@@ -25,15 +25,9 @@ from ddpm_lab.evaluation.features import FeatureNetwork
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.models.diffusers_format import UNKNOWN, is_diffusers
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
-from ddpm_lab.sampling.generation import (
-    MOST_IMAGES,
-    asked_classes,
-    build_sampler,
-    generate,
-    guidance_record,
-    sampling_task,
-)
+from ddpm_lab.sampling.generation import build_sampler, class_labels, generate, guidance_record, sampling_task
 from ddpm_lab.sampling.image_files import check_writable
+from ddpm_lab.sampling.output import MAX_IMAGES
 
 MODEL_FIELDS = (
     "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
@@ -119,8 +113,8 @@ def evaluate_source(
         scores = scores or (_scores_file(trained) if processes.is_rank0() else None)
         network = feature_network(features, trained.image_shape, compared, inception_weights, on)
         wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
-        if wanted > MOST_IMAGES:
-            raise InputError(f"num_images must be from 2 to {MOST_IMAGES}, not {wanted}")
+        if wanted > MAX_IMAGES:
+            raise InputError(f"num_images must be from 2 to {MAX_IMAGES}, not {wanted}")
         check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
         _check_floor(compared, data_dir)
         show_deferred_warnings()
@@ -153,7 +147,7 @@ def score_model(
 ) -> dict[str, Any]:
     """Sample, or take from the cache what was sampled, and score; see `evaluation.evaluate` for the rest."""
     images = generated_images(trained, num_images, sampling)
-    asked = asked_classes(trained, sampling, range(num_images))
+    asked = class_labels(trained, sampling, range(num_images))
     record = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=asked)
     return record | {"source": trained.name, **model_record(trained, sampling)}
 

@@ -37,7 +37,7 @@ from ddpm_lab.pictures.drawing import (
 from ddpm_lab.pictures.film import PICTURE_ENDINGS, check_kind, save_film
 from ddpm_lab.pictures.forward import Process, chosen_images, snr_at
 from ddpm_lab.pictures.picture_settings import PictureConfig, num_columns
-from ddpm_lab.sampling.generation import ImageNoise, Sampler, asked_classes, build_sampler, guidance_record, trajectory
+from ddpm_lab.sampling.generation import ImageNoise, Sampler, build_sampler, class_labels, guidance_record, trajectory
 from ddpm_lab.sampling.image_files import check_writable, save_png, visible_scale
 
 X_T, X_0 = "x_t", "predicted x_0"
@@ -202,7 +202,7 @@ def interpolate(
         raise AssertionError("a deterministic sampler asked for noise")
 
     images = []
-    classes = asked_classes(trained, config, range(num_images))
+    classes = class_labels(trained, config, range(num_images))
     of_each = None if classes is None else torch.split(classes.repeat_interleave(num_between), config.batch_size)
     told = of_each or [None] * len(x_T)
     for part, asked in zip(torch.split(x_T, config.batch_size), told, strict=False):
@@ -249,7 +249,7 @@ def reconstruct(
         noise = ImageNoise(config.seed, rows, trained.image_shape, device)
         clean = x_0[first : rows.stop].to(device)
         x_t = x_s = q_sample(rest.schedule, clean, torch.full((len(rows),), t - 1, device=device), noise(-1))
-        asked = asked_classes(trained, config, rows) if config.class_ else None
+        asked = class_labels(trained, config, rows) if config.class_ else None
         for step in sampler.steps(x_t, noise, asked):
             x_s = step.x_s
             on_step(len(rows))
