@@ -226,7 +226,7 @@ BAD_INPUTS = {
     "statistics that are none": (STATISTICS.format("crooked.npz") + " --metrics fid", "must be symmetric"),
     "statistics with no dimension": (STATISTICS.format("scalar.npz") + " --metrics fid", "are no statistics"),
     "statistics of no covariance": (STATISTICS.format("indefinite.npz") + " --metrics fid", "an eigenvalue of -"),
-    "a reference of one image": (STATISTICS.format("one.npz"), "4 are the fewest"),
+    "a reference of one image": (STATISTICS.format("one.npz"), "too few images (1)"),
     "images of size 0": (EVALUATE.format("good") + " --image-size 0", "from 1 to 4096"),
     "colour images against grey": (EVALUATE.format("colourful") + " --metrics fid", "it is in colour"),
     "images with no name": ("evaluate '' --reference digits:train", "no model or images ''"),

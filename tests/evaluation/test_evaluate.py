@@ -34,6 +34,7 @@ from ddpm_lab.evaluation.feature_store import features_of
 from ddpm_lab.evaluation.features import classifier_network, module_network
 from ddpm_lab.evaluation.metrics import statistics
 from ddpm_lab.evaluation.neighbours import memorisation
+from ddpm_lab.evaluation.record import Evaluation, ScoreRecord, Scores, TrainingRecord
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.evaluation.score_table import score_table
 from ddpm_lab.evaluation.scores import evaluate_source
@@ -41,6 +42,7 @@ from ddpm_lab.sampling import generation, output
 from ddpm_lab.sampling.image_files import save_npz
 from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
+from tests.evaluation.test_record import assert_fits
 
 ALL = ScoringConfig(metrics=("fid", "is", "kid", "prdc", "memorisation"), bootstrap=5, kid_subsets=3)
 
@@ -76,12 +78,12 @@ def kept(module):
 
 
 def values(record):
-    return {name: record[name] and record[name]["value"] for name in evaluation.SCORES}
+    return {name: record[name] and record[name]["value"] for name in Scores.__annotations__}
 
 
 def test_a_record_says_all_its_numbers_depend_on(digits):
     record = evaluate(open_images("digits:test"), "digits:train", digits, ALL)
-    json.dumps(record, allow_nan=False)
+    assert_fits(json.loads(json.dumps(record, allow_nan=False)), Evaluation)
     for name in (
         "fid",
         "inception_score",
@@ -102,7 +104,7 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
     assert {"name", "sha256", "library", "version", "num_features", "test_accuracy"} <= record["features"].keys()
     assert sum(record["classes"]["shares"]) == pytest.approx(1)
     assert record["floor"]["images"] == "digits:test"
-    for name in evaluation.SCORES:  # the images are the floor's own
+    for name in Scores.__annotations__:  # the images are the floor's own
         assert record["floor"][name] == values(record)[name]
 
 
@@ -213,9 +215,7 @@ def test_other_images_or_weights_have_other_features(cache, digits):
     changed = images.clone()
     changed[7, 0, 3, 3] ^= 1
     folders = {
-        features_of(tensor_stream("a", x), n).folder
-        for x in (images, changed)
-        for n in (digits, module_network(Pixels()))
+        features_of(tensor_stream("a", x), n).folder for x in (images, changed) for n in (digits, kept(Pixels()))
     }
     assert len(folders) == 4
     assert features_of(tensor_stream("another name", images), digits).folder in folders
@@ -250,7 +250,7 @@ def test_memorisation_is_one_percent_where_nothing_is_learned_by_heart():
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(n, 3, generator=generator) for n in (4000, 2000, 4000)]
     sampled, training, held_out = draws
-    found, _ = memorisation(sampled, training, held_out)
+    found = memorisation(sampled, training, held_out)
     assert found["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
 
 
@@ -261,7 +261,7 @@ def test_a_perfect_generator_has_the_share_expected_19_times_in_20(num_images, n
     training = torch.zeros(1, 1)  # one training image, so that a distance is a size
     for _ in range(400):
         sampled, held_out = (torch.rand(n, 1, generator=generator) for n in (num_images, num_held_out))
-        found, _ = memorisation(sampled, training.expand(2, 1), held_out)
+        found = memorisation(sampled, training.expand(2, 1), held_out)
         inside += found["expected_low"] <= found["nearer_than_test"] <= found["expected_high"]
         shares.append(found["nearer_than_test"])
     assert 0.92 <= inside / 400 <= 0.99
@@ -469,6 +469,7 @@ def test_the_command_prints_a_table_or_one_record(tiny_run, tmp_path, capsys, ca
     kept = read_lines(run / "scores.jsonl")
     assert [line["kid"] is None for line in kept] == [False, True]
     assert kept[1] == record
+    assert_fits(record, ScoreRecord)
     assert values(kept[0])["fid"] == values(kept[1])["fid"]
 
 
@@ -524,6 +525,7 @@ def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_rec
     )
     train(config, tmp_path / "run", device="cpu")
     (in_training,) = read_lines(tmp_path / "run" / "scores.jsonl")
+    assert_fits(in_training, TrainingRecord)
 
     seen, kept_back = (load_images(str(pictures), split).images for split in ("train", "test"))
     stream = tensor_stream("seen", seen)
@@ -538,7 +540,7 @@ def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_rec
     for name in ("fid", "kid", "precision", "coverage"):
         assert record["floor"][name] == alone[name]["value"]
     assert any(line.startswith("floor: 5 images of ") for line in score_table(record))
-    with pytest.raises(InputError, match=r"needs 100 images that were not trained on; .* holds 5"):
+    with pytest.raises(InputError, match="needs 100 held-out images, and there are 5"):
         evaluate_source(
             source, None, "classifier", 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
         )

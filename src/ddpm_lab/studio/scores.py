@@ -1,8 +1,9 @@
 """The tab of scores: the records behind each number with their floors, and the training images nearest to samples."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -10,6 +11,7 @@ from ddpm_lab.core.config import SamplingConfig, ScoringConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import SCORES
 from ddpm_lab.diffusion.guidance import guidance_label
+from ddpm_lab.evaluation.record import ScoreRecord
 from ddpm_lab.evaluation.score_table import class_count, floor_count, score_table
 from ddpm_lab.evaluation.scores import evaluate_source
 from ddpm_lab.studies.cell import MEASURES
@@ -81,10 +83,10 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else ""
 
 
-def told(record: dict[str, Any]) -> str:
+def told(record: Mapping[str, Any]) -> str:
     """A record as `ddpm evaluate` tells it."""
     try:
-        return "\n".join(score_table(record))
+        return "\n".join(score_table(cast(ScoreRecord, record)))
     except (KeyError, TypeError, ValueError, AttributeError):
         return "this record lacks what a record of this version has; it is below as it stands"
 
