@@ -1,6 +1,7 @@
 """Classifiers: augmentation, and that an interrupted training ends as one that was not interrupted."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,8 +78,16 @@ def test_an_interrupted_training_ends_the_same(tmp_path, monkeypatch):
         train_classifier("digits", tmp_path / "parts", num_epochs=3, seed=1, device="cpu")
 
 
-def test_damaged_files_are_refused(tmp_path):
-    train_classifier("digits", tmp_path, num_epochs=1, device="cpu")
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    """The folder of a classifier trained for one epoch; tests copy it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    train_classifier("digits", folder, num_epochs=1, device="cpu")
+    return folder
+
+
+def test_damaged_files_are_refused(one_epoch, tmp_path):
+    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
     content = (tmp_path / WEIGHTS).read_bytes()
     for damaged in (b"", content[:1000], b"\0" * 2000, content[:-10]):
         (tmp_path / WEIGHTS).write_bytes(damaged)
@@ -102,9 +111,8 @@ def test_damaged_files_are_refused(tmp_path):
         ({"test_accuracy": "high"}, "does not describe one"),
     ],
 )
-def test_a_header_of_another_shape_is_refused(tmp_path, change, words):
-    train_classifier("digits", tmp_path, num_epochs=1, device="cpu")
-    content = (tmp_path / WEIGHTS).read_bytes()
+def test_a_header_of_another_shape_is_refused(one_epoch, tmp_path, change, words):
+    content = (one_epoch / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     meta = json.loads(header["__metadata__"]["ddpm_lab"])

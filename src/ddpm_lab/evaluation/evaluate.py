@@ -131,6 +131,7 @@ def evaluate(
             "images": floor_images.name,
             "num_images": floor_images.num_images,
         }
+    scores = _scores(features, real, real_statistics, config)
     findings: Findings = {}
     if features.logits is not None and network.distance == "FD-classifier":
         findings["classes"] = class_shares(features.logits, asked)
@@ -146,7 +147,7 @@ def evaluate(
             rows = [_pick(stream, [int(i) for i, *_ in closest]), _pick(real_images, [int(j) for _, j, _ in closest])]
             save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
     return {
-        **cast(Scores[Interval | None], _scores(features, real, real_statistics, config)),
+        **cast(Scores[Interval | None], scores),
         "fid_label": fid_label(network, stream.num_images, real_images.num_images if real_images is not None else None),
         "num_images": stream.num_images,
         "images": {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from},

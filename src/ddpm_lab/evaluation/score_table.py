@@ -96,7 +96,7 @@ def _notes(record: ScoreRecord) -> list[str]:
         )
         notes.append(
             f"memorisation: {memorised['nearer_than_test']:.2%} ({nearer}) lie nearer to a training image than 99 % of "
-            f"the test images are (of images distributed like these {expected} would be); "
+            f"the test images do (of images distributed like these, {expected} would); "
             f"{memorised['much_nearer']:.2%} ({much_nearer}) lie at less than half the distance from that training "
             "image to its own nearest neighbour"
         )
