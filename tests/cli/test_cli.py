@@ -324,7 +324,10 @@ BAD_INPUTS = {
     "reverse of a damaged model": ("reverse torn --out a.png", "is damaged"),
     "reverse of another ending": ("reverse run --out a.txt", "must end in"),
     "reverse of too many columns": ("reverse run --num-steps 4 --columns 6 --out a.png", "from 2 to 5"),
-    "samples in a new folder with a dot": ("sample run --out samples.v2/", "a new folder's name has no dot"),
+    "samples in a new folder with a dot": (
+        "sample run --out samples.v2/",
+        "name of a new folder must contain no dot",
+    ),
     "reverse of too many frames": ("reverse run --num-steps 4 --frames 6 --out a.gif", "from 2 to 5"),
     "reverse of no images": ("reverse run --num-images 0 --out a.png", "from 1 to 64"),
     "reverse of too many steps": ("reverse run --num-steps 1001 --out a.png", "from 1 to the 1000"),

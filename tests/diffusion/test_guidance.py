@@ -342,7 +342,7 @@ def test_a_score_says_how_many_are_what_was_asked_for(told, capsys, monkeypatch,
     command = ["evaluate", str(told), "--num-images", "30", "--num-steps", "2", "--features", "classifier"]
     command += ["--metrics", "is", "--bootstrap", "0", "--guidance", "1.5", "--device", "cpu", "--scores"]
     assert run_command([*command, str(tmp_path / "scores.jsonl")]) == 0
-    assert "are taken for the class that was asked for" in capsys.readouterr().out
+    assert "are labelled as the class they were conditioned on" in capsys.readouterr().out
     record = json.loads((tmp_path / "scores.jsonl").read_text())
     assert (record["class"], record["guidance"]) == (None, 1.5)
     trained = load(told, device="cpu")
