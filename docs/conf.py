@@ -1,7 +1,12 @@
 """How Sphinx builds these pages: `make docs`."""
 
 import re
+import sys
 from importlib.metadata import version as installed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from record_schema import schema_tables
 
 project = "ddpm-lab"
 author = copyright = "the ddpm-lab authors"
@@ -25,5 +30,12 @@ def _offer_files(app, docname, source):
     source[0] = re.sub(r"\[([^\]]+)\]\((\.\./(?!README)[^)#]+)\)", r"{download}`\1 <\2>`", source[0])
 
 
+def _insert_schema(app, docname, source):
+    """The page of the score record shows the tables made from its types."""
+    if docname == "record":
+        source[0] = source[0].replace("<!-- schema -->", schema_tables())
+
+
 def setup(app):
     app.connect("source-read", _offer_files)
+    app.connect("source-read", _insert_schema)

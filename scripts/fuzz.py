@@ -262,9 +262,9 @@ def prepare(sound: Path) -> list[Target]:
         labels = (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(count)
         (sound / "data" / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     (sound / "classifier").mkdir()
-    from ddpm_lab.evaluation.classifier import packaged_path
+    from ddpm_lab.evaluation.classifier import PACKAGED
 
-    shutil.copy(packaged_path("digits"), sound / "classifier" / "classifier.safetensors")
+    shutil.copy(PACKAGED["digits"], sound / "classifier" / "classifier.safetensors")
 
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

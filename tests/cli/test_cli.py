@@ -22,7 +22,7 @@ from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.config import RECIPES, SamplingConfig
 from ddpm_lab.core.progress import progress
 from ddpm_lab.models.trained import load
-from ddpm_lab.sampling.generation import sampling_identity
+from ddpm_lab.sampling.output import sampling_identity
 from ddpm_lab.studies.grid import STUDIES
 from tests.conftest import TINY_RECIPE, tree_hash
 
@@ -226,7 +226,7 @@ BAD_INPUTS = {
     "statistics that are none": (STATISTICS.format("crooked.npz") + " --metrics fid", "must be symmetric"),
     "statistics with no dimension": (STATISTICS.format("scalar.npz") + " --metrics fid", "are no statistics"),
     "statistics of no covariance": (STATISTICS.format("indefinite.npz") + " --metrics fid", "an eigenvalue of -"),
-    "a reference of one image": (STATISTICS.format("one.npz"), "4 are the fewest"),
+    "a reference of one image": (STATISTICS.format("one.npz"), "too few images (1)"),
     "images of size 0": (EVALUATE.format("good") + " --image-size 0", "from 1 to 4096"),
     "colour images against grey": (EVALUATE.format("colourful") + " --metrics fid", "it is in colour"),
     "images with no name": ("evaluate '' --reference digits:train", "no model or images ''"),
@@ -324,7 +324,10 @@ BAD_INPUTS = {
     "reverse of a damaged model": ("reverse torn --out a.png", "is damaged"),
     "reverse of another ending": ("reverse run --out a.txt", "must end in"),
     "reverse of too many columns": ("reverse run --num-steps 4 --columns 6 --out a.png", "from 2 to 5"),
-    "samples in a new folder with a dot": ("sample run --out samples.v2/", "a new folder's name has no dot"),
+    "samples in a new folder with a dot": (
+        "sample run --out samples.v2/",
+        "name of a new folder must contain no dot",
+    ),
     "reverse of too many frames": ("reverse run --num-steps 4 --frames 6 --out a.gif", "from 2 to 5"),
     "reverse of no images": ("reverse run --num-images 0 --out a.png", "from 1 to 64"),
     "reverse of too many steps": ("reverse run --num-steps 1001 --out a.png", "from 1 to the 1000"),

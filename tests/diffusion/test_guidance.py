@@ -185,9 +185,9 @@ def test_a_guide_that_does_not_fit_is_refused(labelled, tiny_run, tmp_path):
     other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, num_timesteps=50))
     train(dataclasses.replace(other, training=dataclasses.replace(config.training, num_steps=1)), tmp_path / "short")
     for source, guide, words in (
-        (labelled, "mnist", "another images than"),
-        (labelled, tmp_path / "short", "another process than"),
-        (tiny_run, labelled, "another number of classes than"),
+        (labelled, "mnist", "in its image shape"),
+        (labelled, tmp_path / "short", "in its number of timesteps"),
+        (tiny_run, labelled, "in its number of classes"),
         (labelled, tmp_path / "nothing", "no model"),
     ):
         with pytest.raises(InputError, match=words):
@@ -375,7 +375,7 @@ def test_a_score_says_how_many_images_have_the_requested_class(labelled, capsys,
     command = ["evaluate", str(labelled), "--num-images", "30", "--num-steps", "2", "--features", "classifier"]
     command += ["--metrics", "is", "--bootstrap", "0", "--guidance", "1.5", "--device", "cpu", "--scores"]
     assert run_command([*command, str(tmp_path / "scores.jsonl")]) == 0
-    assert "are taken for the class that was asked for" in capsys.readouterr().out
+    assert "are labelled as the class they were conditioned on" in capsys.readouterr().out
     record = json.loads((tmp_path / "scores.jsonl").read_text())
     assert (record["class"], record["guidance"]) == (None, 1.5)
     trained = load(labelled, device="cpu")
@@ -463,8 +463,8 @@ def test_interpolations_and_reconstructions_take_labels(labelled):
         (["sample", "TOLD", "--class", "one", "--out", "RUN.png"], "one"),
         (["sample", "TOLD", "--guidance", "-1", "--out", "RUN.png"], "guidance must be from 0 to 100"),
         (["sample", "TOLD", "--guidance", "0", "--class", "1", "--out", "RUN.png"], "guidance 0 ignores the class"),
-        (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was told no classes"),
-        (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was told no classes"),
+        (["sample", "UNTOLD", "--class", "1", "--out", "RUN.png"], "was trained without classes"),
+        (["sample", "UNTOLD", "--guidance", "2", "--out", "RUN.png"], "was trained without classes"),
         (["export", "TOLD", "--to", "diffusers", "--out", "RUN"], "passes no labels"),
         (["export", "TOLD", "--to", "onnx", "--guidance", "0", "--out", "RUN"], "guidance must be above 0"),
         (["export", "UNTOLD", "--to", "onnx", "--guidance", "2", "--out", "RUN"], "or give a --guide"),
@@ -490,7 +490,7 @@ def test_a_network_without_class_dropout_is_not_evaluated_without_labels(tiny_re
     assert run_command(["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *always]) == 0
     trained = load(tmp_path / "run", device="cpu")
     for guidance in (0.0, 2.0):
-        with pytest.raises(InputError, match=r"never learnt to do without a class .*; guidance is 1"):
+        with pytest.raises(InputError, match=r"cannot sample without a class .*, so guidance must be 1"):
             build_sampler(trained, SamplingConfig(guidance=guidance))
     assert build_sampler(trained, SamplingConfig(guidance=1.0)).num_evaluations == 50
     # What begins from it has learnt no more; what begins from one that was told no classes has, for its own are 0.

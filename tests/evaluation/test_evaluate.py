@@ -1,4 +1,4 @@
-"""Whole scores: records, references of every kind, what is kept and continued, memorisation, and the command."""
+"""Whole scores: records, references of every kind, caching and resuming, memorisation, and the command."""
 
 import errno
 import json
@@ -35,13 +35,15 @@ from ddpm_lab.evaluation.feature_store import features_of
 from ddpm_lab.evaluation.features import classifier_network, module_network
 from ddpm_lab.evaluation.metrics import statistics
 from ddpm_lab.evaluation.neighbours import memorisation
+from ddpm_lab.evaluation.record import Evaluation, ScoreRecord, Scores, TrainingRecord
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.evaluation.score_table import score_table
 from ddpm_lab.evaluation.scores import evaluate_source
-from ddpm_lab.sampling import generation
+from ddpm_lab.sampling import generation, output
 from ddpm_lab.sampling.image_files import save_npz
 from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
+from tests.evaluation.test_record import assert_fits
 
 ALL = ScoringConfig(metrics=("fid", "is", "kid", "prdc", "memorisation"), bootstrap=5, kid_subsets=3)
 
@@ -71,18 +73,18 @@ class Pixels(torch.nn.Module):
         return images[:, 0, 3, 2:6].float() / 255, images.flatten(1).float()[:, :10] / 255
 
 
-def kept(module):
+def cached(module):
     """A module whose features go into the cache, as those of the package's own networks do."""
     return replace(module_network(module, batch_size=100), persistent=True)
 
 
 def values(record):
-    return {name: record[name] and record[name]["value"] for name in evaluation.SCORES}
+    return {name: record[name] and record[name]["value"] for name in Scores.__annotations__}
 
 
 def test_a_record_says_all_its_numbers_depend_on(digits):
     record = evaluate(open_images("digits:test"), "digits:train", digits, ALL)
-    json.dumps(record, allow_nan=False)
+    assert_fits(json.loads(json.dumps(record, allow_nan=False)), Evaluation)
     for name in (
         "fid",
         "inception_score",
@@ -103,7 +105,7 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
     assert {"name", "sha256", "library", "version", "num_features", "test_accuracy"} <= record["features"].keys()
     assert sum(record["classes"]["shares"]) == pytest.approx(1)
     assert record["floor"]["images"] == "digits:test"
-    for name in evaluation.SCORES:  # the images are the floor's own
+    for name in Scores.__annotations__:  # the images are the floor's own
         assert record["floor"][name] == values(record)[name]
 
 
@@ -132,14 +134,14 @@ def test_every_kind_of_images_scores_the_same(digits, tmp_path):
     records += [evaluate(images, "digits:train", digits, config)]
     assert all(values(record) == values(records[0]) for record in records)
     training = load_images("digits", "train").images
-    against = [values(evaluate(training, name, digits, config)) for name in named]
-    assert all(found == against[0] for found in against)
+    as_references = [values(evaluate(training, name, digits, config)) for name in named]
+    assert all(scores == as_references[0] for scores in as_references)
 
 
 def test_statistics_in_a_file_serve_as_reference(digits, tmp_path):
     """As others publish them: `mu` and `sigma`."""
-    found = statistics(digits(load_images("digits", "train").images)[0])
-    np.savez(tmp_path / "digits.npz", mu=found.mean.numpy(), sigma=found.cov.numpy())
+    reference = statistics(digits(load_images("digits", "train").images)[0])
+    np.savez(tmp_path / "digits.npz", mu=reference.mean.numpy(), sigma=reference.cov.numpy())
     config = ScoringConfig(metrics=("fid", "is"), bootstrap=0)
     record = evaluate(open_images("digits:test"), str(tmp_path / "digits.npz"), digits, config)
     other = evaluate(open_images("digits:test"), "digits:train", digits, config)
@@ -162,33 +164,33 @@ def test_folders_are_cropped_and_scaled_on_demand(tmp_path):
 
 
 def test_features_are_computed_once_and_continued(cache):
-    """Interrupted, they go on after the last whole chunk; whole, they are read back; damaged, they are made again."""
+    """Interrupted, they continue after the last whole chunk; complete, they are read; damaged, they are recomputed."""
     images = torch.randint(0, 256, (1700, 1, 8, 8), dtype=torch.uint8)
     stream = tensor_stream("noise", images)
     expected = images[:, 0, 3, 2:6].float() / 255
     with pytest.raises(KeyboardInterrupt):
-        features_of(stream, kept(Pixels(fail_at=13)))
-    again = Pixels()
-    found = features_of(stream, kept(again))
-    assert again.calls == 7, "1000 of 1700 were there"
-    assert torch.equal(found.values, expected)
-    assert found.logits is not None
-    assert torch.equal(found.logits, images.flatten(1).float()[:, :10] / 255)
+        features_of(stream, cached(Pixels(fail_at=13)))
+    second = Pixels()
+    features = features_of(stream, cached(second))
+    assert second.calls == 7, "1000 of 1700 existed"
+    assert torch.equal(features.values, expected)
+    assert features.logits is not None
+    assert torch.equal(features.logits, images.flatten(1).float()[:, :10] / 255)
     third = Pixels()
-    assert torch.equal(features_of(stream, kept(third)).values, expected)
+    assert torch.equal(features_of(stream, cached(third)).values, expected)
     assert third.calls == 0
-    torn = found.folder.with_name(".partial-" + found.folder.name)
-    shutil.move(found.folder, torn)  # as if it had not come to its end, and a crash had lost some logits
+    torn = features.folder.with_name(".partial-" + features.folder.name)
+    shutil.move(features.folder, torn)  # as if it was interrupted, and a crash had lost some logits
     os.truncate(torn / feature_store.LOGITS, 600 * 40)
     fourth = Pixels()
-    assert torch.equal(features_of(stream, kept(fourth)).logits, found.logits)
-    assert fourth.calls == 12, "500 of 1700 were there"
+    assert torch.equal(features_of(stream, cached(fourth)).logits, features.logits)
+    assert fourth.calls == 12, "500 of 1700 existed"
     for damage in (
         lambda f: os.truncate(f / feature_store.FEATURES, 100),
         lambda f: (f / "meta.json").write_text("[]"),
     ):
-        damage(found.folder)
-        assert torch.equal(features_of(stream, kept(third)).values, expected)
+        damage(features.folder)
+        assert torch.equal(features_of(stream, cached(third)).values, expected)
 
 
 def test_features_of_python_modules_are_never_kept(cache):
@@ -214,97 +216,95 @@ def test_other_images_or_weights_have_other_features(cache, digits):
     changed = images.clone()
     changed[7, 0, 3, 3] ^= 1
     folders = {
-        features_of(tensor_stream("a", x), n).folder
-        for x in (images, changed)
-        for n in (digits, module_network(Pixels()))
+        features_of(tensor_stream("a", x), n).folder for x in (images, changed) for n in (digits, cached(Pixels()))
     }
     assert len(folders) == 4
     assert features_of(tensor_stream("another name", images), digits).folder in folders
 
 
 def test_statistics_of_a_reference_are_kept(cache, digits):
-    found = features_of(open_images("digits:test"), digits)
-    made = found.statistics()
-    kept = found.statistics()
-    assert torch.equal(kept.factor, made.factor)
-    assert torch.equal(kept.cov, made.cov)
-    (found.folder / feature_store.STATISTICS).write_bytes(b"damaged")
-    assert torch.equal(found.statistics().cov, made.cov)
+    features = features_of(open_images("digits:test"), digits)
+    computed = features.statistics()
+    kept = features.statistics()
+    assert torch.equal(kept.factor, computed.factor)
+    assert torch.equal(kept.cov, computed.cov)
+    (features.folder / feature_store.STATISTICS).write_bytes(b"damaged")
+    assert torch.equal(features.statistics().cov, computed.cov)
 
 
 def test_copies_of_training_images_are_found(digits, tmp_path):
-    """A generator that copies a third of its images: they lie nearer than held-out images ever do."""
+    """A generator that copies a third of its images: they lie nearer than any held-out image."""
     training, test = (load_images("digits", split).images for split in ("train", "test"))
     mixed = torch.cat([training[:50], test[:100]])
     record = evaluate(
         mixed, "digits:train", digits, ScoringConfig(metrics=("memorisation",)), pairs=tmp_path / "pairs.png"
     )
-    found = record["memorisation"]
-    assert 50 / 150 <= found["nearer_than_test"] <= 50 / 150 + 0.03
-    assert 50 / 150 <= found["much_nearer"] <= 50 / 150 + 0.03
-    assert all(i == j and distance < 1e-4 for i, j, distance in found["closest"])
+    memorised = record["memorisation"]
+    assert 50 / 150 <= memorised["nearer_than_test"] <= 50 / 150 + 0.03
+    assert 50 / 150 <= memorised["much_nearer"] <= 50 / 150 + 0.03
+    assert all(i == j and distance < 1e-4 for i, j, distance in memorised["closest"])
     picture = np.asarray(Image.open(tmp_path / "pairs.png"))
     assert np.array_equal(picture[:56], picture[-56:]), "each above its neighbour, here the same image"
 
 
-def test_memorisation_is_one_percent_where_nothing_is_learned_by_heart():
+def test_memorisation_is_one_percent_without_copies():
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(n, 3, generator=generator) for n in (4000, 2000, 4000)]
     sampled, training, held_out = draws
-    found, _ = memorisation(sampled, training, held_out)
-    assert found["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
+    memorised = memorisation(sampled, training, held_out)
+    assert memorised["nearer_than_test"] == pytest.approx(0.01, abs=0.006)
 
 
 @pytest.mark.parametrize(("num_images", "num_held_out"), [(300, 100), (1000, 1000)])
 def test_a_perfect_generator_has_the_share_expected_19_times_in_20(num_images, num_held_out):
-    """Also with few held-out images, whose nearest hundredth is known badly."""
-    generator, inside, shares = torch.Generator().manual_seed(0), 0, []
+    """Also with few held-out images, whose 1 % quantile is uncertain."""
+    generator, num_inside, shares = torch.Generator().manual_seed(0), 0, []
     training = torch.zeros(1, 1)  # one training image, so that a distance is a size
     for _ in range(400):
         sampled, held_out = (torch.rand(n, 1, generator=generator) for n in (num_images, num_held_out))
-        found, _ = memorisation(sampled, training.expand(2, 1), held_out)
-        inside += found["expected_low"] <= found["nearer_than_test"] <= found["expected_high"]
-        shares.append(found["nearer_than_test"])
-    assert 0.92 <= inside / 400 <= 0.99
-    assert np.mean(shares) == pytest.approx(found["expected"], rel=0.1)
-    assert found["nearer_than_test_low"] <= found["nearer_than_test"] <= found["nearer_than_test_high"]
+        memorised = memorisation(sampled, training.expand(2, 1), held_out)
+        num_inside += memorised["expected_low"] <= memorised["nearer_than_test"] <= memorised["expected_high"]
+        shares.append(memorised["nearer_than_test"])
+    assert 0.92 <= num_inside / 400 <= 0.99
+    assert np.mean(shares) == pytest.approx(memorised["expected"], rel=0.1)
+    assert memorised["nearer_than_test_low"] <= memorised["nearer_than_test"] <= memorised["nearer_than_test_high"]
 
 
-def test_sampling_into_a_folder_goes_on_where_it_stopped(tiny_run, tmp_path, monkeypatch):
+def test_sampling_into_a_folder_resumes(tiny_run, tmp_path, monkeypatch):
     trained = load(tiny_run, device="cpu")
     config = SamplingConfig(num_steps=2, batch_size=4)
-    generation.sample_to_folder(trained, tmp_path / "whole", 11, config)
-    saved, made = generation.save_png, []
+    output.sample_to_folder(trained, tmp_path / "whole", 11, config)
+    save, names = output.save_png, []
 
     def stop_at_the_sixth(path, picture):
-        if len(made) == 6:
+        if len(names) == 6:
             raise KeyboardInterrupt
-        made.append(path.name)
-        saved(path, picture)
+        names.append(path.name)
+        save(path, picture)
 
-    monkeypatch.setattr(generation, "save_png", stop_at_the_sixth)
+    monkeypatch.setattr(output, "save_png", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
-    monkeypatch.setattr(generation, "save_png", saved)
-    assert generation.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
-    assert generation.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
+        output.sample_to_folder(trained, tmp_path / "parts", 11, config)
+    monkeypatch.setattr(output, "save_png", save)
+    assert output.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
+    assert output.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
     assert tree_hash(tmp_path / "parts") == tree_hash(tmp_path / "whole")
     assert len(list((tmp_path / "parts").glob("*.png"))) == 11
     in_memory = torch.cat(list(generation.generate(trained, 11, config)))
     on_disk = torch.cat(list(open_images(str(tmp_path / "parts")).batches()))
     assert torch.equal(in_memory, on_disk)
     with pytest.raises(InputError, match="images of another seed"):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
+        output.sample_to_folder(trained, tmp_path / "parts", 11, SamplingConfig(num_steps=2, batch_size=4, seed=1))
     record = tmp_path / "parts" / "sampling.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"mood": None}))
     with pytest.raises(InputError, match="images of another mood;"):
-        generation.sample_to_folder(trained, tmp_path / "parts", 11, config)
+        output.sample_to_folder(trained, tmp_path / "parts", 11, config)
 
 
 def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkeypatch):
     """The first picture is held back until the second batch has been begun."""
     trained = load(tiny_run, device="cpu")
-    saved, drawn, begun = generation.save_png, generation.trajectory, threading.Event()
+    saved, drawn, begun = output.save_png, generation.trajectory, threading.Event()
 
     def trajectory(trained, sampler, first=0):
         if first == 4:
@@ -316,23 +316,23 @@ def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkey
         saved(path, picture)
 
     monkeypatch.setattr(generation, "trajectory", trajectory)
-    monkeypatch.setattr(generation, "save_png", save)
-    generation.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
+    monkeypatch.setattr(output, "save_png", save)
+    output.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
     assert len(list((tmp_path / "images").glob("*.png"))) == 8
 
 
 def test_images_are_read_while_features_are_computed(cache):
-    """The first features wait until the second batch of images is read; a fault of reading is told as ever."""
-    asked = threading.Event()
+    """The first features wait until the second batch of images is read; an error of reading is raised as usual."""
+    second_read = threading.Event()
 
     class Waiting(torch.nn.Module):
         def forward(self, images):
-            assert asked.wait(10), "no second batch was read meanwhile"
+            assert second_read.wait(10), "no second batch was read meanwhile"
             return images.flatten(1)
 
     def read(num_images):
         yield torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
-        asked.set()
+        second_read.set()
         yield torch.ones(2, 1, 2, 2, dtype=torch.uint8)
         if num_images > 4:
             raise InputError("the third is damaged")
@@ -356,7 +356,7 @@ def test_samples_are_kept_for_the_next_score(tiny_run, cache):
 
 
 def test_samples_of_another_process_are_others(tiny_run, tmp_path, cache):
-    """The same weights under another schedule, and settings that are said and unsaid alike."""
+    """The same weights under another schedule, and equal settings, explicit and by default."""
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
     record = json.loads((other / "config.json").read_text())
@@ -365,8 +365,8 @@ def test_samples_of_another_process_are_others(tiny_run, tmp_path, cache):
     config = SamplingConfig(num_steps=2, batch_size=8)
     linear, cosine = (generated_images(load(path, device="cpu"), 8, config) for path in (tiny_run, other))
     assert linear.sha256 != cosine.sha256
-    said = generated_images(load(tiny_run, device="cpu"), 8, replace(config, eta=0.0, spacing="uniform"))
-    assert said.name == linear.name
+    explicit = generated_images(load(tiny_run, device="cpu"), 8, replace(config, eta=0.0, spacing="uniform"))
+    assert explicit.name == linear.name
 
 
 def test_a_damaged_sample_in_the_cache_is_made_again(tiny_run, cache):
@@ -416,8 +416,8 @@ def test_a_record_after_a_torn_line_is_whole(tmp_path):
     assert [line["step"] for line in read_lines(path)] == [1, 3, 4]
 
 
-def test_a_record_of_no_step_stays_where_a_run_goes_on(tmp_path):
-    """That of real images, say, kept beside those of the run."""
+def test_a_record_without_a_step_stays_when_a_run_resumes(tmp_path):
+    """Such as that of real images, beside those of the run."""
     path = tmp_path / "scores.jsonl"
     for step in (1, None, 3):
         append_line(path, {"step": step, "seconds": 1.0})
@@ -425,7 +425,7 @@ def test_a_record_of_no_step_stays_where_a_run_goes_on(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, None]
 
 
-def test_a_record_that_cannot_be_kept_is_told(tiny_run, tmp_path, capsys, cache, monkeypatch):
+def test_a_record_that_cannot_be_written_is_in_the_message(tiny_run, tmp_path, capsys, cache, monkeypatch):
     def full(path, line):
         raise OSError(28, "No space left on device")
 
@@ -467,15 +467,16 @@ def test_the_command_prints_a_table_or_one_record(tiny_run, tmp_path, capsys, ca
     expected = {"step": 12, "weights": "ema", "sampler": "ddim", "num_steps": 2, "num_evaluations": 2, "seed": 0,
                 "num_timesteps": 1000, "beta_convention": "rescaled"}  # fmt: skip
     assert expected.items() <= record.items()
-    kept = read_lines(run / "scores.jsonl")
-    assert [line["kid"] is None for line in kept] == [False, True]
-    assert kept[1] == record
-    assert values(kept[0])["fid"] == values(kept[1])["fid"]
+    lines = read_lines(run / "scores.jsonl")
+    assert [line["kid"] is None for line in lines] == [False, True]
+    assert lines[1] == record
+    assert_fits(record, ScoreRecord)
+    assert values(lines[0])["fid"] == values(lines[1])["fid"]
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on(tiny_run, tmp_path, cache):
-    """SIGKILL while it samples: the same command finds what was made, and ends in the numbers of one never killed."""
+def test_a_killed_evaluation_resumes(tiny_run, tmp_path, cache):
+    """SIGKILL while it samples: the same command resumes and ends in the same numbers."""
     command = [sys.executable, "-m", "ddpm_lab", *evaluate_command(tiny_run, "--json", num_images=600)]
     command += ["--scores", str(tmp_path / "scores.jsonl")]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -484,17 +485,17 @@ def test_a_killed_evaluation_goes_on(tiny_run, tmp_path, cache):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    there = len(list(cache.rglob("*.png")))
-    assert 40 <= there < 600
+    num_images = len(list(cache.rglob("*.png")))
+    assert 40 <= num_images < 600
     stamps = {path: path.stat().st_mtime_ns for path in sorted(cache.rglob("0*.png"))[:32]}
     continued = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "what was there is not made again"
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "none is sampled again"
     shutil.rmtree(cache)
     whole = subprocess.run(command, capture_output=True, text=True, check=True)
     assert values(json.loads(continued.stdout)) == values(json.loads(whole.stdout))
 
 
-def test_a_floor_is_scored_once_for_all_scores_like_it(digits, monkeypatch):
+def test_a_floor_is_scored_once_per_setting(digits, monkeypatch):
     images, scored, scores = load_images("digits", "test").images, [], evaluation._scores
     monkeypatch.setattr(evaluation, "_floors", {})
     monkeypatch.setattr(evaluation, "_scores", lambda *args: (scored.append(1), scores(*args))[1])
@@ -511,7 +512,7 @@ def test_a_floor_is_scored_once_for_all_scores_like_it(digits, monkeypatch):
     assert (floor(40, module), floor(40, module), len(scored))[2] == 11
 
 
-def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_recipe, digits):
+def test_the_floor_of_a_folder_is_what_was_held_out_of_training(tmp_path, tiny_recipe, digits):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i, image in enumerate(load_images("digits").images[:100]):
@@ -525,33 +526,34 @@ def test_of_a_folder_the_floor_is_what_was_kept_from_training(tmp_path, tiny_rec
     )
     train(config, tmp_path / "run", device="cpu")
     (in_training,) = read_lines(tmp_path / "run" / "scores.jsonl")
+    assert_fits(in_training, TrainingRecord)
 
-    seen, kept_back = (load_images(str(pictures), split).images for split in ("train", "test"))
+    seen, held_out = (load_images(str(pictures), split).images for split in ("train", "test"))
     stream = tensor_stream("seen", seen)
     scoring = ScoringConfig(metrics=("fid", "kid", "prdc"), bootstrap=0, kid_subsets=3)
-    alone = evaluate(kept_back, Reference("seen", stream, None, stream.sha256), digits, scoring)
+    alone = evaluate(held_out, Reference("seen", stream, None, stream.sha256), digits, scoring)
     assert alone["floor"] is None
     assert in_training["floor"]["fid"] == alone["fid"]["value"]
 
     source, sampling = str(tmp_path / "run"), SamplingConfig(num_steps=2)
     record = evaluate_source(source, None, "classifier", 20, scoring, sampling, device="cpu")
-    assert record["floor"]["num_images"] == len(kept_back) == 5
+    assert record["floor"]["num_images"] == len(held_out) == 5
     for name in ("fid", "kid", "precision", "coverage"):
         assert record["floor"][name] == alone[name]["value"]
     assert any(line.startswith("floor: 5 images of ") for line in score_table(record))
-    with pytest.raises(InputError, match=r"needs 100 images that were not trained on; .* holds 5"):
+    with pytest.raises(InputError, match="needs 100 held-out images, and there are 5"):
         evaluate_source(
             source, None, "classifier", 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
         )
 
 
-def test_images_kept_from_training_serve_as_a_test_split_does(digits):
-    seen, kept_back = (tensor_stream(split, load_images("digits", split).images) for split in ("train", "test"))
+def test_held_out_images_serve_as_a_test_split(digits):
+    seen, held_out = (tensor_stream(split, load_images("digits", split).images) for split in ("train", "test"))
     images, scoring = load_images("digits").images[:60], ScoringConfig(metrics=("fid", "memorisation"), bootstrap=0)
-    own = evaluate(images, Reference("seen", seen, None, seen.sha256, kept_back), digits, scoring)
+    explicit = evaluate(images, Reference("seen", seen, None, seen.sha256, held_out), digits, scoring)
     named = evaluate(images, "digits:train", digits, scoring)
-    assert own["memorisation"] == named["memorisation"]
-    assert own["floor"]["fid"] == named["floor"]["fid"]
+    assert explicit["memorisation"] == named["memorisation"]
+    assert explicit["floor"]["fid"] == named["floor"]["fid"]
     few = tensor_stream("few", load_images("digits", "test").images[:3])
     assert Reference("seen", seen, None, seen.sha256, few).floor(60, None) is None
 
@@ -572,7 +574,7 @@ def test_the_floor_is_the_split_that_is_not_the_reference(reference):
     assert drawn != pool[:100]
 
 
-def test_an_array_whose_header_is_cut_is_told_in_one_line(tmp_path):
+def test_an_array_with_a_truncated_header_is_reported_in_one_line(tmp_path):
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (3, ".ljust(118)
     with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
         archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
@@ -580,14 +582,14 @@ def test_an_array_whose_header_is_cut_is_told_in_one_line(tmp_path):
         open_images(str(tmp_path / "cut.npz"))
 
 
-def test_a_cache_that_cannot_be_written_is_told_by_the_name_it_is_set_by(tiny_run, tmp_path, monkeypatch):
+def test_the_message_for_a_read_only_cache_names_its_variable(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"^DDPM_CACHE_DIR .* cannot be written: "):
         generated_images(load(tiny_run, device="cpu"), 4, SamplingConfig(num_steps=2))
 
 
-def test_a_full_disk_is_no_fault_of_the_user_s(tmp_path, monkeypatch):
+def test_a_full_disk_is_no_input_error(tmp_path, monkeypatch):
     def full(*_args, **_settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -596,11 +598,11 @@ def test_a_full_disk_is_no_fault_of_the_user_s(tmp_path, monkeypatch):
         pass
 
 
-def test_info_tells_the_scores(tiny_run, tmp_path, capsys):
+def test_info_lists_the_scores(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run, tmp_path / "run")
     scored = {"step": 12, "seconds": 1.0, "fid_label": "FD-classifier (n=20)", "sampler": "ddim", "weights": "ema"}
     append_line(tmp_path / "run" / "scores.jsonl", scored | {"fid": {"value": 41.25}, "num_evaluations": 50})
     append_line(tmp_path / "run" / "scores.jsonl", scored | {"fid": None})
     assert run_command(["info", str(tmp_path / "run")]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored")]
-    assert told == ["scored at step 12: FD-classifier (n=20) 41.25, ddim with 50 evaluations, ema weights"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored")]
+    assert lines == ["scored at step 12: FD-classifier (n=20) 41.25, ddim with 50 evaluations, ema weights"]

@@ -1,4 +1,4 @@
-"""Feature networks, and whole scores over the FID network beside those of torch-fidelity, on equal random weights."""
+"""Feature networks, and scores over the FID network compared with torch-fidelity, on the same random weights."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.image_stream import tensor_stream
 from ddpm_lab.evaluation import features
-from ddpm_lab.evaluation.classifier import packaged_path
+from ddpm_lab.evaluation.classifier import PACKAGED
 from ddpm_lab.evaluation.evaluate import evaluate
 from ddpm_lab.evaluation.features import INCEPTION_SHA256, classifier_network, inception_network, module_network
 
@@ -89,7 +89,7 @@ def test_fewer_images_than_features_have_a_closed_form(inception):
     assert record["features"]["name"].startswith("inception (unofficial, sha256 ")
 
 
-def test_grey_images_are_colour_ones_of_equal_planes(inception):
+def test_grey_images_are_colour_images_of_equal_planes(inception):
     grey = pictures(2, 3, channels=1)
     features, logits = inception(grey)
     assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
@@ -115,7 +115,7 @@ def test_the_environment_names_the_weights(inception_weights, monkeypatch):
         assert inception_network().name.startswith("inception (unofficial, sha256 ")
 
 
-def test_absent_weights_are_told_with_name_size_hash_and_place(monkeypatch, tmp_path):
+def test_the_message_for_absent_weights_has_name_size_hash_and_place(monkeypatch, tmp_path):
     import requests
 
     def unreachable(*args, **kwargs):
@@ -123,11 +123,11 @@ def test_absent_weights_are_told_with_name_size_hash_and_place(monkeypatch, tmp_
 
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(requests, "get", unreachable)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as raised:
         inception_network()
     for word in ("weights-inception-2015-12-05-6726825d.pth", "95628359 bytes", INCEPTION_SHA256, str(tmp_path),
                  "--inception-weights", "DDPM_INCEPTION_WEIGHTS"):  # fmt: skip
-        assert word in str(told.value)
+        assert word in str(raised.value)
 
 
 def test_any_module_is_a_feature_network():
@@ -144,7 +144,7 @@ def test_any_module_is_a_feature_network():
         evaluate(pictures(40, 1), None, network, ScoringConfig(metrics=("is",)))
     with pytest.raises(InputError, match="must be uint8"):
         network(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(InputError, match="one row an image"):
+    with pytest.raises(InputError, match="one row per image"):
         module_network(torch.nn.Flatten(0))(pictures(2, 1))
 
 
@@ -161,21 +161,21 @@ def test_modules_of_other_weights_have_other_names():
     ("dataset", "shape", "least"),
     [("digits", (1, 8, 8), 0.98), ("mnist", (1, 28, 28), 0.995), ("cifar10", (3, 32, 32), 0.9)],
 )
-def test_packaged_classifiers_are_as_good_as_they_say(dataset, shape, least, request):
+def test_packaged_classifiers_have_the_accuracy_on_record(dataset, shape, least, request):
     from ddpm_lab.data.datasets import load_images
 
     data_dir = None if dataset == "digits" else request.getfixturevalue("real_data_dir")
     network = classifier_network(dataset)
     assert network.image_shape == shape
     assert network.details["test_accuracy"] >= least
-    assert packaged_path(dataset).stat().st_size <= 1.5e6
+    assert PACKAGED[dataset].stat().st_size <= 1.5e6
     test_set = load_images(dataset, "test", data_dir)
     images, labels = test_set.images[:2000], test_set.labels[:2000]  # the whole takes minutes on one core
-    right = float((network(images)[1].argmax(1) == labels).double().mean())
-    assert right == pytest.approx(network.details["test_accuracy"], abs=0.015)
+    accuracy = float((network(images)[1].argmax(1) == labels).double().mean())
+    assert accuracy == pytest.approx(network.details["test_accuracy"], abs=0.015)
 
 
-def test_features_do_not_depend_on_company():
+def test_features_do_not_depend_on_the_batch():
     """A batch is not normalised by its own statistics."""
     network = classifier_network("digits")
     images = pictures(8, 1, channels=1)[:, :, :8, :8]
@@ -183,11 +183,11 @@ def test_features_do_not_depend_on_company():
     np.testing.assert_allclose(torch.cat([network(image[None])[0] for image in images]), together, atol=1e-4)
 
 
-def test_of_two_that_want_the_fid_network_one_fetches_it(tmp_path, monkeypatch):
-    fetched = []
+def test_two_threads_download_the_fid_network_once(tmp_path, monkeypatch):
+    downloads = []
 
     def fetch(urls, path, verify, advice):
-        fetched.append(path)
+        downloads.append(path)
         time.sleep(0.2)
         path.write_bytes(b"weights")
 
@@ -198,5 +198,5 @@ def test_of_two_that_want_the_fid_network_one_fetches_it(tmp_path, monkeypatch):
         one.start()
     for one in both:
         one.join()
-    assert len(fetched) == 1
+    assert len(downloads) == 1
     assert features._downloaded_inception().read_bytes() == b"weights"

@@ -51,15 +51,15 @@ def test_a_compiled_network_samples_the_same_images_by_one_graph(tiny_run, sampl
     assert np.abs(images["torch"] - images["compile"]).max() <= 1
 
 
-def test_a_compiler_that_fails_is_told_in_a_line(tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_failing_compiler_is_reported_in_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     def broken(graph, inputs):
         raise OSError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend=broken))
     out = ["--out", str(tmp_path / "x.png"), "--num-steps", "2", "--engine", "compile", "--device", "cpu"]
     assert run_command(["sample", str(tiny_run), *out]) == 1
-    told = capsys.readouterr().err
-    assert len([line for line in told.splitlines() if "error:" in line]) == 1
-    assert "torch.compile failed" in told
-    assert "give --training.compile no or --engine torch" in told
+    message = capsys.readouterr().err
+    assert len([line for line in message.splitlines() if "error:" in line]) == 1
+    assert "torch.compile failed" in message
+    assert "give --training.compile no or --engine torch" in message
     assert not (tmp_path / "x.png").exists()

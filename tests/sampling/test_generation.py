@@ -1,4 +1,4 @@
-"""Images from a trained network: seeds that do not depend on company, files, and the names of packaged weights."""
+"""Images from a trained network: seeds that do not depend on the batch, files, and names of packaged weights."""
 
 import copy
 import dataclasses
@@ -14,8 +14,9 @@ from ddpm_lab import load
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.models.trained import packaged_names
-from ddpm_lab.sampling.generation import ImageNoise, generate, sample_to_file
+from ddpm_lab.sampling.generation import ImageNoise, generate
 from ddpm_lab.sampling.image_files import image_grid, save_npz
+from ddpm_lab.sampling.output import sample_to_file
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_a_loaded_model_is_called_as_documented(trained):
         {"sampler": "dpmpp", "num_steps": 4, "eta": 1.0},
     ],
 )
-def test_an_image_is_the_same_in_any_number(trained, settings):
+def test_an_image_does_not_depend_on_how_many_are_sampled(trained, settings):
     """Bit for bit at one batch size; across batch sizes by at most 1 of 255."""
     many = images(trained, 11, batch_size=4, **settings)
     assert many.shape == (11, 1, 8, 8)
@@ -63,14 +64,14 @@ def test_an_image_is_the_same_in_any_number(trained, settings):
 
 def test_bf16_samples_nearly_the_same_images(trained):
     exact = images(trained, 8, num_steps=5)
-    silent = dataclasses.replace(trained, model=copy.deepcopy(trained.model))
-    for parameter in silent.model.parameters():
+    zero = dataclasses.replace(trained, model=copy.deepcopy(trained.model))
+    for parameter in zero.model.parameters():
         parameter.zero_()
-    all_that_the_network_does = float((images(silent, 8, num_steps=5).int() - exact.int()).abs().float().mean())
+    effect_of_the_network = float((images(zero, 8, num_steps=5).int() - exact.int()).abs().float().mean())
     for batch_size in (8, 3):
         rounded = images(trained, 8, num_steps=5, precision="bf16", batch_size=batch_size)
         difference = (rounded.int() - exact.int()).abs()
-        assert 0 < float(difference.float().mean()) < all_that_the_network_does / 4
+        assert 0 < float(difference.float().mean()) < effect_of_the_network / 4
 
 
 def test_seeds_and_images_differ(trained):
@@ -92,9 +93,9 @@ def test_noise_of_an_image_comes_from_its_seed_and_number():
 
 
 def test_every_step_is_reported(trained):
-    seen = []
-    list(generate(trained, 5, SamplingConfig(num_steps=3, batch_size=4), on_step=seen.append))
-    assert seen == [4, 4, 4, 1, 1, 1]
+    counts = []
+    list(generate(trained, 5, SamplingConfig(num_steps=3, batch_size=4), on_step=counts.append))
+    assert counts == [4, 4, 4, 1, 1, 1]
 
 
 def test_a_grid_and_an_array_hold_the_same_images(tiny_run, trained, tmp_path):

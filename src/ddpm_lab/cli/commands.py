@@ -132,7 +132,7 @@ def sample(
             second call continues to fill.
         num_images: number of images; image i of a seed does not depend on it.
     """
-    from ddpm_lab.sampling.generation import sample_to_file
+    from ddpm_lab.sampling.output import sample_to_file
 
     print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
 

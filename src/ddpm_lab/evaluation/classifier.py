@@ -1,8 +1,8 @@
-"""Small classifiers, one a data set: the feature networks that come with the package, and how they are trained.
+"""Small classifiers, one per data set: the feature networks that come with the package, and their training.
 
-A residual network in the manner of Page's ResNet-9, narrowed until its weights fit a package. It takes images as they
-lie in files and learns nothing but their labels; Frechet distances are taken over its last pooled features.
-Invariant: epoch e is a function of (settings, weights, momentum, e), so a killed training, continued, ends the same.
+A residual network after Page's ResNet-9 (2018, "How to Train Your ResNet"), narrowed so that its weights fit a package.
+It takes uint8 images and is trained on their labels; Frechet distances are taken over its last pooled features.
+Invariant: epoch e is a function of (settings, weights, momentum, e), so an interrupted training ends as any other.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_lab.core.device import autocast, resolve_device, resolve_precision
-from ddpm_lab.core.errors import InputError, RunError
+from ddpm_lab.core.errors import InputError, RunError, require
 from ddpm_lab.core.files import locked, replace_atomically
 from ddpm_lab.core.progress import progress
 from ddpm_lab.core.seeds import PERMUTATION, STEP, check_seed, random_seed
@@ -30,14 +30,15 @@ from ddpm_lab.data.datasets import ImageSet, load_images, to_float
 
 WEIGHTS = "classifier.safetensors"
 STATE = "training.safetensors"
+PACKAGED = {path.stem: path for path in sorted((Path(__file__).parent / "weights").glob("*.safetensors"))}
 
 
 class Classifier(nn.Module):
-    """Images to features and logits.
+    """A residual network that maps images to features and logits.
 
     Args:
         image_channels: C.
-        widths: channels of the stem, then of each stage; a stage halves the resolution.
+        widths: channels of the stem, then of each stage; every stage halves the resolution.
         num_classes: K.
     """
 
@@ -58,7 +59,7 @@ class Classifier(nn.Module):
         Args:
             images: (B, C, H, W) uint8.
         Returns:
-            (B, d) float32, the last feature maps averaged, and (B, K) float32.
+            Features (B, d) float32, the averages of the last feature maps, and logits (B, K) float32.
         """
         x = to_float(images).contiguous(memory_format=torch.channels_last)
         x = F.relu(self.stem_norm(self.stem(x)))
@@ -79,15 +80,15 @@ class ClassifierSettings:
     """How a classifier is built and trained.
 
     Attributes:
-        widths: see `Classifier`.
-        num_epochs: passes over the training images; the learning rate rises over the first fifth, and falls to 0.
-        batch_size: images a step.
-        learning_rate: its highest value; SGD with Nesterov momentum 0.9.
-        weight_decay: of all parameters.
-        shift: pixels by which images are moved at most, in both directions.
-        border: what comes in at the edge: 'constant' (black) or 'reflect'.
-        horizontal_flip: mirror with probability 1/2.
-        seed: of weights, order, shifts and flips.
+        widths: as for `Classifier`.
+        num_epochs: passes over the training images.
+        shift: largest random translation in pixels, in both directions.
+        border: padding at the edge: 'constant' (black) or 'reflect'.
+        horizontal_flip: whether to mirror images with probability 1/2.
+        batch_size: images per step.
+        learning_rate: its highest value, see `learning_rate`; SGD with Nesterov momentum 0.9.
+        weight_decay: L2 penalty on all parameters.
+        seed: seed of weights, order, shifts and flips.
     """
 
     widths: tuple[int, ...]
@@ -111,16 +112,19 @@ SETTINGS = {
 
 
 def learning_rate(settings: ClassifierSettings, done: float) -> float:
-    """At a share of the training, from 0 to 1: up in a line over the first fifth, then down in a line to 0."""
+    """The rate after a fraction `done` of training, in [0, 1]: linear warm-up over the first fifth, then linear decay
+    to 0."""
     return settings.learning_rate * min(done / 0.2, (1 - done) / 0.8)
 
 
 def augmented(padded: Tensor, indices: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
-    """Gather a batch, moved and mirrored at random.
+    """Gather a batch with random shifts and flips.
 
     Args:
-        padded: (N, H + 2 shift, W + 2 shift, C) uint8.
+        padded: the training images, (N, H + 2 shift, W + 2 shift, C) uint8.
         indices: (B,) int64.
+        settings: shift and horizontal_flip.
+        generator: source of the random numbers.
     Returns:
         (B, C, H, W) uint8.
     """
@@ -136,12 +140,12 @@ def augmented(padded: Tensor, indices: Tensor, settings: ClassifierSettings, gen
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier with what is known of it.
+    """A trained classifier.
 
     Attributes:
         network: in evaluation mode, on the CPU.
-        meta: data set, settings, test accuracy, size of images.
-        sha256: of the file.
+        meta: the header of its file: dataset, settings, test_accuracy, image_shape.
+        sha256: SHA-256 of its file.
     """
 
     network: Classifier
@@ -159,46 +163,49 @@ def train_classifier(
     data_dir: Path | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> TrainedClassifier:
-    """Train the classifier of a data set, from the last whole epoch where an earlier training stopped.
+    """Train the classifier of a data set; an interrupted training continues after its last whole epoch.
 
     Args:
         dataset: mnist, cifar10 or digits.
-        out: folder, made where it does not exist; gets `training.safetensors` after each epoch, and at the end
-            `classifier.safetensors`, weights in float16.
+        out: folder, created if it does not exist; gets `training.safetensors` after each epoch, and at the end
+            `classifier.safetensors`, with weights in float16.
         num_epochs: passes over the images; None: as in `SETTINGS`.
-        seed: of weights, order and distortions.
+        seed: seed of weights, order, shifts and flips.
         device: auto, cpu, cuda or mps.
-        data_dir: see `data.load_images`.
-        say: takes a line of text, now and then.
+        data_dir: as for `data.load_images`.
+        say: called with a line of text at the end.
     Raises:
-        InputError: no such data set, a folder of another training or that cannot be written.
+        InputError: no such data set; a folder of another training, or one that cannot be written.
+        RunError: the loss is not finite.
     """
-    if dataset not in SETTINGS:
-        raise InputError(f"a classifier needs labels: data set must be one of {', '.join(SETTINGS)}, not {dataset!r}")
-    if num_epochs is not None and not 1 <= num_epochs <= 10_000:
-        raise InputError(f"num_epochs must be from 1 to 10000, not {num_epochs}")
+    require(
+        dataset in SETTINGS,
+        f"a classifier needs labels: the data set must be one of {', '.join(SETTINGS)}, not {dataset!r}",
+    )
+    require(num_epochs is None or 1 <= num_epochs <= 10_000, f"num_epochs must be from 1 to 10000, not {num_epochs}")
     check_seed(seed)
     settings = replace(SETTINGS[dataset], num_epochs=num_epochs or SETTINGS[dataset].num_epochs, seed=seed)
     on = resolve_device(device)
     training_set, test_set = (load_images(dataset, split, data_dir) for split in ("train", "test"))
     with locked(out, "--out"):
-        if (out / WEIGHTS).exists() and not (out / STATE).exists():
-            raise InputError(f"{out / WEIGHTS} exists, without the training that it came from; name another --out")
-        state = _State(training_set, settings, out, on)
-        dtype = resolve_precision("auto", on)
-        with progress(f"classifier of {dataset}", settings.num_epochs, "epochs", start=state.epoch) as advance:
-            while state.epoch < settings.num_epochs:
-                loss = state.train_epoch(dtype)
+        require(
+            not (out / WEIGHTS).exists() or (out / STATE).exists(),
+            f"{out / WEIGHTS} exists without the {STATE} of its training; name another --out",
+        )
+        training = _Training(training_set, settings, out / STATE, on)
+        with progress(f"classifier of {dataset}", settings.num_epochs, "epochs", start=training.epoch) as advance:
+            while training.epoch < settings.num_epochs:
+                loss = training.train_epoch()
                 if not math.isfinite(loss):
                     raise RunError(
-                        f"the loss is not finite in epoch {state.epoch} (seed {settings.seed}); "
-                        f"{out / STATE} holds the last good one"
+                        f"the loss is not finite in epoch {training.epoch} (seed {settings.seed}); "
+                        f"{out / STATE} holds the state before it"
                     )
-                state.save()
+                training.save()
                 advance(1, f"loss {loss:.4f}")
-        weights = {  # matrices and kernels in half precision, the small rest as it is
+        weights = {  # matrices and kernels in half precision, vectors as they are
             name: (tensor.half() if tensor.ndim > 1 else tensor).cpu().contiguous()
-            for name, tensor in state.network.state_dict().items()
+            for name, tensor in training.network.state_dict().items()
         }
         rounded = Classifier(training_set.images.shape[1], settings.widths).eval()
         rounded.load_state_dict(weights)
@@ -212,43 +219,40 @@ def train_classifier(
             "data_sha256": training_set.sha256,
         }
         replace_atomically(out / WEIGHTS, tensor_bytes(weights, {"ddpm_lab": json.dumps(meta)}))
-    say(f"{out / WEIGHTS}: {accuracy:.2%} of the {len(test_set)} test images right, after {state.epoch} epochs")
+    say(f"{out / WEIGHTS}: {accuracy:.2%} accuracy on {len(test_set)} test images, after {training.epoch} epochs")
     return load_classifier(out / WEIGHTS)
 
 
-class _State:
-    """A training under way: the network, its momentum, and how many epochs are done."""
+class _Training:
+    """The state of a training: the network, its momentum, and the number of epochs done."""
 
-    def __init__(self, training_set: ImageSet, settings: ClassifierSettings, out: Path, device: torch.device) -> None:
-        self.settings, self.path, self.epoch, self.device = settings, out / STATE, 0, device
-        self.identity = json.dumps({"settings": asdict(settings), "data": training_set.sha256}, sort_keys=True)
-        shift = settings.shift
-        padded = F.pad(training_set.images.float(), (shift,) * 4, mode=settings.border).to(torch.uint8)
-        self.padded = padded.permute(0, 2, 3, 1).contiguous()
+    def __init__(self, training_set: ImageSet, settings: ClassifierSettings, path: Path, device: torch.device) -> None:
         assert training_set.labels is not None
-        self.labels = training_set.labels
+        self.settings, self.path, self.epoch, self.device = settings, path, 0, device
+        self.identity = json.dumps({"settings": asdict(settings), "data": training_set.sha256}, sort_keys=True)
+        padded = F.pad(training_set.images.float(), (settings.shift,) * 4, mode=settings.border).to(torch.uint8)
+        self.padded, self.labels = padded.permute(0, 2, 3, 1).contiguous(), training_set.labels
         torch.manual_seed(settings.seed)
         self.network = Classifier(training_set.images.shape[1], settings.widths).to(device)
         self.network.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
         )
-        if self.path.exists():
+        if path.exists():
             self._restore()
 
-    def train_epoch(self, dtype: torch.dtype) -> float:
-        """One pass; returns its mean loss."""
-        settings, total = self.settings, 0.0
-        order = torch.randperm(
-            len(self.labels),
-            generator=torch.Generator().manual_seed(random_seed(settings.seed, PERMUTATION, self.epoch)),
+    def train_epoch(self) -> float:
+        """Train for one pass over the images and return its mean loss."""
+        settings, dtype, total = self.settings, resolve_precision("auto", self.device), 0.0
+        orders, draws = (
+            torch.Generator().manual_seed(random_seed(settings.seed, stream, self.epoch))
+            for stream in (PERMUTATION, STEP)
         )
+        order = torch.randperm(len(self.labels), generator=orders)
         steps = len(order) // settings.batch_size
-        generator = torch.Generator().manual_seed(random_seed(settings.seed, STEP, self.epoch))
         self.network.train()
-        for k in range(steps):
-            indices = order[k * settings.batch_size : (k + 1) * settings.batch_size]
-            images = augmented(self.padded, indices, settings, generator).to(self.device)
+        for k, indices in enumerate(torch.split(order, settings.batch_size)[:steps]):  # full batches only
+            images = augmented(self.padded, indices, settings, draws).to(self.device)
             with autocast(self.device, dtype):
                 _, logits = self.network(images)
                 loss = F.cross_entropy(logits, self.labels[indices].to(self.device))
@@ -274,7 +278,8 @@ class _State:
         tensors, meta, _ = _read(self.path)
         if meta.get("identity") != self.identity:
             raise InputError(f"{self.path} is of a training with other settings or images; name another --out")
-        _copy(self.network, {n.removeprefix("network."): t for n, t in tensors.items()}, self.path)
+        weights = {name: t for name, t in tensors.items() if name.startswith("network.")}
+        _load_state({name.removeprefix("network."): t for name, t in weights.items()}, self.network, self.path)
         for name, parameter in self.network.named_parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(self.device)
         self.epoch = int(meta["epoch"])
@@ -282,27 +287,17 @@ class _State:
 
 @torch.no_grad()
 def accuracy_on(network: Classifier, test_set: ImageSet) -> float:
-    """Share of images whose label has the highest logit."""
+    """Share of images whose label has the highest logit, in [0, 1]."""
     assert test_set.labels is not None
     predicted = torch.cat([network(batch)[1].argmax(1) for batch in torch.split(test_set.images, 500)])
     return float((predicted == test_set.labels).double().mean())
-
-
-def packaged_classifiers() -> list[str]:
-    """Data sets whose classifier comes with the package."""
-    return sorted(path.stem for path in (Path(__file__).parent / "weights").glob("*.safetensors"))
-
-
-def packaged_path(dataset: str) -> Path:
-    """The file of a packaged classifier."""
-    return Path(__file__).parent / "weights" / f"{dataset}.safetensors"
 
 
 def load_classifier(path: Path) -> TrainedClassifier:
     """Read a `classifier.safetensors`.
 
     Raises:
-        InputError: absent, damaged, or not a classifier's.
+        InputError: it is absent, damaged, or no classifier's.
     """
     tensors, meta, sha256 = _read(path)
     try:
@@ -311,30 +306,26 @@ def load_classifier(path: Path) -> TrainedClassifier:
         meta |= {"test_accuracy": float(meta["test_accuracy"]), "dataset": str(meta["dataset"])}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is not a classifier's weights: its header does not describe one") from error
-    _copy(network, tensors, path)
+    _load_state(tensors, network, path)
     return TrainedClassifier(network.eval().requires_grad_(False), meta, sha256)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Tensors, what the header says, and the hash of a file that this module wrote."""
+    """The tensors, the header, and the SHA-256 of a file that this module wrote."""
     try:
         content = path.read_bytes()
         tensors = parse_tensors(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        meta = json.loads(header["__metadata__"]["ddpm_lab"])
+        meta = dict(json.loads(header["__metadata__"]["ddpm_lab"]))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged, or not a classifier's") from error
-    if not isinstance(meta, dict):
-        raise InputError(f"{path} is damaged, or not a classifier's")
     return tensors, meta, hashlib.sha256(content).hexdigest()
 
 
-def _copy(network: Classifier, tensors: dict[str, Tensor], path: Path) -> None:
-    own = network.state_dict()
-    for name, tensor in own.items():
-        found = tensors.get(name)
-        if found is None or found.shape != tensor.shape:
-            raise InputError(f"{path} belongs to another network: {name} is absent or of another shape")
-        tensor.copy_(found)
+def _load_state(tensors: dict[str, Tensor], network: Classifier, path: Path) -> None:
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:  # names or shapes differ
+        raise InputError(f"{path} belongs to another network: {' '.join(str(error).split())}") from error

@@ -1,90 +1,73 @@
-"""Scores from who is near whom: precision, recall, density, coverage, and the nearest training image.
+"""Scores from nearest neighbours: precision, recall, density, coverage, and the nearest training image.
 
-Distances are Euclidean, in float64, and computed a block at a time.
+Distances are Euclidean and in float64, and are computed one block at a time.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.errors import InputError
-from ddpm_lab.evaluation.metrics import Interval, blocks, checked, mean_interval
+from ddpm_lab.core.errors import require
+from ddpm_lab.evaluation.metrics import blocks, checked, mean_interval
+from ddpm_lab.evaluation.record import Interval, Memorisation
 
-HUNDREDTH = 0.01
-HELD = 2**22  # distances, 32 MiB of them
-OnRows = Callable[[int], object]  # called with how many images more were compared with all others
-
-
-@dataclass(frozen=True)
-class Manifold:
-    """How two sets of features lie in each other's neighbourhoods; each in [0, 1] but density, which may exceed 1.
-
-    Attributes:
-        precision: share of generated images inside the balls of the real ones (quality).
-        recall: share of real images inside the balls of the generated ones (variety).
-        density: mean number of real balls a generated image lies in, over k.
-        coverage: share of real images whose ball holds a generated one.
-    """
-
-    precision: Interval
-    recall: Interval
-    density: Interval
-    coverage: Interval
+QUANTILE = 0.01  # of held-out distances, below which an image counts as near to the training images
+MAX_DISTANCES = 2**22  # in memory at once, 32 MiB of them
+OnRows = Callable[[int], object]  # called with the number of images that were compared with all others
 
 
-def manifold(
-    generated: Tensor, real: Tensor, k: int = 3, held: int = HELD, on_rows: OnRows = lambda rows: None
-) -> Manifold:
-    """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020).
+def manifold(generated: Tensor, real: Tensor, k: int = 3, on_rows: OnRows = lambda rows: None) -> dict[str, Interval]:
+    """How two sets of features lie in each other's neighbourhoods.
 
-    The ball of an image reaches to its k-th nearest neighbour in its own set. Memory does not grow with N.
-    Each measure is a mean over images, precision and density over generated ones, recall and coverage over real ones,
-    and its interval is that of such a mean, the balls being held fixed; so it is somewhat too narrow.
+    Precision and recall are those of Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2; density and coverage
+    those of Naeem et al. 2020, arXiv:2002.09797, section 3. The neighbourhood of an image is the ball that reaches to
+    its k-th nearest neighbour in its own set.
+
+    Each measure is a mean over images (precision and density over generated ones, recall and coverage over real ones),
+    and its interval is that of a mean, see `mean_interval`. The balls are held fixed, so it is somewhat too narrow.
 
     Args:
-        generated, real: features, (N, d) and (M, d); they should be equally many, for each measure depends on both.
-        k: neighbours.
-        held: distances in memory at once.
-        on_rows: called with the number of images after some were compared; 2 N + 2 M in all.
+        generated, real: features, (N, d) and (M, d); take N = M, because each measure depends on both.
+        k: number of neighbours.
+        on_rows: called with the number of images that were compared since the last call; 2 N + 2 M in all.
+    Returns:
+        `precision`, `recall`, `density` and `coverage`, see `record.Scores`.
     Raises:
-        InputError: dimensions differ, or a set of k images or fewer.
+        InputError: dimensions differ, or a set has k images or fewer.
     """
     generated = checked(generated)
     real = checked(real, generated.shape[1])
-    if min(len(generated), len(real)) <= k or k < 1:
-        raise InputError(f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
-    real_radius, generated_radius = (radii(features, features, k, held, on_rows) for features in (real, generated))
-    holding = torch.zeros(len(generated), dtype=torch.int64)
+    fewest = min(len(generated), len(real))
+    require(1 <= k < fewest, f"neighbourhoods of {k} need more than {k} images in each set, and k of at least 1")
+    real_radius, generated_radius = (radii(x, x, k, on_rows) for x in (real, generated))
+    num_balls = torch.zeros(len(generated), dtype=torch.int64)
     covered = torch.zeros(len(real), dtype=torch.bool)
     recalled = torch.zeros(len(real), dtype=torch.bool)
-    for rows, distances in _distances(generated, real, held, on_rows):
+    for rows, distances in _distances(generated, real, on_rows):
         inside = distances <= real_radius  # (rows, M)
-        holding[rows] = inside.sum(1)
+        num_balls[rows] = inside.sum(1)
         covered |= inside.any(0)
-    for rows, distances in _distances(real, generated, held, on_rows):
+    for rows, distances in _distances(real, generated, on_rows):
         recalled[rows] = (distances <= generated_radius).any(1)
-    return Manifold(
-        precision=mean_interval(holding > 0),
-        recall=mean_interval(recalled),
-        density=mean_interval(holding.double() / k),
-        coverage=mean_interval(covered),
-    )
+    measures = {
+        "precision": num_balls > 0,
+        "recall": recalled,
+        "density": num_balls.double() / k,
+        "coverage": covered,
+    }
+    return {name: mean_interval(values) for name, values in measures.items()}
 
 
-def radii(members: Tensor, features: Tensor, k: int, held: int = HELD, on_rows: OnRows = lambda rows: None) -> Tensor:
+def radii(members: Tensor, features: Tensor, k: int, on_rows: OnRows = lambda rows: None) -> Tensor:
     """Distance of each member of a set of features to its k-th nearest other, (N,) float64."""
-    found = torch.zeros(len(members), dtype=torch.float64)
-    for rows, distances in _distances(members, features, held, on_rows):
-        found[rows] = distances.kthvalue(k + 1).values
-    return found
+    radius = torch.zeros(len(members), dtype=torch.float64)
+    for rows, distances in _distances(members, features, on_rows):
+        radius[rows] = distances.kthvalue(k + 1).values
+    return radius
 
 
-def nearest(
-    features: Tensor, others: Tensor, held: int = HELD, on_rows: OnRows = lambda rows: None
-) -> tuple[Tensor, Tensor]:
+def nearest(features: Tensor, others: Tensor, on_rows: OnRows = lambda rows: None) -> tuple[Tensor, Tensor]:
     """For each row the nearest of the others.
 
     Returns:
@@ -94,65 +77,71 @@ def nearest(
     """
     features = checked(features)
     others = checked(others, features.shape[1])
-    found, indices = torch.zeros(len(features), dtype=torch.float64), torch.zeros(len(features), dtype=torch.int64)
-    for rows, distances in _distances(features, others, held, on_rows):
-        found[rows], indices[rows] = distances.min(1)
-    return found, indices
+    nearest_distance = torch.zeros(len(features), dtype=torch.float64)
+    indices = torch.zeros(len(features), dtype=torch.int64)
+    for rows, distances in _distances(features, others, on_rows):
+        nearest_distance[rows], indices[rows] = distances.min(1)
+    return nearest_distance, indices
 
 
 def memorisation(
     generated: Tensor, training: Tensor, held_out: Tensor, on_rows: OnRows = lambda rows: None
-) -> tuple[dict[str, Any], list[Any]]:
-    """How many images lie nearer to a training image than the nearest hundredth of held-out images do.
+) -> Memorisation:
+    """How many images lie closer to a training image than held-out images do.
 
-    A generator of little variety, or of typical images only, has more of these without having copied anything; so it is
-    also told how many lie at less than half the distance that their training image has to its own nearest one.
+    Two shares are given. The first counts images that are nearer to a training image than all but the nearest 1 % of
+    the held-out images, after the comparison of generated, held-out and training images by Meehan et al. 2020,
+    arXiv:2004.05675. A generator of little variety has a large share without copying anything. So the second counts
+    images at less than half the distance that their training image has to its own nearest training neighbour, after the
+    ratio of distances by Yoon et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to Memorize" (who
+    take a third of the distance to the second nearest training image).
+
+    The intervals of both shares cover the choice of generated images (Wilson, see `mean_interval`). The 1 % quantile of
+    K held-out images is uncertain too. The share of a distribution that lies below the r-th smallest of K draws has the
+    distribution Beta(r, K + 1 - r) (Wilks 1941, "Determination of Sample Sizes for Setting Tolerance Limits", Annals of
+    Mathematical Statistics 12, pp. 91-96), so the count among N images of that distribution is beta-binomial:
+    `expected` is its mean, and `expected_low` to `expected_high` its central 95 %, both divided by N.
 
     Args:
         generated, training, held_out: features, (N, d), (M, d) and (K, d).
-        on_rows: called with the number of images after some were compared; 2 N + K in all.
-    Returns:
-        What the record says, and the 16 closest as [index, index of its nearest training image, distance].
-
-    The intervals of the two shares are of the generated images drawn (Wilson). The hundredth of K held-out images is
-    uncertain as well: images distributed as they are have the share `expected` in the mean, and in 95 of 100 draws of N
-    one from `expected_low` to `expected_high`. (What lies below the r-th of K draws is a share of the distribution
-    Beta(r, K + 1 - r), so the count of N is beta-binomial.)
+        on_rows: called with the number of images that were compared since the last call; 2 N + K in all.
+    Raises:
+        InputError: dimensions differ.
     """
     from scipy.stats import betabinom
 
-    distances, neighbours = nearest(generated, training, on_rows=on_rows)
-    usual = nearest(held_out, training, on_rows=on_rows)[0]
-    threshold = float(torch.quantile(usual, HUNDREDTH))
-    nearest_neighbour_distance = radii(training[neighbours], training, 1, on_rows=on_rows)
+    distances, neighbours = nearest(generated, training, on_rows)
+    held_out_distances, _ = nearest(held_out, training, on_rows)
+    threshold = float(torch.quantile(held_out_distances, QUANTILE))
+    nearest_neighbour_distance = radii(training[neighbours], training, 1, on_rows)
     closest = [[int(i), int(neighbours[i]), float(distances[i])] for i in distances.argsort()[:16]]
     nearer, much_nearer = (mean_interval(distances < limit) for limit in (threshold, nearest_neighbour_distance / 2))
-    N, K = len(distances), len(usual)
-    rank = 1 + HUNDREDTH * (K - 1)  # where `quantile` reads among the sorted, from 1
-    usual_share = betabinom(N, rank, K + 1 - rank)
+    N, K = len(distances), len(held_out_distances)
+    rank = 1 + QUANTILE * (K - 1)  # of the quantile among the sorted distances, counted from 1
+    count = betabinom(N, rank, K + 1 - rank)
     return {
-        "nearer_than_test": nearer.value,
-        "nearer_than_test_low": nearer.low,
-        "nearer_than_test_high": nearer.high,
+        "nearer_than_test": nearer["value"],
+        "nearer_than_test_low": nearer["low"],
+        "nearer_than_test_high": nearer["high"],
         "expected": rank / (K + 1),
-        "expected_low": float(usual_share.ppf(0.025)) / N,
-        "expected_high": float(usual_share.ppf(0.975)) / N,
-        "much_nearer": much_nearer.value,
-        "much_nearer_low": much_nearer.low,
-        "much_nearer_high": much_nearer.high,
+        "expected_low": float(count.ppf(0.025)) / N,
+        "expected_high": float(count.ppf(0.975)) / N,
+        "much_nearer": much_nearer["value"],
+        "much_nearer_low": much_nearer["low"],
+        "much_nearer_high": much_nearer["high"],
         "threshold": threshold,
         "median_distance": float(distances.median()),
-        "median_distance_of_test": float(usual.median()),
+        "median_distance_of_test": float(held_out_distances.median()),
         "closest": closest,
-    }, closest
+    }
 
 
-def _distances(members: Tensor, features: Tensor, held: int, on_rows: OnRows) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances of some rows at a time to all features, (rows, N) float64, in one buffer used again.
+def _distances(members: Tensor, features: Tensor, on_rows: OnRows) -> Iterator[tuple[slice, Tensor]]:
+    """Euclidean distances of some rows at a time to all features, (rows, N) float64, in one buffer that is reused.
 
-    Fresh memory for each would leave the heap in pieces: 12 GB of it were seen with 50,000 images.
+    New memory for each block would fragment the heap, which then grew to 12 GB with 50,000 images.
     """
-    step = max(1, min(held // len(features), len(members)))
+    step = max(1, min(MAX_DISTANCES // len(features), len(members)))
     buffer = torch.empty(step, len(features), dtype=torch.float64)
     for first in range(0, len(members), step):
         part = members[first : first + step].double()

@@ -1,32 +1,34 @@
-"""What generated images are compared with: real images, or statistics that others published."""
+"""What images are compared with: real images, or statistics of their features."""
 
 import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 
-from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.data.image_stream import ImageStream, array_header, image_array_of, open_images, readable
 from ddpm_lab.evaluation.metrics import Statistics
+from ddpm_lab.evaluation.record import ReferenceImages
 
-MOST_FEATURES = 4096  # of statistics from a file: sigma grows with the square
-MIN_IMAGES = 4  # images that are compared: precision and recall look at the third neighbour of each
+MAX_FEATURES = 4096  # of statistics from a file: sigma grows with the square
+MIN_IMAGES = 4  # precision and recall use the third neighbour of each image
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are compared with.
+    """What images are compared with: images or statistics.
 
     Attributes:
         name: as the user named it.
-        images: or None, where only statistics are known.
+        images: the reference images; None: only statistics are known.
         given: statistics from a file, or None.
-        sha256: of the images' pixels, or of the file.
-        held_out: real images that are not in the reference, where they are not the other split of a known data set:
-            those that were kept from training on a folder.
+        sha256: SHA-256 of the images' shape and pixels, or of the file.
+        held_out: real images outside the reference that were held out of training on a folder; None for a known data
+            set, where the other split takes their place.
     """
 
     name: str
@@ -36,17 +38,22 @@ class Reference:
     held_out: ImageStream | None = None
 
     def others(self, data_dir: Path | None) -> ImageStream | None:
-        """Real images that are not in the reference, all of them, or None where none are known."""
+        """All known real images outside the reference, or None."""
         if self.images is None or self.images.dataset is None:
             return self.held_out
         return open_images(f"{self.images.dataset}:{'test' if self.images.split == 'train' else 'train'}", data_dir)
 
     def floor(self, num_images: int, data_dir: Path | None) -> ImageStream | None:
-        """Those of `others` that are scored as the images are, or None where there are too few."""
+        """At most num_images images drawn from `others`, to be scored as a floor; None where there are too few."""
         others = self.others(data_dir)
         if others is None or others.num_images < MIN_IMAGES:
             return None
         return others.draw(min(num_images, others.num_images))
+
+    def record(self) -> ReferenceImages:
+        """The reference as a record names it."""
+        split = {name: getattr(self.images, name, None) for name in ("dataset", "split", "num_images")}
+        return cast(ReferenceImages, {"name": self.name, **split, "sha256": self.sha256})
 
 
 def open_reference(
@@ -55,10 +62,10 @@ def open_reference(
     """Open a reference.
 
     Args:
-        name: see `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
-        data_dir, image_size, channels: see `open_images`.
+        name: as for `open_images`; or an .npz of statistics, `mu` (d,) and `sigma` (d, d), as others publish them.
+        data_dir, image_size, channels: as for `open_images`.
     Raises:
-        InputError: no such images, or unreadable ones; statistics that are none.
+        InputError: no such images, images that cannot be read, or statistics that are not valid.
     """
     given = _read_statistics(Path(name)) if name.endswith(".npz") and Path(name).is_file() else None
     if given is not None:
@@ -68,27 +75,25 @@ def open_reference(
 
 
 def _read_statistics(path: Path) -> Statistics | None:
-    """Statistics in an .npz, or None where it holds something else, or images as well."""
+    """Statistics in an .npz; None where it holds images or something else."""
     with readable(path), zipfile.ZipFile(path) as archive:
         if image_array_of(archive) is not None or not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
             return None
         (mean_shape, _, mean_type), (shape, _, dtype) = (array_header(archive, n, str(path)) for n in ("mu", "sigma"))
-        if {mean_type.kind, dtype.kind} != {"f"} or len(mean_shape) != 1 or shape != mean_shape * 2:
-            raise InputError(
-                f"{path}: mu and sigma are no statistics: they must be (d,) and (d, d), floating-point numbers, not "
-                f"{mean_type} {mean_shape} and {dtype} {shape}"
-            )
-        if mean_shape[0] > MOST_FEATURES:
-            raise InputError(f"{path} has statistics of {mean_shape[0]} features; {MOST_FEATURES} are the most")
-    with readable(path), np.load(path, allow_pickle=False) as held:
-        mean, cov = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in ("mu", "sigma"))
+    require(
+        mean_type.kind == dtype.kind == "f" and len(mean_shape) == 1 and shape == mean_shape * 2,
+        f"{path}: mu and sigma are no statistics: they must be (d,) and (d, d), floating-point numbers, not "
+        f"{mean_type} {mean_shape} and {dtype} {shape}",
+    )
+    require(mean_shape[0] <= MAX_FEATURES, f"{path} has {mean_shape[0]} features; at most {MAX_FEATURES} are read")
+    with readable(path), np.load(path, allow_pickle=False) as arrays:
+        mean, cov = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
     try:
-        found = Statistics(None, mean, cov)
+        result = Statistics(None, mean, cov)
     except InputError as error:
         raise InputError(f"{path}: mu and sigma are no statistics: {error}") from error
-    if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) or bool((cov.diagonal() < 0).any()):
-        raise InputError(f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
-    eigenvalues = torch.linalg.eigvalsh(cov)
-    if float(eigenvalues[0]) < -1e-6 * float(eigenvalues[-1]):
-        raise InputError(f"{path}: sigma is no covariance: it has an eigenvalue of {float(eigenvalues[0]):.3g}")
-    return found
+    symmetric = torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8) and bool((cov.diagonal() >= 0).all())
+    require(symmetric, f"{path}: sigma is no covariance: it must be symmetric, with no negative variance")
+    lowest, highest = (float(torch.linalg.eigvalsh(cov)[index]) for index in (0, -1))
+    require(lowest >= -1e-6 * highest, f"{path}: sigma is no covariance: it has an eigenvalue of {lowest:.3g}")
+    return result

@@ -1,46 +1,36 @@
-"""Scores of a model or of images: sampling where needed, the record, and where it is kept."""
+"""Score a model or images: sample where needed, compute the record, and add it to `scores.jsonl`."""
 
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ddpm_lab.core import processes
 from ddpm_lab.core.config import Config, SamplingConfig
 from ddpm_lab.core.device import resolve_device
-from ddpm_lab.core.errors import InputError, RunError
-from ddpm_lab.core.log import append_line
+from ddpm_lab.core.errors import InputError, RunError, require
+from ddpm_lab.core.log import SCORES, append_line
 from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.scoring_config import ScoringConfig
-from ddpm_lab.data.datasets import DATASETS, ImageSet, available_datasets, load_images
+from ddpm_lab.data.datasets import DATASETS, ImageSet, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
 from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.evaluation.feature_store import features_of
 from ddpm_lab.evaluation.features import FeatureNetwork
+from ddpm_lab.evaluation.record import SamplingRecord, ScoreRecord, SourceScores, TrainingRecord
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.models.diffusers_format import UNKNOWN, is_diffusers
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
-from ddpm_lab.sampling.generation import (
-    MOST_IMAGES,
-    asked_classes,
-    build_sampler,
-    generate,
-    guidance_record,
-    sampling_task,
-)
+from ddpm_lab.sampling.generation import build_sampler, class_labels, generate, guidance_record, sampling_task
 from ddpm_lab.sampling.image_files import check_writable
+from ddpm_lab.sampling.output import MAX_IMAGES
 
-MODEL_FIELDS = (
-    "step", "weights", "weights_sha256", "sampler", "num_steps", "num_evaluations", "eta", "spacing", "singlestep",
-    "variance", "num_timesteps", "schedule", "beta_convention", "seed", "batch_size", "dtype", "engine", "class",
-    "guidance", "guide", "guidance_interval",
-)  # fmt: skip
 DEFAULT_NUM_IMAGES = 1_000
 
 
@@ -60,84 +50,91 @@ def evaluate_source(
     scores: Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
-) -> dict[str, Any] | None:
+) -> ScoreRecord | None:
     """Score a model, or images, against a reference.
 
     Args:
-        source: a model, see `trained.load`; or images, see `image_stream.open_images`.
-        reference: see `reference.open_reference`; None: the images a model was trained on.
+        source: a model, as for `trained.load`; or images, as for `image_stream.open_images`.
+        reference: as for `reference.open_reference`; None: the images that the model was trained on.
         features: 'inception', 'classifier', or the folder of a classifier.
-        num_images: how many; None: 1,000 of a model, all of a collection.
-        scoring, sampling: settings; those of sampling are for models.
-        weights, checkpoint: of a model.
-        inception_weights, image_size, pairs, data_dir: see `evaluation`.
-        scores: a file of JSON lines that gets the record; None: `scores.jsonl` of the run, where the source is one.
+        num_images: how many images to score; None: 1,000 of a model, all of a collection.
+        scoring: settings of the scores.
+        sampling: settings of the sampler; only for a model.
+        weights, checkpoint: of the model, as for `trained.load`.
+        inception_weights: as for `features.inception_network`.
+        image_size: side in pixels to which the images of a folder are cropped and scaled; None: they stay as they are.
+        pairs, data_dir: as for `evaluate.evaluate`.
+        scores: a file of JSON lines to add the record to; None: `scores.jsonl` of the run, if the source is one.
+        device: auto, cpu, cuda or mps.
     Returns:
-        The record; None in a process that only helps to make it.
+        The record; None in a process other than rank 0.
     Raises:
-        InputError: anything of it that does not exist or does not fit.
+        InputError: a source, reference or setting that does not exist or does not fit the others.
+        RunError: the record cannot be written; the message holds it.
     """
     begun = time.monotonic()
     on = str(resolve_device(device))
     processes.join(torch.device(on))
-    if pairs is not None and processes.is_rank0():
-        check_writable(pairs, (".png",), "--pairs")
-        if "memorisation" not in scoring.metrics:
-            raise InputError("--pairs is a picture of memorisation; add it to --metrics")
-    if scores is not None and processes.is_rank0():
-        check_writable(scores, (".jsonl",), "--scores")
-        _check_appendable(scores)
-    if inception_weights is not None and features != "inception":
-        raise InputError(f"--inception-weights is for --features inception, not for {features}")
-    images_given = _is_images(source)
-    folders = [
-        name for name in (source if images_given else None, reference) if name is not None and Path(name).is_dir()
-    ]
-    if image_size is not None and not folders:
-        raise InputError("--image-size is for folders of images, and there is none")
-    if images_given:
-        _check_no_model_is_meant(source, sampling, weights, checkpoint)
+    if processes.is_rank0():
+        if pairs is not None:
+            check_writable(pairs, (".png",), "--pairs")
+        if scores is not None:
+            check_writable(scores, (".jsonl",), "--scores")
+            _check_appendable(scores)
+    require(
+        pairs is None or "memorisation" in scoring.metrics,
+        "--pairs shows the images that memorisation finds; add it to --metrics",
+    )
+    require(
+        inception_weights is None or features == "inception",
+        f"--inception-weights is for --features inception, not for {features}",
+    )
+    is_images = _is_images(source)
+    folders = [name for name in (is_images and source, reference) if name and Path(name).is_dir()]
+    require(image_size is None or folders != [], "--image-size is for folders of images, and there is none")
+    tasks: dict[str, Callable[..., object]] = {}
+    if is_images:
+        _check_no_model_settings(source, sampling, weights, checkpoint)
         compared = None if reference is None else open_reference(reference, data_dir, image_size)
         channels = compared.images.shape[0] if compared is not None and compared.images is not None else None
         images = open_images(source, data_dir, image_size, channels)
         images = images if num_images is None else images.draw(num_images)
-        network = feature_network(features, images.shape, compared, inception_weights, on)
-        check_scoring(images.name, images.num_images, images.shape, compared, network, scoring)
-        _check_floor(compared, data_dir)
-        show_deferred_warnings()
-        record = processes.run_on_rank0(
-            lambda: evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs), features=network
-        )
-        of_model: dict[str, Any] = {"source": source, **dict.fromkeys(MODEL_FIELDS)}
+        name, count, shape = images.name, images.num_images, images.shape
     else:
         trained = load(source, weights=weights, checkpoint=checkpoint, device=device)
-        build_sampler(trained, sampling)
+        tasks["sample"] = sampling_task(trained, sampling)
         if reference is None:
             compared = own_reference(trained.config, data_dir)
         else:
             size = trained.config.data.image_size if image_size is None else image_size
             compared = open_reference(reference, data_dir, size, trained.image_shape[0])
-        scores = scores or (_scores_file(trained) if processes.is_rank0() else None)
-        network = feature_network(features, trained.image_shape, compared, inception_weights, on)
-        wanted = DEFAULT_NUM_IMAGES if num_images is None else num_images
-        if wanted > MOST_IMAGES:
-            raise InputError(f"num_images must be from 2 to {MOST_IMAGES}, not {wanted}")
-        check_scoring(f"images of {source}", wanted, trained.image_shape, compared, network, scoring)
-        _check_floor(compared, data_dir)
-        show_deferred_warnings()
-        record = processes.run_on_rank0(
-            lambda: score_model(trained, wanted, sampling, compared, network, scoring, data_dir, pairs),
-            sample=sampling_task(trained, sampling),
-            features=network,
-        )
-        of_model = {}
-    if record is None:
+        if scores is None and trained.run_dir is not None and processes.is_rank0():
+            scores = trained.run_dir / SCORES
+            _check_appendable(scores)
+        name, shape = f"images of {source}", trained.image_shape
+        count = DEFAULT_NUM_IMAGES if num_images is None else num_images
+        require(count <= MAX_IMAGES, f"num_images must be from 2 to {MAX_IMAGES}, not {count}")
+    network = feature_network(features, shape, compared, inception_weights, on)
+    check_scoring(name, count, shape, compared, network, scoring)
+    if compared is not None:
+        compared.others(data_dir)  # so that a download that fails is reported before the work
+    show_deferred_warnings()
+
+    def score() -> SourceScores:
+        if not is_images:
+            return score_model(trained, count, sampling, compared, network, scoring, data_dir, pairs)
+        evaluation = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
+        no_model = cast(SamplingRecord, dict.fromkeys(SamplingRecord.__annotations__))
+        return {**evaluation, "source": source, **no_model}
+
+    scored = processes.run_on_rank0(score, features=network, **tasks)
+    if scored is None:
         return None
-    record |= of_model | {"image_size": image_size, "device": on, "seconds": time.monotonic() - begun}
+    record: ScoreRecord = {**scored, "image_size": image_size, "device": on, "seconds": time.monotonic() - begun}
     if scores is not None:
         try:
-            append_line(scores, record)
-        except OSError as error:  # the work is not lost: here it is
+            append_line(scores, dict(record))
+        except OSError as error:  # the message keeps the work
             raise RunError(f"{scores} cannot be written: {error.strerror}; the record: {json.dumps(record)}") from error
     return record
 
@@ -151,87 +148,62 @@ def score_model(
     scoring: ScoringConfig,
     data_dir: Path | None = None,
     pairs: Path | None = None,
-) -> dict[str, Any]:
-    """Sample, or take from the cache what was sampled, and score; see `evaluation.evaluate` for the rest."""
+) -> SourceScores:
+    """Score a model by images sampled into the cache; the arguments are those of `evaluate.evaluate`."""
     images = generated_images(trained, num_images, sampling)
-    asked = asked_classes(trained, sampling, range(num_images))
-    record = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=asked)
-    return record | {"source": trained.name, **model_record(trained, sampling)}
+    labels = class_labels(trained, sampling, range(num_images))
+    evaluation = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=labels)
+    return {**evaluation, "source": trained.name, **sampling_record(trained, sampling)}
 
 
 def _is_images(source: str) -> bool:
     """Whether a name stands for images rather than for a model.
 
     Raises:
-        InputError: for nothing at all.
+        InputError: it stands for neither.
     """
-    path = Path(source)
-    if source.partition(":")[0] in DATASETS and ":" in source:
-        return True
     if source in packaged_names():
         return False
-    if not source or not path.exists():
+    path, is_split = Path(source), ":" in source and source.partition(":")[0] in DATASETS
+    if not is_split and (not source or not path.exists()):
         raise InputError(
             f"no model or images {source!r}: give a run or checkpoint folder, the name of packaged weights "
             f"({', '.join(packaged_names())}), DATASET:SPLIT, an .npz, or a folder of images"
         )
-    return not is_diffusers(path) and not any(
-        (path / name).is_file() for name in ("config.json", "ema.safetensors", "model.safetensors")
-    )
+    files = ("config.json", "ema.safetensors", "model.safetensors")
+    return is_split or not (is_diffusers(path) or any((path / name).is_file() for name in files))
 
 
-def _check_no_model_is_meant(source: str, sampling: SamplingConfig, weights: Weights, checkpoint: int | None) -> None:
-    """Refuse settings that would have no effect on images that exist.
-
-    Raises:
-        InputError: naming them.
-    """
-    usual = SamplingConfig()
-    given = [field.name for field in fields(sampling) if getattr(sampling, field.name) != getattr(usual, field.name)]
+def _check_no_model_settings(source: str, sampling: SamplingConfig, weights: Weights, checkpoint: int | None) -> None:
+    """Refuse settings that have no effect on existing images."""
+    default = SamplingConfig()
+    given = [field.name for field in fields(sampling) if getattr(sampling, field.name) != getattr(default, field.name)]
     given += ["weights"] * (weights != "ema") + ["checkpoint"] * (checkpoint is not None)
-    flags = ["--" + name.rstrip("_").replace("_", "-") for name in given]
-    if flags:
-        raise InputError(f"{', '.join(flags)}: for a model, and {source} holds images")
-
-
-def _check_floor(reference: Reference | None, data_dir: Path | None) -> None:
-    """Fetch the floor's images now where they are missing, so that what cannot be fetched is told before the work."""
-    dataset = reference.images.dataset if reference is not None and reference.images is not None else None
-    if reference is not None and dataset is not None and dataset not in available_datasets(data_dir):
-        reference.floor(2, data_dir)
+    flags = ", ".join("--" + name.rstrip("_").replace("_", "-") for name in given)
+    require(not given, f"{flags}: for a model, and {source} holds images")
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
-    """The images a model is trained on.
+    """The images that a model was trained on, as a reference.
 
     Raises:
-        InputError: it does not say, for it was imported; or they are not here.
+        InputError: the model was imported and does not name them, or they cannot be loaded.
     """
     data = config.data
-    if data.dataset == UNKNOWN:
-        raise InputError("this model was imported and does not say what it was trained on; give --reference")
+    require(data.dataset != UNKNOWN, "this model was imported and does not name its training images; give --reference")
     load_split = partial(load_images, data.dataset, data_dir=data_dir, image_size=data.image_size)
     held_out = None if data.dataset in DATASETS else load_split("test")
     return _training_reference(data.dataset, load_split("train"), held_out)
 
 
 def _training_reference(dataset: str, training_set: ImageSet, held_out: ImageSet | None) -> Reference:
-    """Of a known data set the held-out images are opened by name where they are needed; of a folder, they are given."""
+    """Of a known data set the held-out images are opened by name when needed; of a folder, they are passed."""
     if dataset in DATASETS:
         stream, others = tensor_stream(training_set.name, training_set.images, dataset, "train"), None
     else:
         assert held_out is not None
         stream, others = (tensor_stream(images.name, images.images) for images in (training_set, held_out))
     return Reference(training_set.name, stream, None, stream.sha256, others)
-
-
-def _scores_file(trained: TrainedModel) -> Path | None:
-    """`scores.jsonl` of the run that a checkpoint belongs to, which must be writable before any work is done for it."""
-    if trained.run_dir is None:
-        return None
-    path = trained.run_dir / "scores.jsonl"
-    _check_appendable(path)
-    return path
 
 
 def _check_appendable(path: Path) -> None:
@@ -242,41 +214,33 @@ def _check_appendable(path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}; give --scores FILE.jsonl elsewhere") from error
 
 
-def model_record(trained: TrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
-    """What a record says of the model and of how it was sampled."""
-    sampler = build_sampler(trained, sampling)
-    diffusion = trained.config.diffusion
-    return {
+def sampling_record(trained: TrainedModel, sampling: SamplingConfig) -> SamplingRecord:
+    """The fields of a record that describe the model and how it was sampled."""
+    sampler, diffusion = build_sampler(trained, sampling), trained.config.diffusion
+    values = asdict(sampler.config) | {
         "step": trained.step,
         "weights": trained.weights,
         "weights_sha256": trained.weights_sha256,
-        "sampler": sampling.sampler,
-        "num_steps": sampler.num_steps,
         "num_evaluations": sampler.num_evaluations,
-        "eta": sampler.config.eta,
-        "spacing": sampler.config.spacing,
-        "singlestep": sampling.singlestep,
-        "variance": sampler.config.variance,
         "num_timesteps": diffusion.num_timesteps,
         "schedule": diffusion.schedule,
         "beta_convention": diffusion.beta_convention,
-        "seed": sampling.seed,
-        "batch_size": sampling.batch_size,
-        "dtype": sampler.config.precision,  # precision is a score
-        "engine": sampler.config.engine,
+        "dtype": sampler.config.precision,
         "class": list(sampling.class_) or None,
-    } | guidance_record(sampler)
+        **guidance_record(sampler),
+    }
+    return cast(SamplingRecord, {name: values[name] for name in SamplingRecord.__annotations__})
 
 
 def training_scorer(
     config: Config, training_set: ImageSet, held_out: ImageSet, data_dir: Path | None, device: torch.device
 ) -> Callable[[TrainedModel], dict[str, Any] | None] | None:
-    """What a run calls now and then to score the network it trains, by a few images sampled by DDIM.
+    """The function that a run calls at intervals to score its network by a few images sampled with DDIM.
 
     Returns:
-        A function that gives the record, or None in a process that only helps to make it; None where nothing is scored.
+        A function that returns a `TrainingRecord`, or None in a process other than rank 0; None if `score_every` is 0.
     Raises:
-        InputError: no network for such images, told before training starts.
+        InputError: no feature network takes such images; raised before training starts.
     """
     evaluation = config.evaluation
     if evaluation.score_every == 0:
@@ -284,22 +248,28 @@ def training_scorer(
     reference = _training_reference(config.data.dataset, training_set, held_out)
     assert reference.images is not None
     network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
-    replicates = 10 if evaluation.score_features == "inception" else 50  # of 2,048 features each takes seconds
+    replicates = 10 if evaluation.score_features == "inception" else 50  # with 2,048 features each takes seconds
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=replicates)
-    training = config.training  # each training seed is sampled from noise of its own, or their spread would lack it
+    training = config.training  # each training seed samples from its own noise, so that their spread includes it
     sampling = SamplingConfig(num_steps=evaluation.sample_steps, precision=training.precision, seed=training.seed)
     check_scoring("samples", evaluation.score_images, reference.images.shape, reference, network, scoring)
     if processes.is_rank0():
-        features_of(reference.images, network).statistics()  # made now, so that what cannot be made is told now
+        features_of(reference.images, network).statistics()  # so that any fault is reported before training
 
-    def score(trained: TrainedModel) -> dict[str, Any]:
+    def score(trained: TrainedModel) -> TrainingRecord:
         begun = time.monotonic()
         images = torch.cat(list(generate(trained, evaluation.score_images, sampling)))
         stream = tensor_stream(f"images of step {trained.step}", images)
-        record = evaluate(stream, reference, network, scoring, data_dir=data_dir, keep=False)
-        record |= {"source": trained.name, "by": "training", "device": str(device), **model_record(trained, sampling)}
-        return record | {"seconds": time.monotonic() - begun}
+        scores = evaluate(stream, reference, network, scoring, data_dir=data_dir, keep=False)
+        return {
+            **scores,
+            "source": trained.name,
+            "by": "training",
+            "device": str(device),
+            **sampling_record(trained, sampling),
+            "seconds": time.monotonic() - begun,
+        }
 
     return lambda trained: processes.run_on_rank0(
-        lambda: score(trained), sample=sampling_task(trained, sampling), features=network
+        lambda: dict(score(trained)), sample=sampling_task(trained, sampling), features=network
     )

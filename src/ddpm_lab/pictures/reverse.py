@@ -27,7 +27,7 @@ from ddpm_lab.pictures import drawing
 from ddpm_lab.pictures.film import save_drawing
 from ddpm_lab.pictures.forward import process_label, random_images, snr_at
 from ddpm_lab.pictures.picture_settings import PictureConfig, check_num_images, is_film
-from ddpm_lab.sampling.generation import ImageNoise, Sampler, asked_classes, build_sampler, guidance_record, trajectory
+from ddpm_lab.sampling.generation import ImageNoise, Sampler, build_sampler, class_labels, guidance_record, trajectory
 from ddpm_lab.sampling.image_files import save_png
 
 X_T, X_0 = "x_t", "predicted x_0"
@@ -171,7 +171,7 @@ def interpolate(
     device = next(trained.model.parameters()).device
     ends = [ImageNoise(seed, range(num_images), trained.image_shape, device)(-1) for seed in (config.seed, to_seed)]
     x_T = _great_circle(ends[0].flatten(1), ends[1].flatten(1), num_between).view(-1, *trained.image_shape)
-    classes = asked_classes(trained, config, range(num_images))
+    classes = class_labels(trained, config, range(num_images))
     y = None if classes is None else classes.repeat_interleave(num_between)
     images = []
     for first in range(0, len(x_T), config.batch_size):
@@ -242,7 +242,7 @@ def reconstruct(
         noise = ImageNoise(config.seed, rows, trained.image_shape, device)
         clean = x_0[first : rows.stop].to(device)
         x_t = q_sample(shortened.schedule, clean, torch.full((len(rows),), t - 1, device=device), noise(-1))
-        classes = asked_classes(trained, config, rows) if config.class_ else None
+        classes = class_labels(trained, config, rows) if config.class_ else None
         for step in sampler.steps(x_t, noise, classes):
             on_step(len(step.x_s))
         noised.append(x_t.cpu())

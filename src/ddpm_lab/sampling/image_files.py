@@ -1,6 +1,6 @@
-"""Images to files: grids as PNG, sets as .npz, each put in place whole.
+"""Write images to files: grids as PNG, sets as .npz; a file appears only once it is complete.
 
-Images are uint8 (N, C, H, W) here as everywhere; files hold them channels last, as the field's tools expect.
+In memory images are uint8 (N, C, H, W), as everywhere; files hold them channels last, as other tools expect.
 """
 
 import zipfile
@@ -19,11 +19,11 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: 
 
     Args:
         images: (N, C, H, W) uint8, C of 1 or 3.
-        columns: per row; None: the smallest square that holds all.
-        scale: whole number by which pixels are repeated, without blur.
-        gap: pixels of white between images, before scaling.
+        columns: images per row; None: those of the smallest square grid that holds all images.
+        scale: how often each pixel is repeated, in both directions.
+        gap: white pixels between images, before scaling.
     Returns:
-        (height, width) uint8 for grey, (height, width, 3) for colour.
+        (height, width) uint8 for grey images, (height, width, 3) for colour.
     """
     N, C, H, W = images.shape
     columns = min(columns or int(np.ceil(N**0.5)), N)
@@ -37,13 +37,13 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, gap: 
 
 
 def image_array(image: Tensor) -> np.ndarray:
-    """One image, (C, H, W) uint8, as a picture: (H, W) for grey, (H, W, 3) for colour."""
+    """Convert one image, (C, H, W) uint8, to a picture: (H, W) for grey, (H, W, 3) for colour."""
     picture = image.permute(1, 2, 0).cpu().numpy()
     return picture[:, :, 0] if picture.shape[2] == 1 else picture
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture, (H, W) or (H, W, 3) uint8, as PNG; the old file stays until the new one is whole."""
+    """Write a picture, (H, W) or (H, W, 3) uint8, as PNG; an old file stays until the new one is complete."""
     from PIL import Image
 
     with atomic_file(path) as temporary:
@@ -51,11 +51,15 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 
 def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Tensor | None = None) -> None:
-    """Write batches as they come into an .npz of one array `images`, (N, H, W, C) uint8; memory holds one batch.
+    """Write batches to an .npz with an array `images`, (N, H, W, C) uint8; only one batch is in memory at a time.
 
     Args:
-        batches: (B, C, H, W) uint8, `num_images` in all.
-        labels: (N,) int64, a second array `labels`.
+        path: an old file stays until the new one is complete.
+        batches: (B, C, H, W) uint8.
+        num_images: N, the number of images in all batches.
+        labels: (N,) int64, written as a second array `labels`.
+    Raises:
+        ValueError: the batches do not hold `num_images` images.
     """
     with (
         atomic_file(path) as temporary,
@@ -74,15 +78,18 @@ def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Ten
             with archive.open("labels.npy", "w") as stream:
                 np.lib.format.write_array(stream, labels.cpu().numpy(), allow_pickle=False)
         if written != num_images:
-            raise ValueError(f"{written} images came, {num_images} were announced")
+            raise ValueError(f"the batches hold {written} images, not {num_images}")
 
 
 def check_writable(path: Path, endings: tuple[str, ...], option: str = "--out") -> None:
-    """Refuse an output path before any work is done for it.
+    """Check an output path before any work is done.
 
+    Args:
+        path: the file to be written.
+        endings: the file name endings that are valid.
+        option: the flag that named the path, for messages.
     Raises:
-        InputError: another ending than those known, a folder that does not exist or cannot be written, or a folder
-            where a file should be.
+        InputError: the ending is not valid, the path is a folder, or its folder does not exist or cannot be written.
     """
     if path.suffix.lower() not in endings:
         raise InputError(f"{option} {path} must end in {' or '.join(endings)}")
@@ -99,5 +106,5 @@ def check_writable(path: Path, endings: tuple[str, ...], option: str = "--out") 
 
 
 def visible_scale(image_size: int, at_least: int = 56) -> int:
-    """The smallest whole factor that brings images to a size one can look at, in pixels."""
+    """The smallest whole factor that enlarges images to `at_least` pixels a side."""
     return max(1, -(-at_least // image_size))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def compute_cell(
         if key in done:
             continue
         begun = time.monotonic()
+        measure: Mapping[str, Any]
         if key == "speed":
             measure = _speed(trained)
         elif key == "bound":

@@ -1,7 +1,8 @@
 """The tab of scores: the record behind each number, with its floor, and the training images nearest to samples."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -10,6 +11,7 @@ from ddpm_lab.core.errors import require
 from ddpm_lab.core.log import SCORES
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.diffusion.guidance import guidance_label
+from ddpm_lab.evaluation.record import ScoreRecord
 from ddpm_lab.evaluation.score_table import class_count, floor_count, score_table
 from ddpm_lab.evaluation.scores import evaluate_source
 from ddpm_lab.studies.cell import MEASURES
@@ -68,10 +70,10 @@ def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else ""
 
 
-def record_text(record: dict[str, Any]) -> str:
+def record_text(record: Mapping[str, Any]) -> str:
     """A record as `ddpm evaluate` prints it."""
     try:
-        return "\n".join(score_table(record))
+        return "\n".join(score_table(cast(ScoreRecord, record)))
     except (KeyError, TypeError, ValueError, AttributeError):
         return "this record lacks fields that this version writes; the full record is below"
 
