@@ -18,12 +18,11 @@ from ddpm_lab.training.loop import (
     batch_indices,
     decay_start,
     ema_decay,
-    learning_rate,
     new_state,
     training_loop,
     validation_loss,
 )
-from ddpm_lab.training.optimizer import hidden_kernels
+from ddpm_lab.training.optimizer import hidden_kernels, learning_rate
 
 
 def config_of(tiny_recipe, **training):

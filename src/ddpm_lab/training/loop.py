@@ -6,7 +6,6 @@ saved, and a run that was killed and resumed ends in the same weights as an unin
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ from ddpm_lab.diffusion.process import Model, denoising_losses, min_snr_weights,
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 from ddpm_lab.diffusion.unet import UNet
 from ddpm_lab.models.checkpoint import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
-from ddpm_lab.training.optimizer import Optimizer
+from ddpm_lab.training.optimizer import Optimizer, learning_rate
 
 LOSS_BANDS = 32  # of noise levels, each drawn equally often, in which learned weights are constant
 
@@ -90,28 +89,6 @@ def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
     device = next(model.parameters()).device
     mean_losses = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
     return TrainingState(model, ema, Optimizer(model, config), mean_losses=mean_losses)
-
-
-def decay_start(config: TrainingConfig, start: int = 0) -> int:
-    """The step at which the learning rate starts to fall, if it does; `start` as in `learning_rate`."""
-    after_warmup = config.num_steps - start - min(config.warmup_steps, config.num_steps - start)
-    return config.num_steps - round(after_warmup * config.decay_share)
-
-
-def learning_rate(config: TrainingConfig, k: int, start: int = 0) -> float:
-    """The learning rate of step k = 0, 1, ...: a linear warm-up, then constant, then, with a decay, falling to 0.
-
-    Args:
-        start: the step at which this schedule starts; above 0 when a run is continued after its rate fell to 0.
-    """
-    warmup = min(config.warmup_steps, config.num_steps - start)
-    if k - start < warmup:
-        return config.learning_rate * (k - start + 1) / warmup
-    fall = decay_start(config, start)
-    if config.decay == "constant" or k < fall:
-        return config.learning_rate
-    share = (k - fall) / max(config.num_steps - fall, 1)
-    return config.learning_rate * (1 - share if config.decay == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
 def ema_decay(config: TrainingConfig, k: int) -> float:

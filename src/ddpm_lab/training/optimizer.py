@@ -1,9 +1,11 @@
-"""Optimizers: Adam for all parameters; or Muon for the hidden kernels and Adam for the rest.
+"""Optimizers and their learning rate: Adam for all parameters; or Muon for the hidden kernels and Adam for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) reads the momentum of a kernel as a matrix
 (outputs x all else) and makes its singular values nearly equal, by Newton-Schulz iterations in bfloat16. Its step is
 scaled to the root mean square of Adam's (arXiv:2502.16982, section 2.2), so that one learning rate serves both.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +103,25 @@ def _as_matrix(kernel: Tensor) -> Tensor:
 def _as_kernel(matrix: Tensor, kernel: Tensor) -> Tensor:
     """The inverse of `_as_matrix`: the memory of a matrix in the shape and format of a kernel."""
     return matrix.as_strided(kernel.shape, kernel.stride())
+
+
+def decay_start(config: TrainingConfig, start: int = 0) -> int:
+    """The step at which the learning rate starts to fall, if it does; `start` as in `learning_rate`."""
+    after_warmup = config.num_steps - start - min(config.warmup_steps, config.num_steps - start)
+    return config.num_steps - round(after_warmup * config.decay_share)
+
+
+def learning_rate(config: TrainingConfig, k: int, start: int = 0) -> float:
+    """The learning rate of step k = 0, 1, ...: a linear warm-up, then constant, then, with a decay, falling to 0.
+
+    Args:
+        start: the step at which this schedule starts; above 0 when a run is continued after its rate fell to 0.
+    """
+    warmup = min(config.warmup_steps, config.num_steps - start)
+    if k - start < warmup:
+        return config.learning_rate * (k - start + 1) / warmup
+    fall = decay_start(config, start)
+    if config.decay == "constant" or k < fall:
+        return config.learning_rate
+    share = (k - fall) / max(config.num_steps - fall, 1)
+    return config.learning_rate * (1 - share if config.decay == "linear" else (1 + math.cos(math.pi * share)) / 2)

@@ -10,7 +10,7 @@ from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import TEMPORARY_PREFIX
 from ddpm_lab.models.checkpoint import checkpoint_steps
 from ddpm_lab.models.trained import packaged_names, read_run_record
-from ddpm_lab.training.loop import decay_start
+from ddpm_lab.training.optimizer import decay_start
 
 MAY_CHANGE = (  # settings that a resumed run may change
     "data.dataset",  # a folder may have moved; the hash of the images decides
