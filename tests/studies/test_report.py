@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from ddpm_lab.core.log import read_lines
-from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.studies.cell import planned_evaluations
+from ddpm_lab.studies.charts import Series, line_chart
 from ddpm_lab.studies.grid import open_study, read_study
 from ddpm_lab.studies.html import format_number
 from ddpm_lab.studies.report import _source, report_page, write_report

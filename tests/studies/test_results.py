@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.pictures.charts import line_chart
 from ddpm_lab.studies.cell import planned_scores
+from ddpm_lab.studies.charts import line_chart
 from ddpm_lab.studies.comparison import answer, compare, half_interval, other_answers
 from ddpm_lab.studies.grid import open_study, read_study
 from ddpm_lab.studies.report import cost_series, training_series, write_report

@@ -22,7 +22,7 @@ from ddpm_lab.studies.cell import missing_work, planned_evaluations, planned_sco
 from ddpm_lab.studies.comparison import other_answers
 from ddpm_lab.studies.grid import STUDIES, Study, cell_folder, is_done, open_study, read_study
 from ddpm_lab.studies.lease import leased
-from ddpm_lab.studies.records import SUMMARY
+from ddpm_lab.studies.record_reader import SUMMARY
 from ddpm_lab.studies.report import write_report
 from ddpm_lab.studies.results import CellResult, Results, gather
 from ddpm_lab.studies.study import run_study

@@ -254,7 +254,7 @@ def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
         run: new folder for the run.
         dataset: training data, if known: mnist, cifar10, or the path of a folder of images.
     """
-    from ddpm_lab.exchange.generators import import_generator
+    from ddpm_lab.exchange.import_export import import_generator
 
     print(import_generator(folder, run, dataset))
 
@@ -290,7 +290,7 @@ def export(
         guidance_interval: onnx only: lowest and highest noise level at which guidance is applied; unset: all noise
             levels.
     """
-    from ddpm_lab.exchange.generators import export_generator
+    from ddpm_lab.exchange.import_export import export_generator
 
     made = export_generator(
         source, to, out, weights=weights, checkpoint=checkpoint, licence=license,

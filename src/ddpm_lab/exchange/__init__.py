@@ -1,5 +1,5 @@
 """Exchange with other libraries: import and export of generators, and the model card of exported weights.
 
 May import `core` to `studies`.
-Start with `generators.export_generator`.
+Start with `import_export.export_generator`.
 """

@@ -16,7 +16,7 @@ from ddpm_lab.models.diffusers_format import UNKNOWN
 from ddpm_lab.models.trained import TrainedModel
 from ddpm_lab.sampling.generation import generate
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
-from ddpm_lab.studies.records import first_fault
+from ddpm_lab.studies.record_reader import first_fault
 
 MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
 NUM_IMAGES = 16

@@ -1,4 +1,4 @@
-"""What is drawn: grids, films, the forward process, reverse trajectories, curves, charts.
+"""What is drawn: grids, films, the forward process, reverse trajectories, curves.
 
 May import `core` to `evaluation`.
 Start with `forward` and `reverse`.

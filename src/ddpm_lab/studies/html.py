@@ -6,7 +6,7 @@ from pathlib import Path
 from ddpm_lab.core.progress import duration
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.evaluation.score_table import class_count, floor_count
-from ddpm_lab.studies.records import read_score
+from ddpm_lab.studies.record_reader import read_score
 
 MIME = {".png": "image/png", ".gif": "image/gif"}
 

@@ -10,8 +10,8 @@ from typing import Any
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import locked, replace_atomically
 from ddpm_lab.diffusion.schedule import build_schedule
-from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.pictures.drawing import COLOURS
+from ddpm_lab.studies.charts import Series, line_chart
 from ddpm_lab.studies.comparison import answer, other_answers
 from ddpm_lab.studies.grid import HEADLINE, STUDIES, Study, difference, open_study, read_study
 from ddpm_lab.studies.html import format_number, render

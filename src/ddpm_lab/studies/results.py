@@ -12,7 +12,7 @@ from ddpm_lab.core.files import read_json
 from ddpm_lab.core.log import SCORES, read_lines
 from ddpm_lab.studies.cell import MEASURES
 from ddpm_lab.studies.grid import HEADLINE, Cell, Study, cell_folder, failure_path, is_done, open_study
-from ddpm_lab.studies.records import INTERVALS, MEASURE, SCORE_NAMES, SCORED, SUMMARY, first_fault
+from ddpm_lab.studies.record_reader import INTERVALS, MEASURE, SCORE_NAMES, SCORED, SUMMARY, first_fault
 
 COLUMNS = (
     "cell", "seed", "trained_timesteps", "beta_convention", "key", "step", "images_seen", "num_timesteps", "sampler",

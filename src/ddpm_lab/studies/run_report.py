@@ -16,11 +16,11 @@ from ddpm_lab.core.files import replace_atomically, writable
 from ddpm_lab.core.log import SCORES, read_lines
 from ddpm_lab.diffusion.unet import build_unet
 from ddpm_lab.models.trained import read_run_record
-from ddpm_lab.pictures.charts import Series, line_chart
 from ddpm_lab.pictures.curves import RunLog, read_run, training_figure
 from ddpm_lab.pictures.drawing import COLOURS, printable
+from ddpm_lab.studies.charts import Series, line_chart
 from ddpm_lab.studies.html import as_data, format_number, render
-from ddpm_lab.studies.records import FLOOR, SCORE_NAMES, read_score, valid_fields
+from ddpm_lab.studies.record_reader import FLOOR, SCORE_NAMES, read_score, valid_fields
 
 ROW = {"fid_label": str, "sampler": str, "num_evaluations": int, "num_images": int, "reference": {"name": str}}
 
