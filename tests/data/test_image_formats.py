@@ -193,7 +193,7 @@ def bomb(path: Path, fortran_order: bool = False, **arrays: tuple[tuple[int, ...
     ("arrays", "command", "words"),
     [
         ({"images": ((2, 16_000, 16_000, 1), "|u1")}, "images", "are the most"),
-        ({"mu": ((12_000,), "<f8"), "sigma": ((12_000, 12_000), "<f8")}, "reference", "12000 features; 4096 are"),
+        ({"mu": ((12_000,), "<f8"), "sigma": ((12_000, 12_000), "<f8")}, "reference", "12000 features; at most 4096"),
         ({"mu": ((2**17,), "<f8"), "sigma": ((2,), "<f8")}, "reference", "must be (d,) and (d, d)"),
         ({"mu": ((3,), "|O"), "sigma": ((3, 3), "<f8")}, "reference", "cannot be|damaged|floating"),
     ],

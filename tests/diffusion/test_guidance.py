@@ -518,5 +518,5 @@ def test_a_folder_of_pictures_has_no_classes(tmp_path, capsys):
         str(tmp_path / "run"),
     ]
     assert run_command(command) == 2
-    assert "is for data sets with classes" in capsys.readouterr().err
+    assert "requires a data set with labels" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -150,7 +150,7 @@ def test_an_imported_run_is_sampled_and_described_but_not_trained(theirs, tiny_r
         assert run_command(command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "was imported and cannot be trained" in errors[0]
-    assert "does not say what it was trained on; give --reference" in errors[1]
+    assert "does not name its training images; give --reference" in errors[1]
     assert errors[2] == errors[1]
     assert "exists; name a new folder" in errors[3]
     assert tree_hash(run) == made

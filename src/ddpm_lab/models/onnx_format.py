@@ -180,8 +180,9 @@ def network_graph(trained: TrainedModel, guidance: Guidance | None = None) -> by
         guidance: None: no guidance.
     """
     module = trained.model if guidance is None else _Guided(trained.model, guidance).eval()
-    t = torch.zeros(2, dtype=torch.int64)
-    inputs = {"x_t": torch.zeros(2, *trained.image_shape), "t": t} | ({"y": t} if trained.num_classes else {})
+    inputs = {"x_t": torch.zeros(2, *trained.image_shape), "t": torch.zeros(2, dtype=torch.int64)}
+    if trained.num_classes:
+        inputs["y"] = torch.zeros(2, dtype=torch.int64)  # a tensor of its own, or the exporter would take it for t
     batch = torch.export.Dim("batch", min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():

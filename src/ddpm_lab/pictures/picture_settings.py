@@ -22,7 +22,7 @@ class PictureConfig(SettingsGroup):
     _grouped = False  # the flags are --scale, --columns and so on, without the name of a group
     scale: Annotated[int | None, Range(1, 16)] = None
     """whole factor by which images are enlarged, without blur; unset: to 56 pixels or more"""
-    columns: Annotated[int | None, Range(2)] = None
+    columns: int | None = None
     """columns of a picture, from one end of the chain to the other; unset: 11, or as many as there are states"""
     frames: Annotated[int | None, Range(2, 10_001)] = None
     """frames of a film, from one end of the chain to the other; unset: 101, or as many as there are states"""
