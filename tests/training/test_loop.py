@@ -16,13 +16,12 @@ from ddpm_lab.training.loop import (
     LOSS_BANDS,
     NoiseLevelSampler,
     batch_indices,
-    decay_start,
     ema_decay,
     new_state,
     training_loop,
     validation_loss,
 )
-from ddpm_lab.training.optimizer import hidden_kernels, learning_rate
+from ddpm_lab.training.optimizer import decay_start, hidden_kernels, learning_rate
 
 
 def config_of(tiny_recipe, **training):
