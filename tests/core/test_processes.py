@@ -21,30 +21,22 @@ from ddpm_lab.core import processes
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import read_lines
 from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps
+from tests.commands import Command
 
 FLAGS = ["--device", "cpu", "--model.dropout", "0", "--model.num-classes", "10", "--training.precision", "float32"]
 
 
-def launch(*arguments: str, count: int = 2) -> list[subprocess.Popen]:
+def launch(*arguments: str, count: int = 2) -> list[Command]:
     """Start a command as a launcher does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "ddpm_lab", *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return [Command(arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
 
-def outcome(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def outcome(started: list[Command]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     results = [process.communicate(timeout=120) for process in started]
     return [(process.returncode, out, err) for process, (out, err) in zip(started, results, strict=True)]

@@ -26,6 +26,7 @@ from ddpm_lab.studies.record_reader import SUMMARY
 from ddpm_lab.studies.report import write_report
 from ddpm_lab.studies.results import CellResult, Results, gather
 from ddpm_lab.studies.study import run_study
+from tests.commands import Command
 
 DIGITS = read_study("digits")
 
@@ -231,11 +232,8 @@ def test_the_cell_of_a_worker_that_dies_is_taken_over(study_file, tmp_path, monk
 
 
 def worker(study_file, out, *more):
-    command = [sys.executable, "-m", "ddpm_lab", "study", str(study_file), "--out", str(out), "--device", "cpu", *more]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # as in this process, for sums of two threads differ in their bits
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    arguments = ["study", str(study_file), "--out", str(out), "--device", "cpu", *more]
+    return Command(arguments, OMP_NUM_THREADS="1")  # as in this process, for sums of two threads differ in their bits
 
 
 @pytest.mark.slow

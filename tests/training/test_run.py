@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,6 +30,7 @@ from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps
 from ddpm_lab.training import cost, session
 from ddpm_lab.training.resume import as_flag
 from ddpm_lab.training.run import train
+from tests.commands import Command
 from tests.conftest import tree_hash
 
 
@@ -74,14 +73,12 @@ def test_the_log_has_the_documented_entries(tiny_run):
     assert [entry["step"] for entry in log if "validation_loss" in entry] == [6, 12]
 
 
-def start(recipe: Path, run_dir: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ddpm_lab", "train", str(recipe), "--run", str(run_dir), "--device", "cpu", *more]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def start(recipe: Path, run_dir: Path, *more: str) -> Command:
+    arguments = ["train", str(recipe), "--run", str(run_dir), "--device", "cpu", *more]
+    return Command(arguments, OMP_NUM_THREADS="1")
 
 
-def wait_for_log(process: subprocess.Popen[str], run_dir: Path, lines: int) -> None:
+def wait_for_log(process: Command, run_dir: Path, lines: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "log.jsonl").exists() and (run_dir / "log.jsonl").read_bytes().count(b"\n") >= lines:
@@ -90,7 +87,7 @@ def wait_for_log(process: subprocess.Popen[str], run_dir: Path, lines: int) -> N
     raise AssertionError(f"the log did not grow: {process.communicate()}")
 
 
-def finish(process: subprocess.Popen[str]) -> int:
+def finish(process: Command) -> int:
     process.communicate(timeout=120)
     return process.returncode
 
