@@ -4,10 +4,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -166,19 +164,18 @@ def _read_pictures(
 ) -> list[T | InputError]:
     """The result of `read`, or the error, for each file; in threads, for decoding releases the interpreter lock."""
 
-    one_at_a_time = Lock()
-
     def read_one(path: Path) -> T | InputError:
         try:
             with open_picture(path, f"image {path}") as picture:
-                large = picture.width * picture.height > LARGE_PICTURE
-                with one_at_a_time if large else nullcontext():
-                    return read(picture)
+                if picture.width * picture.height > LARGE_PICTURE:
+                    return large_pool.submit(read, picture).result()
+                return read(picture)
         except InputError as error:
             return error
 
     formats()
-    with ThreadPoolExecutor(os.cpu_count(), "decoding") as pool:
+    # One thread for all large pictures: each thread would keep memory that it has freed.
+    with ThreadPoolExecutor(1, "large") as large_pool, ThreadPoolExecutor(os.cpu_count(), "decoding") as pool:
         return list(counted(pool.map(read_one, paths), advance))
 
 

@@ -18,7 +18,7 @@ from ddpm_lab.core.errors import InputError, RunError, require
 from ddpm_lab.core.log import SCORES, append_line
 from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.scoring_config import ScoringConfig
-from ddpm_lab.data.datasets import DATASETS, ImageSet, load_images
+from ddpm_lab.data.datasets import DATASETS, ImageSet, available_datasets, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
 from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images
 from ddpm_lab.evaluation.feature_store import features_of
@@ -116,7 +116,8 @@ def evaluate_source(
         require(count <= MAX_IMAGES, f"num_images must be from 2 to {MAX_IMAGES}, not {count}")
     network = feature_network(features, shape, compared, inception_weights, on)
     check_scoring(name, count, shape, compared, network, scoring)
-    if compared is not None:
+    dataset = compared.images.dataset if compared is not None and compared.images is not None else None
+    if compared is not None and dataset is not None and dataset not in available_datasets(data_dir):
         compared.others(data_dir)  # so that a download that fails is reported before the work
     show_deferred_warnings()
 

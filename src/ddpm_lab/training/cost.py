@@ -1,4 +1,4 @@
-"""What training costs, told before it starts: parameters, operations, time, disk."""
+"""An estimate of what training costs, before it starts: parameters, operations, time, disk."""
 
 import timeit
 from statistics import median
