@@ -40,6 +40,14 @@ def timestep_embedding(position: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def _entries(table: Tensor, t: Tensor) -> Tensor:
+    """table[t]; for a floating t interpolated linearly."""
+    if not t.is_floating_point():
+        return table[t]
+    below = t.floor().long().clamp(max=len(table) - 2)
+    return torch.lerp(table[below], table[below + 1], t - below)
+
+
 def _table(rows: int, columns: int) -> nn.Embedding:
     """nn.Embedding with its usual initial values; without them on the meta device, where drawing takes seconds."""
     weight = torch.empty(rows, columns)
@@ -288,7 +296,7 @@ class UNet(nn.Module):
 
         Args:
             x_t: (B, C, H, W) float32; H and W multiples of `size_multiple`.
-            t: (B,) int64 in [0, T).
+            t: (B,) int64 in [0, T); or floating, for noise levels between those of the chain.
             y: (B,) int64, the label of each image, or num_classes for none; None: no labels.
         Returns:
             (B, C, H, W), in the dtype of the last convolution.
@@ -306,13 +314,14 @@ class UNet(nn.Module):
         position = 1000 * (t.float() + 1) / self.num_timesteps - 1
         embedding = self.time_embedding(timestep_embedding(position, self.config.base_channels))  # (B, E)
         if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
+            no_label = torch.full_like(t, self.num_classes, dtype=torch.int64)
+            embedding = embedding + self.class_embedding(no_label if y is None else y)
         elif y is not None:
             raise InputError("this network is unconditional and takes no y")
         embedding = F.silu(embedding)
 
         if self.input_scale is not None:
-            x_t = x_t * self.input_scale[t][:, None, None, None]
+            x_t = x_t * _entries(self.input_scale, t)[:, None, None, None]
         h = self.conv_in(F.pixel_unshuffle(x_t, patch_size) if patch_size > 1 else x_t)
         states = [h]
         for level in cast(Iterable[Level], self.down):
