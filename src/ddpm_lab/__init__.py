@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ddpm_lab.diffusion.solvers import dpmpp_steps as dpmpp_steps
     from ddpm_lab.diffusion.solvers import heun_sample as heun_sample
     from ddpm_lab.diffusion.solvers import heun_steps as heun_steps
+    from ddpm_lab.diffusion.solvers import ipndm_sample as ipndm_sample
+    from ddpm_lab.diffusion.solvers import ipndm_steps as ipndm_steps
+    from ddpm_lab.diffusion.solvers import unipc_sample as unipc_sample
+    from ddpm_lab.diffusion.solvers import unipc_steps as unipc_steps
     from ddpm_lab.diffusion.unet import UNet as UNet
     from ddpm_lab.evaluation.evaluate import evaluate as evaluate
     from ddpm_lab.evaluation.metrics import frechet_distance as frechet_distance
@@ -47,7 +51,10 @@ _MODULES = {
     "training.run": ("train",),
     "models.trained": ("load",),
     "diffusion.samplers": ("Step", "ddim_sample", "ddim_steps", "ddpm_sample", "ddpm_steps"),
-    "diffusion.solvers": ("dpmpp_sample", "dpmpp_steps", "heun_sample", "heun_steps"),
+    "diffusion.solvers": (
+        *("dpmpp_sample", "dpmpp_steps", "heun_sample", "heun_steps"),
+        *("ipndm_sample", "ipndm_steps", "unipc_sample", "unipc_steps"),
+    ),
     "core.errors": ("InputError",),
     "diffusion.schedule": ("NoiseSchedule", "cosine_schedule", "linear_schedule"),
     "diffusion.unet": ("UNet",),

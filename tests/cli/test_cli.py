@@ -196,6 +196,8 @@ BAD_INPUTS = {
     "eta beyond 1": (SAMPLE + " --eta 2", "from 0 to 1"),
     "eta for ddpm": (SAMPLE + " --sampler ddpm --eta 0.5", "applies to ddim and dpmpp, not to ddpm"),
     "variance for ddim": (SAMPLE + " --variance beta", "applies to ddpm, not to ddim"),
+    "eta for unipc": (SAMPLE + " --sampler unipc --eta 0.5", "applies to ddim and dpmpp, not to unipc"),
+    "unknown spacing": (SAMPLE + " --spacing cubic", "karras"),
     "unknown sampler": (SAMPLE + " --sampler magic", "ddim"),
     "negative seed": (SAMPLE + " --seed -1", "at least 0"),
     "unknown ending": ("sample run --device cpu --out old.jpeg", ".png or .npz"),

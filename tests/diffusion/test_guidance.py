@@ -109,6 +109,8 @@ def test_guidance_acts_at_the_noise_levels_of_its_interval():
     [
         ({"sampler": "ddim", "num_steps": 10}, 20),
         ({"sampler": "heun", "num_steps": 4}, 14),
+        ({"sampler": "ipndm", "num_steps": 5, "spacing": "karras"}, 10),
+        ({"sampler": "unipc", "num_steps": 5, "guidance_interval": (0.5, 5.0)}, None),
         ({"sampler": "ddim", "num_steps": 10, "guidance_interval": (0.5, 5.0)}, None),
         ({"sampler": "heun", "num_steps": 4, "guidance_interval": (0.5, 5.0)}, None),
         ({"sampler": "dpmpp", "num_steps": 4, "singlestep": True, "guidance_interval": (0.1, 2.0)}, None),

@@ -5,14 +5,24 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddpm_lab.core.config import EDM
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.diffusion.process import output_coefficients
 from ddpm_lab.diffusion.samplers import ddim_sample, ddim_steps, ddpm_sample, ddpm_steps
-from ddpm_lab.diffusion.schedule import cosine_schedule, linear_schedule, sampling_timesteps
-from ddpm_lab.diffusion.solvers import dpmpp_sample, dpmpp_steps, heun_sample, heun_steps
+from ddpm_lab.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule, sampling_timesteps
+from ddpm_lab.diffusion.solvers import (
+    STEPS,
+    dpmpp_sample,
+    dpmpp_steps,
+    heun_sample,
+    heun_steps,
+    ipndm_sample,
+    ipndm_steps,
+    unipc_sample,
+    unipc_steps,
+)
 
 SAMPLERS = {
     "ddpm beta": lambda *a, **k: ddpm_sample(*a, variance="beta", **k),
@@ -25,6 +35,8 @@ SOLVERS = {
     "dpmpp 2M": dpmpp_steps,
     "dpmpp 2S": lambda *a, **k: dpmpp_steps(*a, singlestep=True, **k),
     "heun": heun_steps,
+    "ipndm": ipndm_steps,
+    "unipc": unipc_steps,
 }
 
 
@@ -145,14 +157,113 @@ def test_solvers_converge_at_second_order(name):
     assert min(orders) > 1.8, (errors, orders)
 
 
+def even_chain(alpha_bar):
+    """A chain with given alpha_bar, (T,) float64, of which samplers take every timestep."""
+    return NoiseSchedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+
+
+def orders(errors):
+    """The order of convergence that each halving of the step shows."""
+    return [float(np.log2(a / b)) for a, b in itertools.pairwise(errors)]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_ipndm_has_its_order_on_even_steps(order):
+    """dX/dsigma = -c (2 - sigma)^4 X for X = x / alpha rests at the start, so the first, lower steps are exact."""
+    X_T, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1), []
+    for n in (40, 80, 160):
+        sigma = torch.linspace(0.1, 2, n, dtype=torch.float64)
+
+        def model(x_t, t, sigma=sigma):
+            at = sigma[t].view(-1, 1, 1, 1)
+            return -0.1 * (2 - at) ** 4 * x_t * (1 + at**2).sqrt()
+
+        schedule = even_chain(1 / (1 + sigma**2))
+        *_, last = ipndm_steps(model, schedule, X_T / 5**0.5, n, spacing="uniform", order=order, clip_x_0=False)
+        exact = X_T * float(np.exp(0.02 * 1.9**5))
+        errors.append(float((last.x_t * 1.01**0.5 - exact).abs().max()))
+    assert last.t == 0
+    assert orders(errors)[-1] == pytest.approx(order, abs=0.15), (errors, orders(errors))
+
+
+def test_unipc_is_of_fourth_order_on_even_steps():
+    """Its corrector adds one to the three of the predictor. x_0_hat = psi x / alpha, with psi = 0 at the start."""
+    x_T, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1), []
+    for n in (80, 160, 320):
+        log_snr = torch.linspace(1.5, -1.5, n, dtype=torch.float64)
+        alpha_bar = torch.sigmoid(2 * log_snr)
+
+        def model(x_t, t, log_snr=log_snr, alpha_bar=alpha_bar):
+            at = log_snr[t].view(-1, 1, 1, 1)
+            return 0.025 * (at + 1.5) ** 4 * x_t / alpha_bar[t].sqrt().view(-1, 1, 1, 1)
+
+        *_, step, _ = unipc_steps(model, even_chain(alpha_bar), x_T, n, clip_x_0=False, prediction="x_0")
+        noise = (1 - alpha_bar).sqrt()  # step.x_t is the last state before the order falls
+        exact = x_T * noise[step.t] / noise[-1] * (0.005 * (log_snr[step.t] + 1.5) ** 5).exp()
+        errors.append(float((step.x_t - exact).abs().max()))
+    assert orders(errors)[-1] == pytest.approx(4, abs=0.3), (errors, orders(errors))
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+def test_ipndm_is_adams_bashforth_in_sigma(spacing):
+    """By hand in NumPy, in the parametrisation of Karras et al.: D(X; sigma) of Gaussian data, dX = (X - D)/sigma."""
+    schedule, mean, deviation = linear_schedule(1000), 0.3, 0.2
+    x_T = torch.randn(5, 1, 1, 1, dtype=torch.float64)
+    steps = list(
+        ipndm_steps(gaussian_model(schedule, mean, deviation), schedule, x_T, 9, spacing=spacing, clip_x_0=False)
+    )
+    alpha_bar = schedule.alpha_bar[[step.t for step in steps]].numpy()
+    sigma = np.sqrt(1 / alpha_bar - 1)
+    X, slopes = x_T.numpy().ravel() / np.sqrt(alpha_bar[0]), []
+    weights = {1: [1], 2: [-1 / 2, 3 / 2], 3: [5 / 12, -4 / 3, 23 / 12], 4: [-3 / 8, 37 / 24, -59 / 24, 55 / 24]}
+    for i, step in enumerate(steps):
+        np.testing.assert_allclose(step.x_t.numpy().ravel(), np.sqrt(alpha_bar[i]) * X, rtol=1e-9, atol=1e-9)
+        denoised = (deviation**2 * X + sigma[i] ** 2 * mean) / (deviation**2 + sigma[i] ** 2)
+        slopes = [*slopes[-3:], (X - denoised) / sigma[i]]
+        if i < 8:
+            X = X + (sigma[i + 1] - sigma[i]) * (np.array(weights[len(slopes)]) @ np.array(slopes))
+    np.testing.assert_allclose(step.x_s.numpy().ravel(), denoised, rtol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 10, 25])
+def test_every_state_of_unipc_is_that_of_diffusers(num_steps, clip):
+    """Its UniPCMultistepScheduler of order 3, with final sigma zero, at the same timesteps."""
+    schedule = linear_schedule(1000)
+    theirs = UniPCMultistepScheduler(
+        1000, solver_order=3, predict_x0=True, solver_type="bh2", lower_order_final=True, final_sigmas_type="zero",
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    ours_in(theirs, schedule).set_timesteps(num_steps)
+    theirs.sigmas = torch.cat([schedule.snr[theirs.timesteps] ** -0.5, torch.zeros(1, dtype=torch.float64)])
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    steps = list(unipc_steps(odd_model, schedule, x, num_steps, spacing="uniform", clip_x_0=clip))
+    assert [step.t for step in steps] == theirs.timesteps.tolist()
+    for step, t in zip(steps, theirs.timesteps, strict=True):
+        x = theirs.step(clipped_noise(schedule, x, t) if clip else odd_model(x, t.expand(2)), t, x).prev_sample
+        torch.testing.assert_close(step.x_s, x, rtol=1e-8, atol=1e-8)
+
+
+def clipped_noise(schedule, x_t, t):
+    """The noise that belongs to the clipped image of `odd_model`, for schedulers that do not clip."""
+    alpha_bar = schedule.alpha_bar[t]
+    x_0 = ((x_t - (1 - alpha_bar).sqrt() * odd_model(x_t, t.expand(2))) / alpha_bar.sqrt()).clamp(-1, 1)
+    return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+
 def test_first_steps_of_the_solvers_are_ddim():
-    """With one step, and at the first step of the multistep solver, nothing is known but one prediction."""
+    """With one step, and at the first step of the multistep solvers, nothing is known but one prediction."""
     schedule, x_T = linear_schedule(50), torch.randn(2, 1, 4, 4, dtype=torch.float64)
     for n in (1, 5):
-        implicit, multi = (
-            next(steps(odd_model, schedule, x_T, n, spacing="uniform")) for steps in (ddim_steps, dpmpp_steps)
+        implicit, *others = (
+            next(STEPS[name](odd_model, schedule, x_T, n, spacing="uniform"))
+            for name in ("ddim", "dpmpp", "ipndm", "unipc")
         )
-        torch.testing.assert_close(multi.x_s, implicit.x_s, rtol=1e-9, atol=1e-9)
+        for multi in others:
+            torch.testing.assert_close(multi.x_s, implicit.x_s, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        ipndm_sample(odd_model, schedule, x_T, 5, order=1, spacing="uniform"), ddim_sample(odd_model, schedule, x_T, 5)
+    )
     torch.testing.assert_close(
         heun_sample(odd_model, schedule, x_T, 1, spacing="uniform"), ddim_sample(odd_model, schedule, x_T, 1)
     )
@@ -183,11 +294,7 @@ def test_every_state_of_dpmpp_is_that_of_diffusers(num_steps, eta, clip):
     assert [step.t for step in steps] == theirs.timesteps.tolist()
     theirs.sigmas = torch.tensor([*(((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[theirs.timesteps]), 0.0])
     for step, t, noise in zip(steps, theirs.timesteps, z, strict=True):
-        eps = odd_model(x, t.expand(2))
-        if clip:  # theirs has no plain clipping: give it the noise that belongs to the clipped image
-            ab = schedule.alpha_bar[t]
-            x_0 = ((x - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
-            eps = (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
+        eps = clipped_noise(schedule, x, t) if clip else odd_model(x, t.expand(2))
         x = theirs.step(eps, t, x, variance_noise=noise if eta else None).prev_sample.double()
         within = 1e-4 if eta else 1e-5  # its coefficients of the noise are float32
         torch.testing.assert_close(step.x_s, x, rtol=within, atol=within)
@@ -240,6 +347,10 @@ def test_dpmpp_takes_the_documented_number_of_evaluations(num_steps, singlestep,
     times.clear()
     heun_sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps)
     assert len(times) == 2 * num_steps - 1
+    for sample in (ipndm_sample, unipc_sample):
+        times.clear()
+        sample(model, linear_schedule(50), torch.randn(1, 1, 2, 2), num_steps)
+        assert times == sampling_timesteps(linear_schedule(50), num_steps, "logsnr")
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
@@ -378,6 +489,10 @@ def test_beta_with_few_steps_warns_and_is_not_the_default():
         lambda m, s, x: ddpm_sample(m, s, x, 0),
         lambda m, s, x: dpmpp_sample(m, s, x, 26, singlestep=True),
         lambda m, s, x: heun_sample(m, s, x, 51),
+        lambda m, s, x: unipc_sample(m, s, x, 0),
+        lambda m, s, x: ipndm_sample(m, s, x, 5, order=5),
+        lambda m, s, x: ipndm_sample(m, s, x, 5, order=0),
+        lambda m, s, x: ipndm_sample(m, s, x, 5, spacing="cubic"),
         lambda m, s, x: ddpm_sample(m, s, x, variance="learned"),
         lambda m, s, x: ddpm_sample(m, s, x, prediction="noise"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -78,9 +79,9 @@ def test_impossible_chains_are_refused_by_name(make, words):
         make()
 
 
-@given(st.data(), st.integers(2, 3000), st.sampled_from(["uniform", "quadratic", "logsnr"]))
+@given(st.data(), st.integers(2, 3000), st.sampled_from(["uniform", "quadratic", "logsnr", "karras"]))
 def test_timesteps_are_distinct_and_start_at_the_noise(data, T, spacing):
-    num_steps = data.draw(st.integers(1, T if spacing != "logsnr" else min(T, 60)))
+    num_steps = data.draw(st.integers(1, min(T, 60) if spacing in ("logsnr", "karras") else T))
     timesteps = sampling_timesteps(cosine_schedule(T), num_steps, spacing)
     assert len(timesteps) == num_steps
     assert timesteps[0] == T - 1
@@ -93,7 +94,7 @@ def test_timesteps_by_hand():
     assert sampling_timesteps(cosine_schedule(10), 10) == list(range(9, -1, -1))
     assert sampling_timesteps(schedule, 4) == [999, 749, 499, 249]
     assert sampling_timesteps(schedule, 5, "quadratic") == [999, 639, 359, 159, 39]
-    for spacing in ("uniform", "quadratic", "logsnr"):
+    for spacing in ("uniform", "quadratic", "logsnr", "karras"):
         assert sampling_timesteps(schedule, 1000, spacing) == list(range(999, -1, -1))
 
 
@@ -103,6 +104,18 @@ def test_logsnr_spacing_is_even_where_timesteps_are_dense():
     assert (timesteps[0], timesteps[-1]) == (9999, 0)
     gaps = schedule.snr[timesteps].log().diff()
     assert float(gaps[:-3].std() / gaps.mean()) < 0.03
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(10_000), cosine_schedule(10_000)])
+def test_karras_spacing_follows_the_paper_as_far_as_there_are_timesteps(schedule):
+    """Equation 5 of Karras et al. 2022 with rho = 7; a chain that ends in pure noise goes there in its first step."""
+    timesteps = sampling_timesteps(schedule, 18, "karras")
+    assert (timesteps[0], timesteps[-1]) == (9999, 0)
+    sigma = schedule.snr.numpy() ** -0.5
+    lowest, highest = sigma[0], min(sigma[-1], np.exp(5.1))
+    ramp = np.arange(18) / 17
+    wanted = (highest ** (1 / 7) + ramp * (lowest ** (1 / 7) - highest ** (1 / 7))) ** 7
+    np.testing.assert_allclose(sigma[timesteps][1:10], wanted[1:10], rtol=0.03)
 
 
 @pytest.mark.parametrize(("num_steps", "spacing"), [(0, "uniform"), (11, "uniform"), (11, "logsnr"), (5, "cubic")])

@@ -15,18 +15,16 @@ from ddpm_lab.cli.main import run_command
 from ddpm_lab.core.config import EDM
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.data.datasets import to_uint8
-from ddpm_lab.diffusion.samplers import ddim_sample
+from ddpm_lab.diffusion.samplers import ddim_sample, run_sampler
 from ddpm_lab.diffusion.schedule import cosine_schedule, linear_schedule
-from ddpm_lab.diffusion.solvers import dpmpp_sample
+from ddpm_lab.diffusion.solvers import STEPS
 from ddpm_lab.models.checkpoint import checkpoint_path, read_tensors, tensor_bytes
-from ddpm_lab.models.onnx_format import linear_steps
+from ddpm_lab.models.onnx_format import linear_steps, network_graph, sampler_graph
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-SAMPLERS = {"ddim": ddim_sample, "dpmpp": dpmpp_sample}
 
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ipndm", "unipc"])
 @pytest.mark.parametrize(
     "schedule", [linear_schedule(), cosine_schedule(1000), linear_schedule(500, rescale_betas=False)]
 )
@@ -39,12 +37,14 @@ def test_the_numbers_are_those_of_the_sampler(sampler, schedule, prediction):
 
     steps = linear_steps(sampler, schedule, 7, prediction)
     x_T = torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x, before = x_T, torch.zeros_like(x_T)
+    x, memory = x_T, [torch.zeros_like(x_T)] * 3
     for i, t in enumerate(steps.t):
         output = model(x, torch.full((5,), int(t)))
         x_0_hat = (steps.image_of_state[i] * x + steps.image_of_output[i] * output).clamp(-1, 1)
-        x, before = steps.keep[i] * x + steps.add[i] * x_0_hat + steps.recall[i] * before, x_0_hat
-    expected = SAMPLERS[sampler](model, schedule, x_T, 7, prediction=prediction)
+        recalled = sum(weight * earlier for weight, earlier in zip(steps.recall[i], memory, strict=True))
+        memory = [steps.memory_of_state[i] * x + steps.memory_of_image[i] * x_0_hat, *memory[:2]]
+        x = steps.keep[i] * x + steps.add[i] * x_0_hat + recalled
+    expected = run_sampler(STEPS[sampler])(model, schedule, x_T, 7, prediction=prediction)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-8)
 
 
@@ -91,6 +91,21 @@ def test_graphs_compute_what_pytorch_does(exported, tiny_run):
         assert images.dtype == np.uint8
         assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
     assert np.array_equal(np.load(exported / "alpha_bar.npy"), trained.schedule.alpha_bar.numpy())
+
+
+def test_graphs_remember_what_three_steps_predicted(tiny_run):
+    trained = load(tiny_run, device="cpu")
+    with torch.no_grad():
+        for parameter in trained.model.parameters():  # so that its output matters
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, network, images = torch.randn(3, *trained.image_shape), network_graph(trained), {}
+    for sampler in ("dpmpp", "ipndm", "unipc"):
+        steps = linear_steps(sampler, trained.schedule, 6, trained.prediction)
+        session = onnxruntime.InferenceSession(sampler_graph(network, steps, trained.image_shape))
+        images[sampler] = session.run(None, {"noise": x.numpy()})[0].astype(int)
+        x_0 = run_sampler(STEPS[sampler])(trained.model, trained.schedule, x, 6, prediction=trained.prediction)
+        assert np.abs(images[sampler] - to_uint8(x_0).permute(0, 2, 3, 1).numpy()).max() <= 1
+    assert np.abs(images["dpmpp"] - images["ipndm"]).max() > 1 < np.abs(images["dpmpp"] - images["unipc"]).max()
 
 
 def test_the_example_runs_where_the_package_is_not_used(tiny_run, tmp_path, monkeypatch):
@@ -169,12 +184,12 @@ def test_an_extra_that_is_absent_is_named(tiny_run, tmp_path, capsys, monkeypatc
 def test_a_step_that_is_not_linear_is_noticed(monkeypatch):
     from ddpm_lab.models import onnx_format as onnx_export
 
-    real = onnx_export.ddim_steps
+    real = onnx_export.STEPS["ddim"]
 
     def bent(*given, **settings):
         for step in real(*given, **settings):
             yield type(step)(step.t, step.x_t, step.x_s**3, step.x_0_hat)
 
-    monkeypatch.setattr(onnx_export, "ddim_steps", bent)
+    monkeypatch.setitem(onnx_export.STEPS, "ddim", bent)
     with pytest.raises(InputError, match="not linear"):
         linear_steps("ddim", linear_schedule(), 3, "eps")

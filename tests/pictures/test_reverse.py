@@ -63,6 +63,8 @@ def with_perfect_denoiser(trained, x_0):
         SamplingConfig(sampler="ddpm", num_steps=5, batch_size=4, seed=3),
         SamplingConfig(sampler="dpmpp", num_steps=4, eta=1.0, batch_size=4),
         SamplingConfig(sampler="heun", num_steps=3, batch_size=4),
+        SamplingConfig(sampler="unipc", num_steps=4, batch_size=4),
+        SamplingConfig(sampler="ipndm", num_steps=4, batch_size=8),
     ],
     ids=lambda config: config.sampler,
 )

@@ -40,7 +40,7 @@ def test_a_compiled_step_trains_the_same_weights_by_one_graph(tiny_recipe, tmp_p
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc"])
 def test_a_compiled_network_samples_the_same_images_by_one_graph(tiny_run, sampler):
     trained = load(tiny_run, device="cpu")
     images = {}

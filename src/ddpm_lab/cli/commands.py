@@ -269,7 +269,7 @@ def export(
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
     license: str | None = None,
-    sampler: Literal["ddim", "dpmpp"] | None = None,
+    sampler: Literal["ddim", "dpmpp", "ipndm", "unipc"] | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
     guide: str | None = None,
@@ -284,7 +284,7 @@ def export(
         license: license of the weights, for the model card (mit, cc-by-4.0, ...); unset: mit for packaged weights, else
             unknown.
         sampler: onnx only: the sampler of the graph, without added noise; unset: dpmpp.
-        num_steps: onnx only: number of steps; unset: 20 for dpmpp, 50 for ddim.
+        num_steps: onnx only: number of steps; unset: 20 for dpmpp, 50 for ddim, 10 for ipndm and unipc.
         guidance: onnx only: guidance scale, as in `ddpm sample`; unset: 1.
         guide: onnx only: the weaker network of autoguidance; unset: classifier-free guidance.
         guidance_interval: onnx only: lowest and highest noise level at which guidance is applied; unset: all noise

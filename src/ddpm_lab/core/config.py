@@ -17,8 +17,8 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes"
 Prediction = Literal["eps", "x_0", "v", "edm"]
 Conditioning = Literal["shift", "scale_shift"]
 Precision = Literal["auto", "float32", "bf16"]
-Sampler = Literal["ddim", "ddpm", "dpmpp", "heun"]
-Spacing = Literal["uniform", "quadratic", "logsnr"]
+Sampler = Literal["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc"]
+Spacing = Literal["uniform", "quadratic", "logsnr", "karras"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
 Tracker = Literal["none", "tensorboard", "wandb"]
@@ -260,17 +260,19 @@ class SamplingConfig(SettingsGroup):
 
     _grouped = False  # its flags have no group
     sampler: Sampler = "ddim"
-    """ddim (Song et al. 2020), ddpm (Algorithm 2 of Ho et al. 2020; best with all T steps), dpmpp (DPM-Solver++ of
-    second order; fewest evaluations) or heun (Karras et al. 2022)"""
+    """ddim (Song et al. 2020), ddpm (Algorithm 2 of Ho et al. 2020; best with all T steps), or for few steps dpmpp
+    (DPM-Solver++ of second order, Lu et al. 2022), heun (Karras et al. 2022), ipndm (Zhang and Chen 2023) or unipc (of
+    third order, Zhao et al. 2023)"""
     num_steps: Annotated[int | None, Range(1)] = None
     """number of steps, each one evaluation of the network, or two for heun; unset: 50 for ddim, all T for ddpm, 20 for
-    dpmpp, 10 for heun"""
+    dpmpp, 10 for the others"""
     eta: Annotated[float | None, Range(0, 1)] = None
     """ddim and dpmpp only: noise added during sampling, from 0 (none, the default) to 1 (for ddim: the same as ddpm
     with beta_tilde)"""
     spacing: Spacing | None = None
     """which timesteps are visited with fewer than T steps: even in t (uniform), denser near the image (quadratic), even
-    in the logarithm of the signal-to-noise ratio (logsnr); unset: logsnr for dpmpp and heun, else uniform"""
+    in the logarithm of the signal-to-noise ratio (logsnr), or even in the seventh root of the noise level sigma
+    (karras, Karras et al. 2022); unset: uniform for ddim and ddpm, else logsnr"""
     singlestep: bool = False
     """dpmpp only: two evaluations per step, instead of reusing the prediction of the previous step"""
     variance: Variance | None = None

@@ -107,9 +107,11 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
         schedule: of T timesteps.
         num_steps: number of timesteps, from 1 to T.
         spacing: 'uniform' (every T / num_steps, from T-1), 'quadratic' (denser near the image; Song et al. 2020,
-            arXiv:2010.02502, appendix D.2), or 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1
-            to 0; Lu et al. 2022, arXiv:2206.00927). 'logsnr' crosses the part of a chain that is pure noise, as in the
-            cosine schedule, in one step. Timesteps that would coincide move to the next free one.
+            arXiv:2010.02502, appendix D.2), 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1 to
+            0; Lu et al. 2022, arXiv:2206.00927), or 'karras' (even in sigma^(1/7), sigma = sqrt((1 - alpha_bar) /
+            alpha_bar), from T-1 to 0; Karras et al. 2022, arXiv:2206.00364, eq. 5). These two cross the part of a chain
+            that is pure noise, as in the cosine schedule, in one step. Timesteps that would coincide move to the next
+            free one.
     Returns:
         `num_steps` distinct integers, decreasing, the first T-1.
     Raises:
@@ -123,13 +125,15 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
         wanted = [round(T * fraction) - 1 for fraction in fractions]
     elif spacing == "quadratic":
         wanted = [round(T * fraction**2) - 1 for fraction in fractions]
-    elif spacing == "logsnr":
-        falling = -schedule.snr.log()  # increasing in t
-        last = min(float(falling[-1]), -LEAST_LOG_SNR)
-        targets = torch.linspace(float(falling[0]), last, num_steps, dtype=torch.float64)
-        wanted = [int((falling - target).abs().argmin()) for target in targets[:-1]] + [T - 1]
+    elif spacing in ("logsnr", "karras"):
+        levels = -schedule.snr.log()  # 2 ln sigma, increasing in t
+        last = min(levels[-1], torch.tensor(-LEAST_LOG_SNR, dtype=torch.float64))
+        if spacing == "karras":
+            levels, last = (levels / 14).exp(), (last / 14).exp()  # sigma^(1/7)
+        targets = torch.linspace(float(levels[0]), float(last), num_steps, dtype=torch.float64)
+        wanted = [int((levels - target).abs().argmin()) for target in targets[:-1]] + [T - 1]
     else:
-        raise InputError(f"spacing must be uniform, quadratic or logsnr, not {spacing!r}")
+        raise InputError(f"spacing must be uniform, quadratic, logsnr or karras, not {spacing!r}")
     increasing: list[int] = []
     for index, nearest in enumerate(wanted):
         free = max(nearest, increasing[-1] + 1) if increasing else max(nearest, 0)

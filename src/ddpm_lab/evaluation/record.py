@@ -199,7 +199,7 @@ class Sampled(TypedDict):
     weights_sha256: str | None
     """SHA-256 of the weights' file"""
     sampler: str | None
-    """ddpm, ddim, dpmpp or heun"""
+    """ddim, ddpm, dpmpp, heun, ipndm or unipc"""
     num_steps: int | None
     """sampling steps"""
     num_evaluations: int | None
@@ -207,7 +207,7 @@ class Sampled(TypedDict):
     eta: float | None
     """noise of ddim and dpmpp, from 0 to 1"""
     spacing: str | None
-    """which timesteps the steps visit: uniform, quadratic or logsnr"""
+    """which timesteps the steps visit: uniform, quadratic, logsnr or karras"""
     singlestep: bool | None
     """whether dpmpp took two evaluations per step"""
     variance: str | None

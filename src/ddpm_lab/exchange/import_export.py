@@ -79,7 +79,7 @@ def export_generator(
         out: a new or empty folder.
         licence: of the weights, for the README; None: 'mit' for packaged weights, else 'unknown'.
         sampler: of the sampler's graph; None: dpmpp.
-        num_steps: of the sampler's graph; None: 20 for dpmpp, 50 for ddim.
+        num_steps: of the sampler's graph; None: 20 for dpmpp, 50 for ddim, 10 for ipndm and unipc.
         guidance, guide, guidance_interval: of the sampler's graph, as in `SamplingConfig`.
     Returns:
         A line about the folder.

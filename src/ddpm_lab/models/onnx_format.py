@@ -1,16 +1,15 @@
 """The ONNX format: graphs of the network alone, and of a whole sampler from noise to images, for any runtime.
 
-Each step of a sampler that adds no noise is linear in its state, the predicted image and that of the step before; the
-predicted image is a clipped linear function of the state and the network's output. The coefficients are found by
-running the sampler once on random outputs in float64, so no sampler is written twice. They drive an ONNX `Loop` around
-the network's graph: a graph of 50 steps is as small as one of 5.
+Each step of a sampler that adds no noise is linear in its state, the predicted image and what was predicted in the
+three steps before; the predicted image is a clipped linear function of the state and the network's output. The
+coefficients are found by running the sampler once on random outputs in float64, so no sampler is written twice. They
+drive an ONNX `Loop` around the network's graph: a graph of 50 steps is as small as one of 5.
 """
 
 import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,20 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_lab.core.config import Predicted, Spacing
+from ddpm_lab.core.config import Predicted
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.progress import counted, progress
 from ddpm_lab.diffusion.guidance import guided
 from ddpm_lab.diffusion.process import Model
-from ddpm_lab.diffusion.samplers import Step, ddim_steps
 from ddpm_lab.diffusion.schedule import NoiseSchedule
-from ddpm_lab.diffusion.solvers import dpmpp_steps
+from ddpm_lab.diffusion.solvers import STEPS
 from ddpm_lab.diffusion.unet import UNet
 from ddpm_lab.models.trained import TrainedModel
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LoopSampler = Literal["ddim", "dpmpp"]
-SPACING: dict[LoopSampler, Spacing] = {"ddim": "uniform", "dpmpp": "logsnr"}
+LoopSampler = Literal["ddim", "dpmpp", "ipndm", "unipc"]
+NUM_REMEMBERED = 3  # steps
 IMAGE_OF_OUTPUT: dict[str, str] = {  # x_0_hat by prediction, with the names of the example; {0} is sigma_data
     "eps": "(x - noise * output) / signal",
     "x_0": "output",
@@ -48,18 +46,22 @@ class LinearSteps:
     """The coefficients of a sampler, one for each of its S steps, (S,).
 
     x_0_hat = clip(image_of_state x_t + image_of_output output, -1, 1)
-    x_s = keep x_t + add x_0_hat + recall (x_0_hat of the step before)
+    remembered = memory_of_state x_t + memory_of_image x_0_hat, which is x_0_hat or eps_hat
+    x_s = keep x_t + add x_0_hat + sum over k of recall[k] (remembered of the step k + 1 before)
 
     Attributes:
         t: timesteps, int64; the others are float64.
+        recall: (S, 3).
     """
 
     t: np.ndarray
+    recall: np.ndarray
     image_of_state: np.ndarray
     image_of_output: np.ndarray
     keep: np.ndarray
     add: np.ndarray
-    recall: np.ndarray
+    memory_of_state: np.ndarray
+    memory_of_image: np.ndarray
 
 
 def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, prediction: Predicted) -> LinearSteps:
@@ -76,18 +78,20 @@ def linear_steps(sampler: LoopSampler, schedule: NoiseSchedule, num_steps: int, 
         return outputs[-1]
 
     x_T = torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)
-    run: Callable[..., Iterator[Step]] = ddim_steps if sampler == "ddim" else dpmpp_steps
-    spacing = SPACING[sampler]
-    steps = list(run(model, schedule, x_T, num_steps, clip_x_0=False, prediction=prediction, spacing=spacing))
-    of_image, of_state = [], []
-    x_0_before: list[Tensor] = []
+    steps = list(STEPS[sampler](model, schedule, x_T, num_steps, clip_x_0=False, prediction=prediction))
+    numbers, recall = [], []
+    remembered: list[Tensor] = []  # the newest first
     for step, output in zip(steps, outputs, strict=True):
-        of_image.append(_coefficients([step.x_t, output], step.x_0_hat))
-        of_step = _coefficients([step.x_t, step.x_0_hat, *x_0_before], step.x_s)
-        of_state.append([*of_step, 0.0][:3])  # nothing comes before the first step
-        x_0_before = [step.x_0_hat]
+        image = _coefficients([step.x_t, output], step.x_0_hat)
+        keep, add, *recalled = _coefficients([step.x_t, step.x_0_hat, *remembered], step.x_s)
+        recall.append(recalled + [0.0] * (NUM_REMEMBERED - len(remembered)))  # nothing comes before the first step
+        alpha_bar, memory = schedule.alpha_bar_at(step.t), (0.0, 1.0)
+        if sampler == "ipndm":  # eps_hat instead of x_0_hat
+            memory = (1 - alpha_bar) ** -0.5, -((alpha_bar / (1 - alpha_bar)) ** 0.5)
+        numbers.append([*image, keep, add, *memory])
+        remembered = [memory[0] * step.x_t + memory[1] * step.x_0_hat, *remembered][:NUM_REMEMBERED]
     timesteps = np.array([step.t for step in steps], np.int64)
-    return LinearSteps(timesteps, *np.array(of_image).T, *np.array(of_state).T)
+    return LinearSteps(timesteps, np.array(recall), *np.array(numbers).T)
 
 
 def _coefficients(columns: list[Tensor], result: Tensor) -> list[float]:
@@ -218,7 +222,10 @@ def sampler_graph(network: bytes, steps: LinearSteps, image_shape: tuple[int, in
     body.node.extend(nodes)
     scalars = {"minus_one": -1, "one": 1, "half_range": 127.5, "black": 0, "white": 255}
     constants = {name: np.asarray(value, np.float32) for name, value in (asdict(steps) | scalars).items()}
+    constants["recall"] = constants["recall"].reshape(-1, NUM_REMEMBERED, 1, 1, 1, 1)  # beside (B, C, H, W)
     constants |= {"t": steps.t, "num_steps": np.array(len(steps.t)), "go_on": np.array(True)}
+    constants |= {"first": np.array([0]), "older": np.array([NUM_REMEMBERED - 1])}
+    constants["all"] = np.array([NUM_REMEMBERED, 1, 1, 1, 1])
     graph.initializer.extend(model.graph.initializer)
     graph.initializer.extend(onnx.numpy_helper.from_array(value, f"ddpm_{name}") for name, value in constants.items())
     graph.input.extend(entry for entry in model.graph.input if entry.name == "y")

@@ -139,7 +139,7 @@ def check_interpolation(config: SamplingConfig, to_seed: int) -> None:
     """
     check_seed(to_seed, "to_seed")
     if config.sampler == "ddpm" or config.eta:
-        raise InputError("interpolation requires a deterministic sampler: ddim, dpmpp or heun, with eta 0")
+        raise InputError("interpolation requires a deterministic sampler: any but ddpm, with eta 0")
 
 
 def interpolate(

@@ -22,18 +22,14 @@ from ddpm_lab.core.device import autocast, compiled, precision_of, resolve_preci
 from ddpm_lab.core.errors import require
 from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.diffusion.guidance import ClassModel, classes_in_turn, guided, guided_timesteps
-from ddpm_lab.diffusion.samplers import Step, ddim_steps, ddpm_steps
+from ddpm_lab.diffusion.samplers import Step
 from ddpm_lab.diffusion.schedule import build_schedule, sampling_timesteps
-from ddpm_lab.diffusion.solvers import dpmpp_steps, heun_steps
+from ddpm_lab.diffusion.solvers import STEPS
 from ddpm_lab.models.diffusers_format import is_diffusers
 from ddpm_lab.models.trained import TrainedModel, find_checkpoint, load
 
-STEPS: dict[str, Callable[..., Iterator[Step]]] = {
-    "ddpm": ddpm_steps,
-    "ddim": ddim_steps,
-    "dpmpp": dpmpp_steps,
-    "heun": heun_steps,
-}
+DEFAULT_STEPS = {"ddim": 50, "dpmpp": 20}  # of the others 10, but all T of ddpm
+STOCHASTIC = ("ddim", "ddpm", "dpmpp")  # samplers that can add noise
 
 
 class ImageNoise:
@@ -85,7 +81,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     guidance_timesteps = guided_timesteps(build_schedule(trained.config.diffusion), config.guidance_interval)
     T = trained.schedule.num_timesteps
     limit = T // 2 if config.singlestep else T
-    default = {"ddpm": T, "ddim": min(50, T), "dpmpp": min(20, T), "heun": min(10, T)}[config.sampler]
+    default = T if config.sampler == "ddpm" else min(DEFAULT_STEPS.get(config.sampler, 10), T)
     num_steps = config.num_steps or (max(default // 2, 1) if config.singlestep else default)
     require(
         num_steps <= limit,
@@ -95,11 +91,11 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     device = next(trained.model.parameters()).device
     dtype = resolve_precision(config.precision, device)
     settings: dict[str, Any] = {
-        "spacing": config.spacing or ("logsnr" if config.sampler in ("dpmpp", "heun") else "uniform")
+        "spacing": config.spacing or ("uniform" if config.sampler in ("ddim", "ddpm") else "logsnr")
     }
     if config.sampler == "ddpm":
         settings["variance"] = config.variance or (trained.variance if num_steps == T else "beta_tilde")
-    elif config.sampler != "heun":
+    elif config.sampler in STOCHASTIC:
         settings["eta"] = config.eta or 0.0
     scale = 1.0 if config.guidance is None else config.guidance
     resolved = dataclasses.replace(
@@ -127,7 +123,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             with autocast(device, dtype):
                 return output(x_t, t)
 
-        stochastic: dict[str, Any] = {} if config.sampler == "heun" else {"noise": noise}
+        stochastic: dict[str, Any] = {"noise": noise} if config.sampler in STOCHASTIC else {}
         return STEPS[config.sampler](model, trained.schedule, x_T, num_steps, **settings, **stochastic)
 
     visited = sampling_timesteps(trained.schedule, num_steps * (1 + config.singlestep), settings["spacing"])

@@ -19,7 +19,7 @@ from ddpm_lab.studies.results import Results, as_csv, gather
 
 STYLES = {"rescaled": "-", "cosine": "-.", "fixed range": "--"}
 MARKERS = {"-": "o", "-.": "v", "--": "D", ":": "s"}  # by line style
-SAMPLER_MARKERS = {"dpmpp": "^", "heun": "P", "ddpm": "X"}  # DDIM is drawn as a line
+SAMPLER_MARKERS = {"dpmpp": "^", "heun": "P", "ipndm": "P", "unipc": "P", "ddpm": "X"}  # DDIM is drawn as a line
 
 
 def write_report(out: Path) -> str:

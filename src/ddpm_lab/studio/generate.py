@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.config import SamplingConfig
+from ddpm_lab.core.config import Sampler, SamplingConfig
 from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.models.trained import TrainedModel
 from ddpm_lab.pictures.drawing import Picture
@@ -25,7 +25,6 @@ from ddpm_lab.studio.sources import guide_names, model_names, new_folder, open_m
 MAX_IMAGES, MAX_STATES = 64, 41  # on the page, and of a trajectory that is kept
 PICTURE_SECONDS = 0.12  # between two pictures: more of them cannot be seen, and the page would lag behind
 NO_GUIDE, ALL_CLASSES = "none", "all in turn"
-SAMPLERS = ("ddim", "dpmpp", "ddpm", "heun")
 
 
 def sampling_config(
@@ -122,7 +121,7 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
         with gr.Column(scale=1, min_width=280):
             source = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
             with gr.Row():
-                sampler = gr.Dropdown(list(SAMPLERS), value="dpmpp", label="Sampler", elem_id="sampler")
+                sampler = gr.Dropdown(list(get_args(Sampler)), value="dpmpp", label="Sampler", elem_id="sampler")
                 steps = gr.Number(20, label="Steps", precision=0, minimum=1, elem_id="steps")
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Images", elem_id="count")
