@@ -159,9 +159,9 @@ class Measurements:
             if engine == "graphs":
                 generation.compiled = GRAPHS  # type: ignore[assignment]
             task = generation.sampling_task(trained, sampling)
-            task((0, size))  # the network is compiled at its first use
+            task((0, size, size))  # the network is compiled at its first use
             generation.compiled = before
-            return lambda: task((0, size))
+            return lambda: task((0, size, size))
 
         engines = {OURS: "torch", f"{OURS}, compiled": "compile", f"{OURS}, CUDA graphs": "graphs"}
         contestants = {name: ours(engine) for name, engine in engines.items()}

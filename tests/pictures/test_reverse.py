@@ -231,15 +231,12 @@ def test_a_picture_of_few_steps_has_a_column_for_each_state(trained, tmp_path):
     assert "4 images in 4 states" in line
 
 
-@pytest.mark.parametrize("command", ["reverse", "interpolate", "reconstruct", "curves norms"])
-def test_pictures_are_sampled_in_small_batches_by_default(command):
-    from ddpm_lab.cli import picture_commands  # noqa: F401 (registers them)
-    from ddpm_lab.cli.commands import app
-
-    for flags, size in (("", 8), (" --seed 3", 8), (" --num-steps 9 --batch-size 16", 16)):
-        _, bound, _ = app.parse_args(f"{command} mnist --out a.png{flags}")
-        sampling = bound.arguments.get("sampling", bound.signature.parameters["sampling"].default)
-        assert sampling.batch_size == size
+@pytest.mark.parametrize(("num_images", "rows"), [(2, {2}), (6, {4})])
+def test_a_trajectory_of_few_images_computes_few_rows(trained, monkeypatch, num_images, rows):
+    computed, forward = set(), trained.model.forward
+    monkeypatch.setattr(trained.model, "forward", lambda x_t, t: computed.add(len(x_t)) or forward(x_t, t))
+    record_trajectory(trained, SamplingConfig(num_steps=2, batch_size=4), num_images, 3)
+    assert computed == rows
 
 
 def test_pictures_of_a_folder_are_fitted_to_the_network(trained, tmp_path):

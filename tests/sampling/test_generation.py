@@ -53,15 +53,28 @@ def test_a_loaded_model_is_called_as_documented(trained):
     ],
 )
 def test_an_image_does_not_depend_on_how_many_are_sampled(trained, settings):
-    """Bit for bit at one batch size; across batch sizes by at most 1 of 255."""
+    """Bit for bit at one batch size; across batch sizes, and for fewer images than a batch, by at most 1 of 255."""
     many = images(trained, 11, batch_size=4, **settings)
     assert many.shape == (11, 1, 8, 8)
     assert many.dtype == torch.uint8
     for number in (4, 6, 9):
         assert torch.equal(images(trained, number, batch_size=4, **settings), many[:number])
+    for number in (1, 3):
+        padded = torch.cat(list(generate(trained, number, SamplingConfig(batch_size=4, **settings), pad=True)))
+        assert torch.equal(padded, many[:number])
+        assert torch.equal(images(trained, number, batch_size=4, **settings),
+                           images(trained, number, batch_size=number, **settings))  # fmt: skip
     for batch_size in (1, 3, 11):
         other = images(trained, 11, batch_size=batch_size, **settings)
         assert int((other.int() - many.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize(("number", "pad", "rows"), [(1, False, [1]), (1, True, [4]), (5, False, [4, 4])])
+def test_no_more_rows_are_computed_than_needed(trained, monkeypatch, number, pad, rows):
+    computed, forward = [], trained.model.forward
+    monkeypatch.setattr(trained.model, "forward", lambda x_t, t: computed.append(len(x_t)) or forward(x_t, t))
+    list(generate(trained, number, SamplingConfig(num_steps=1, batch_size=4), pad=pad))
+    assert computed == rows
 
 
 def test_bf16_samples_nearly_the_same_images(trained):

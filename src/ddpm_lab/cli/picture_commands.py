@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from ddpm_lab.cli.commands import Checkpoint, DataDir, Device, Source, Weights, app
-from ddpm_lab.core.config import FewImagesConfig
+from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.pictures.picture_settings import PICTURE_ENDINGS, PictureConfig
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Betas = Annotated[
     Parameter(help="linear times 1000/T (rescaled), linear 1e-4 .. 0.02 at every T (fixed), cosine; one or several"),
 ]
 Picture = Annotated[PictureConfig, Parameter(name="*")]
-Sampling = Annotated[FewImagesConfig, Parameter(name="*")]
+Sampling = Annotated[SamplingConfig, Parameter(name="*")]
 curves = App(
     name="curves",
     help="Draw curves: noise schedules, training, the norm of x_t.",
@@ -87,7 +87,7 @@ def reverse(
     *sources: Source,
     out: Path,
     num_images: int = 4,
-    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
     settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
     model: ModelOptions = ModelOptions(),
 ) -> None:
@@ -113,7 +113,7 @@ def interpolate(
     out: Path,
     to_seed: int = 1,
     num_images: int = 4,
-    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
     settings: Picture = PictureConfig(),  # noqa: B008 (frozen)
     model: ModelOptions = ModelOptions(),
 ) -> None:
@@ -141,7 +141,7 @@ def reconstruct(
     dataset: str | None = None,
     split: Literal["train", "test"] | None = None,
     num_images: int = 4,
-    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
     scale: int | None = None,
     model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
@@ -200,7 +200,7 @@ def norms(
     *,
     out: Path,
     num_images: int = 64,
-    sampling: Sampling = FewImagesConfig(),  # noqa: B008 (frozen)
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
     model: ModelOptions = ModelOptions(),
     data_dir: DataDir = None,
 ) -> None:

@@ -293,7 +293,8 @@ class SamplingConfig(SettingsGroup):
     seed: Annotated[int, Range(0)] = 0
     """seed of the noise; image i of a seed is always the same image"""
     batch_size: Annotated[int, Range(1, 65_536)] = 64
-    """images per batch; in float32 another batch size may change the last bit of an image, in bfloat16 a little more"""
+    """images per batch, at most as many as are asked for; in float32 another batch size may change the last bit of an
+    image, in bfloat16 a little more"""
     precision: Precision = "float32"
     """bf16 computes convolutions, products and attention in bfloat16, which is faster where the device supports it and
     changes images a little; auto: bf16 where the device has fast instructions for it"""
@@ -321,14 +322,6 @@ class SamplingConfig(SettingsGroup):
                 not given or self.guidance not in (None, 0, 1), f"{name} requires a guidance above 0 and other than 1"
             )
         require(not (self.class_ and self.guidance == 0), "guidance 0 ignores the class; omit the class")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewImagesConfig(SamplingConfig):
-    """The same with small batches, for pictures of a few images: a batch is always computed in full."""
-
-    batch_size: Annotated[int, Range(1, 65_536)] = 8
-    """images per batch; in float32 another batch size may change the last bit of an image, in bfloat16 a little more"""
 
 
 @dataclass(frozen=True, kw_only=True)

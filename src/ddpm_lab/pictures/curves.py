@@ -256,10 +256,10 @@ def state_norms(
     with progress("sampling", num_images * sampler.num_steps, "steps") as advance:
         for first in range(0, num_images, sampler.config.batch_size):
             wanted = min(sampler.config.batch_size, num_images - first)
-            for step in trajectory(trained, sampler, first):
-                sums[step.t + 1] = sums.get(step.t + 1, 0.0) + float(step.x_t[:wanted].square().mean()) * wanted
+            for step in trajectory(trained, sampler, range(first, first + wanted)):
+                sums[step.t + 1] = sums.get(step.t + 1, 0.0) + float(step.x_t.square().mean()) * wanted
                 advance(wanted)
-            sums[0] = sums.get(0, 0.0) + float(step.x_s[:wanted].square().mean()) * wanted
+            sums[0] = sums.get(0, 0.0) + float(step.x_s.square().mean()) * wanted
     sampled = [(t, (total / num_images) ** 0.5) for t, total in sums.items()]
     return StateNorms(describe_generator(trained, sampler), np.arange(1, T + 1), theory.numpy(), noised, sampled)
 

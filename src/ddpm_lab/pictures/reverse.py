@@ -65,11 +65,11 @@ def record_trajectory(
     """
     sampler = build_sampler(trained, config)
     kept = [round(i * sampler.num_steps / (num_states - 1)) for i in range(num_states)]
-    batches = []
+    batches, rows = [], min(config.batch_size, num_images)
     for first in range(0, num_images, config.batch_size):
         wanted = min(config.batch_size, num_images - first)
         states = {}
-        for index, step in enumerate(trajectory(trained, sampler, first)):
+        for index, step in enumerate(trajectory(trained, sampler, range(first, first + rows))):
             if index in kept:
                 states[index] = (step.t + 1, to_uint8(step.x_t[:wanted]).cpu(), to_uint8(step.x_0_hat[:wanted]).cpu())
             on_step(wanted)

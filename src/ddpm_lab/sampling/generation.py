@@ -2,7 +2,7 @@
 
 Image i of seed s draws all its noise from a generator seeded by (s, i), on the CPU, in the order of the sampler's
 steps. Every batch has the same number of rows, so that at one batch size an image does not depend on how many are
-sampled, bit for bit.
+sampled, bit for bit. Only where fewer images than a batch are asked for, a batch has as many rows as images.
 """
 
 import dataclasses
@@ -202,6 +202,8 @@ def generate(
     config: SamplingConfig,
     on_step: Callable[[int], object] = lambda rows: None,
     begin: int = 0,
+    *,
+    pad: bool = False,
 ) -> Iterator[Tensor]:
     """Sample images begin .. num_images - 1 of a seed, batch by batch.
 
@@ -211,6 +213,7 @@ def generate(
         config: sampler, steps, seed, batch size.
         on_step: called after each step of each batch with the number of its images that are kept.
         begin: a multiple of the batch size.
+        pad: compute a full batch even for fewer images, so that they stay the same bits when more are sampled later.
     Yields:
         uint8 (b, C, H, W) on the CPU, with b at most `batch_size`.
     Raises:
@@ -218,7 +221,8 @@ def generate(
     """
     require(num_images >= 1, f"num_images must be at least 1, not {num_images}")
     size = config.batch_size
-    batches = ((first, min(size, num_images - first)) for first in range(begin, num_images, size))
+    rows = size if pad else min(size, num_images)
+    batches = ((first, min(size, num_images - first), rows) for first in range(begin, num_images, size))
     task = sampling_task(trained, config, on_step)
     for index, images in enumerate(processes.map_across_ranks("sample", task, batches)):
         if processes.is_on_another_rank(index):
@@ -228,13 +232,13 @@ def generate(
 
 def sampling_task(
     trained: TrainedModel, config: SamplingConfig, on_step: Callable[[int], object] = lambda rows: None
-) -> Callable[[tuple[int, int]], Tensor]:
-    """A function that samples one batch: (index of the first image, how many are kept) -> (b, C, H, W) uint8, CPU."""
+) -> Callable[[tuple[int, int, int]], Tensor]:
+    """A function that samples one batch: (index of the first image, number kept, rows) -> (b, C, H, W) uint8, CPU."""
     sampler = build_sampler(trained, config)
 
-    def sample_batch(batch: tuple[int, int]) -> Tensor:
-        first, count = batch
-        for step in trajectory(trained, sampler, first):
+    def sample_batch(batch: tuple[int, int, int]) -> Tensor:
+        first, count, rows = batch
+        for step in trajectory(trained, sampler, range(first, first + rows)):
             x_0 = step.x_s
             on_step(count)
         return to_uint8(x_0[:count]).cpu()
@@ -242,10 +246,9 @@ def sampling_task(
     return sample_batch
 
 
-def trajectory(trained: TrainedModel, sampler: Sampler, first: int = 0) -> Iterator[Step]:
-    """The steps of one batch: images first .. first + batch_size - 1 of the sampler's seed."""
+def trajectory(trained: TrainedModel, sampler: Sampler, indices: range) -> Iterator[Step]:
+    """The steps of one batch: the images with these indices of the sampler's seed."""
     device = next(trained.model.parameters()).device
-    indices = range(first, first + sampler.config.batch_size)
     noise = ImageNoise(sampler.config.seed, indices, trained.image_shape, device)
     return sampler.steps(noise(-1), noise, class_labels(trained, sampler.config, indices))
 

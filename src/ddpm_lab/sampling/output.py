@@ -43,6 +43,8 @@ def sample_to_folder(
 ) -> int:
     """Sample into a folder of PNGs, `00000000.png` and on; images that an earlier call wrote are kept.
 
+    Batches are computed in full, so that the images stay the same bits when a later call adds more.
+
     `sampling.json` in the folder identifies the weights and settings of the images.
 
     Args:
@@ -84,7 +86,7 @@ def sample_to_folder(
             ThreadPoolExecutor(1, "writing") as writer,  # writes a batch while the next is sampled
         ):
             first, writing = begin, writer.submit(_save_pngs, folder, 0, ())
-            for batch in generate(trained, num_images, config, on_step=advance, begin=begin):
+            for batch in generate(trained, num_images, config, on_step=advance, begin=begin, pad=True):
                 writing.result()
                 writing = writer.submit(_save_pngs, folder, first, batch)
                 first += len(batch)

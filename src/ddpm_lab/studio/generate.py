@@ -80,7 +80,7 @@ def watch(trained: TrainedModel, config: SamplingConfig) -> Iterator[tuple[Pictu
     every = max(1, -(-sampler.num_steps // (MAX_STATES - 1)))
     kept: list[tuple[int, Tensor, Tensor]] = []
     begun = drawn = time.monotonic()
-    for index, step in enumerate(trajectory(trained, sampler)):
+    for index, step in enumerate(trajectory(trained, sampler, range(config.batch_size))):
         is_last = index + 1 == sampler.num_steps
         if index % every == 0 or is_last:
             kept.append((step.t + 1, to_uint8(step.x_t).cpu(), to_uint8(step.x_0_hat).cpu()))
