@@ -429,20 +429,21 @@ def test_every_state_of_ddpm_is_that_of_diffusers(schedule, variance, theirs, nu
 
 @pytest.mark.parametrize("schedule", [linear_schedule(1000), linear_schedule(500, False)])
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize(("num_steps", "spacing"), [(20, "uniform"), (50, "leading")])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
-def test_every_state_of_ddim_is_that_of_diffusers(schedule, eta, num_steps, clip, prediction):
-    """Its DDIMScheduler with timestep_spacing='trailing', set_alpha_to_one, use_clipped_model_output."""
+def test_every_state_of_ddim_is_that_of_diffusers(schedule, eta, num_steps, spacing, clip, prediction):
+    """Its DDIMScheduler with set_alpha_to_one and use_clipped_model_output; its name for 'uniform' is 'trailing'."""
     T = schedule.num_timesteps
     scheduler = DDIMScheduler(
-        T, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="trailing", prediction_type=THEIR_NAME[prediction]
-    )
+        T, clip_sample=clip, set_alpha_to_one=True, prediction_type=THEIR_NAME[prediction],
+        timestep_spacing="trailing" if spacing == "uniform" else spacing,
+    )  # fmt: skip
     ours_in(scheduler, schedule).set_timesteps(num_steps)
     sample = x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     noise = fixed_noise(x_T.shape)
     steps = ddim_steps(
-        odd_model, schedule, x_T, num_steps, eta=eta, clip_x_0=clip, noise=noise, prediction=prediction
+        odd_model, schedule, x_T, num_steps, eta=eta, clip_x_0=clip, noise=noise, spacing=spacing, prediction=prediction
     )  # fmt: skip
     for i, (step, t) in enumerate(zip(steps, scheduler.timesteps, strict=True)):
         output = scheduler.step(

@@ -94,7 +94,9 @@ def test_timesteps_by_hand():
     assert sampling_timesteps(cosine_schedule(10), 10) == list(range(9, -1, -1))
     assert sampling_timesteps(schedule, 4) == [999, 749, 499, 249]
     assert sampling_timesteps(schedule, 5, "quadratic") == [999, 639, 359, 159, 39]
-    for spacing in ("uniform", "quadratic", "logsnr", "karras"):
+    assert sampling_timesteps(schedule, 4, "leading") == [750, 500, 250, 0]
+    assert sampling_timesteps(cosine_schedule(10), 4, "leading") == [7, 5, 2, 0]
+    for spacing in ("uniform", "leading", "quadratic", "logsnr", "karras"):
         assert sampling_timesteps(schedule, 1000, spacing) == list(range(999, -1, -1))
 
 

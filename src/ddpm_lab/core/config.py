@@ -18,7 +18,7 @@ Prediction = Literal["eps", "x_0", "v", "edm"]
 Conditioning = Literal["shift", "scale_shift"]
 Precision = Literal["auto", "float32", "bf16"]
 Sampler = Literal["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc"]
-Spacing = Literal["uniform", "quadratic", "logsnr", "karras"]
+Spacing = Literal["uniform", "leading", "quadratic", "logsnr", "karras"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
 Tracker = Literal["none", "tensorboard", "wandb"]
@@ -270,9 +270,10 @@ class SamplingConfig(SettingsGroup):
     """ddim and dpmpp only: noise added during sampling, from 0 (none, the default) to 1 (for ddim: the same as ddpm
     with beta_tilde)"""
     spacing: Spacing | None = None
-    """which timesteps are visited with fewer than T steps: even in t (uniform), denser near the image (quadratic), even
-    in the logarithm of the signal-to-noise ratio (logsnr), or even in the seventh root of the noise level sigma
-    (karras, Karras et al. 2022); unset: uniform for ddim and ddpm, else logsnr"""
+    """which timesteps are visited with fewer than T steps: even in t, to the noisiest (uniform) or from the least noisy
+    (leading, the default of diffusers' DDIMScheduler), denser near the image (quadratic), even in the logarithm of the
+    signal-to-noise ratio (logsnr), or even in the seventh root of the noise level sigma (karras, Karras et al. 2022);
+    unset: uniform for ddpm and ddim, or for ddim that of the imported DDIM pipeline; for the others logsnr"""
     singlestep: bool = False
     """dpmpp only: two evaluations per step, instead of reusing the prediction of the previous step"""
     variance: Variance | None = None

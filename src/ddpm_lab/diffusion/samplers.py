@@ -28,7 +28,7 @@ class Step:
     """One step of a sampler.
 
     Attributes:
-        t: the timestep at the start of the step; T-1 in the first step.
+        t: the timestep at the start of the step; T-1 in the first step, but for the spacing 'leading'.
         x_t: the state at t, (B, C, H, W).
         x_s: the state at the end of the step; the sample itself in the last step.
         x_0_hat: the clean image predicted at t, clipped if the sampler clips.
@@ -71,8 +71,8 @@ def step_pairs(schedule: NoiseSchedule, num_steps: int | None, spacing: Spacing)
         num_steps: number of steps, from 1 to T; None: T.
         spacing: see `schedule.sampling_timesteps`, which chooses the timesteps.
     Returns:
-        (t, s, alpha_bar_t, alpha_bar_s) of each step, with t > s and each s the t of the next step. The first t is T-1.
-        The last s is -1, the clean image, with alpha_bar_s = 1.
+        (t, s, alpha_bar_t, alpha_bar_s) of each step, with t > s and each s the t of the next step. The last s is -1,
+        the clean image, with alpha_bar_s = 1.
     Raises:
         InputError: num_steps out of range, or unknown spacing.
     """

@@ -106,14 +106,14 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
     Args:
         schedule: of T timesteps.
         num_steps: number of timesteps, from 1 to T.
-        spacing: 'uniform' (every T / num_steps, from T-1), 'quadratic' (denser near the image; Song et al. 2020,
-            arXiv:2010.02502, appendix D.2), 'logsnr' (even in the logarithm of the signal-to-noise ratio, from T-1 to
-            0; Lu et al. 2022, arXiv:2206.00927), or 'karras' (even in sigma^(1/7), sigma = sqrt((1 - alpha_bar) /
-            alpha_bar), from T-1 to 0; Karras et al. 2022, arXiv:2206.00364, eq. 5). These two cross the part of a chain
-            that is pure noise, as in the cosine schedule, in one step. Timesteps that would coincide move to the next
-            free one.
+        spacing: 'uniform' (every T / num_steps, from T-1), 'leading' (every T / num_steps, down to 0), 'quadratic'
+            (denser near the image; Song et al. 2020, arXiv:2010.02502, appendix D.2), 'logsnr' (even in the logarithm
+            of the signal-to-noise ratio, from T-1 to 0; Lu et al. 2022, arXiv:2206.00927), or 'karras' (even in
+            sigma^(1/7), sigma = sqrt((1 - alpha_bar) / alpha_bar), from T-1 to 0; Karras et al. 2022, arXiv:2206.00364,
+            eq. 5). These two cross the part of a chain that is pure noise, as in the cosine schedule, in one step.
+            Timesteps that would coincide move to the next free one.
     Returns:
-        `num_steps` distinct integers, decreasing, the first T-1.
+        `num_steps` distinct integers, decreasing, the first T-1 but for 'leading'.
     Raises:
         InputError: num_steps outside 1 .. T, or an unknown spacing.
     """
@@ -123,6 +123,8 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
     fractions = [(i + 1) / num_steps for i in range(num_steps)]  # (0, 1], increasing
     if spacing == "uniform":
         wanted = [round(T * fraction) - 1 for fraction in fractions]
+    elif spacing == "leading":
+        wanted = [T * i // num_steps for i in range(num_steps)]
     elif spacing == "quadratic":
         wanted = [round(T * fraction**2) - 1 for fraction in fractions]
     elif spacing in ("logsnr", "karras"):
@@ -133,7 +135,7 @@ def sampling_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing
         targets = torch.linspace(float(levels[0]), float(last), num_steps, dtype=torch.float64)
         wanted = [int((levels - target).abs().argmin()) for target in targets[:-1]] + [T - 1]
     else:
-        raise InputError(f"spacing must be uniform, quadratic, logsnr or karras, not {spacing!r}")
+        raise InputError(f"spacing must be uniform, leading, quadratic, logsnr or karras, not {spacing!r}")
     increasing: list[int] = []
     for index, nearest in enumerate(wanted):
         free = max(nearest, increasing[-1] + 1) if increasing else max(nearest, 0)
