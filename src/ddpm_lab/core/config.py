@@ -94,6 +94,19 @@ class ModelConfig(SettingsGroup):
     num_classes: Annotated[int | None, Range(2, 100_000)] = None
     """number of classes of a conditional network, as many as the data set has (10 for mnist, cifar10 and digits);
     unset: an unconditional network"""
+    num_positions: Annotated[int, Range(2, 10_000)] = 1000
+    """the network takes timesteps as positions from 0 to num_positions - 1 on the scale of noise, whatever T is; as
+    many as T: the timesteps themselves, as networks of diffusers do"""
+    downsample_padding: Annotated[int, Range(0, 1)] = 0
+    """zeros around the input of a strided convolution: at the right and the bottom only (0, Ho et al. 2020), or on all
+    sides (1, the default of diffusers)"""
+    flip_sin_to_cos: bool = False
+    """time embedding: cosines before sines, as is the default of diffusers"""
+    freq_shift: Annotated[int, Range(0, 1)] = 1
+    """time embedding: frequencies from 1 down to 1/10000 (1, Ho et al. 2020), or to just above it (0, the default of
+    diffusers)"""
+    norm_eps: Annotated[float, Range(0, 1, open_low=True)] = 1e-6
+    """number added to the variance in each group normalisation; the default of diffusers is 1e-5"""
 
     def _check(self) -> None:
         require(

@@ -9,35 +9,36 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_lab.core.config import Conditioning, ModelConfig
+from ddpm_lab.core.config import ModelConfig
 from ddpm_lab.core.errors import InputError
 
-NORM_EPS = 1e-6
 NARROW_HEAD = 16  # channels of a head below which attention on a CPU is faster with padding
 CACHED_WEIGHTS = 2**21  # attention weights that fit into the cache of a CPU
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def timestep_embedding(position: Tensor, channels: int) -> Tensor:
+def timestep_embedding(position: Tensor, channels: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
     """Sines then cosines of a position at frequencies 1 .. 1/10000 (Vaswani et al. 2017; Ho et al.'s spacing).
 
     Args:
         position: (B,) float32, on the scale of 0 .. 999.
         channels: even, at least 4.
+        flip_sin_to_cos: cosines then sines.
+        freq_shift: 0: 1/10000 would be the frequency after the last.
     Returns:
         (B, channels) float32.
     """
     half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=position.device) / (half - 1)
+    exponent = torch.arange(half, dtype=torch.float32, device=position.device) / (half - freq_shift)
     angle = position[:, None] * torch.exp(-math.log(10_000) * exponent)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+    return torch.cat([angle.cos(), angle.sin()] if flip_sin_to_cos else [angle.sin(), angle.cos()], dim=1)
 
 
 def _entries(table: Tensor, t: Tensor) -> Tensor:
@@ -56,6 +57,10 @@ def _table(rows: int, columns: int) -> nn.Embedding:
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, scale: float = 1.0) -> nn.Conv2d:
     return _initialised(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2), scale)
+
+
+def _norm(channels: int, config: ModelConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
 
 
 def _initialised(layer: Layer, scale: float = 1.0) -> Layer:
@@ -79,10 +84,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         super().__init__()
         self.scale_shift = config.time_conditioning == "scale_shift"
-        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=NORM_EPS)
+        self.norm1 = _norm(in_channels, config)
         self.conv1 = _convolution(in_channels, out_channels)
         self.embedding = _initialised(nn.Linear(4 * config.base_channels, out_channels * (1 + self.scale_shift)))
-        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=NORM_EPS)
+        self.norm2 = _norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _convolution(out_channels, out_channels, scale=0)
         same = in_channels == out_channels
@@ -125,10 +130,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Every position attends to every other: softmax(q k^T / sqrt(channels per head)) v, added to the input."""
 
-    def __init__(self, channels: int, head_channels: int | None, norm_groups: int) -> None:
+    def __init__(self, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = channels // head_channels if head_channels else 1
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.heads = channels // (config.attention_head_channels or channels)
+        self.norm = _norm(channels, config)
         self.query_key_value = _initialised(nn.Linear(channels, 3 * channels))
         self.out = _initialised(nn.Linear(channels, channels), scale=0)
 
@@ -141,14 +146,14 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded only at the right and the bottom (as Ho et al.)."""
+    """Halve height and width by a strided convolution, with `downsample_padding` 0 padded as Ho et al. do."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.conv = _initialised(nn.Conv2d(channels, channels, 3, stride=2))
+        self.conv = _initialised(nn.Conv2d(channels, channels, 3, stride=2, padding=config.downsample_padding))
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
+        return cast(Tensor, self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1))))
 
 
 class Upsample(nn.Module):
@@ -170,10 +175,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(i, o, config) for i, o in channels)
-        self.attentions = nn.ModuleList(
-            SelfAttention(o, config.attention_head_channels, config.norm_groups) if attention else nn.Identity()
-            for _, o in channels
-        )
+        self.attentions = nn.ModuleList(SelfAttention(o, config) if attention else nn.Identity() for _, o in channels)
         self.resample = resample
 
 
@@ -186,16 +188,13 @@ class UNet(nn.Module):
         channel_multipliers: one per level; each level after the first halves height and width.
         num_blocks: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels with self-attention, counted from 0; the middle always has it.
-        attention_head_channels: channels per head; None: one head.
-        dropout: probability of dropout in the residual blocks during training.
-        norm_groups: groups of the group normalisations. Warns if a level has one channel per group: the normalisation
-            then removes what the time embedding adds to a channel, and the level ignores t.
-        patch_size: side of the patches that are folded into channels at the input and unfolded at the output.
-        time_conditioning: 'shift' or 'scale_shift', see `ResidualBlock`.
-        num_classes: number of classes of a conditional network; None: an unconditional network.
         num_timesteps: T; the network takes integer t and scales it itself.
+        **settings: the other settings of `ModelConfig`, such as dropout. Warns if norm_groups gives a level one channel
+            per group: the normalisation then removes what the time embedding adds to a channel, and the level ignores
+            t.
     Raises:
         InputError: a value out of range, or values that do not fit each other.
+        TypeError: no such setting.
     """
 
     def __init__(
@@ -205,13 +204,9 @@ class UNet(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 2,
         attention_levels: Sequence[int] = (1,),
-        attention_head_channels: int | None = None,
-        dropout: float = 0.1,
-        norm_groups: int = 32,
-        patch_size: int = 1,
-        time_conditioning: Conditioning = "shift",
-        num_classes: int | None = None,
+        *,
         num_timesteps: int = 1000,
+        **settings: Any,
     ) -> None:
         super().__init__()
         self.config = ModelConfig(
@@ -219,15 +214,11 @@ class UNet(nn.Module):
             channel_multipliers=tuple(channel_multipliers),
             num_blocks=num_blocks,
             attention_levels=tuple(attention_levels),
-            attention_head_channels=attention_head_channels,
-            dropout=dropout,
-            norm_groups=norm_groups,
-            patch_size=patch_size,
-            time_conditioning=time_conditioning,
-            num_classes=num_classes,
+            **settings,
         )
+        norm_groups, patch_size, num_classes = self.config.norm_groups, self.config.patch_size, self.config.num_classes
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        if time_conditioning == "shift" and norm_groups in widths:
+        if self.config.time_conditioning == "shift" and norm_groups in widths:
             warnings.warn(
                 f"model.norm_groups of {norm_groups} equals the channels of a level, which then ignores the timestep; "
                 "use fewer groups",
@@ -251,13 +242,13 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             blocks = [(kept[-1] if n == 0 else width, width) for n in range(num_blocks)]
-            resample: nn.Module | None = Downsample(width) if index < last else None
+            resample: nn.Module | None = Downsample(width, self.config) if index < last else None
             self.down.append(Level(blocks, self.config, index in attention_levels, resample))
             kept += [width] * (num_blocks + (index < last))
 
         middle = widths[-1]
         self.middle_in = ResidualBlock(middle, middle, self.config)
-        self.middle_attention = SelfAttention(middle, attention_head_channels, norm_groups)
+        self.middle_attention = SelfAttention(middle, self.config)
         self.middle_out = ResidualBlock(middle, middle, self.config)
 
         self.up = nn.ModuleList()
@@ -271,7 +262,7 @@ class UNet(nn.Module):
             self.up.append(Level(blocks, self.config, index in attention_levels, resample))
         assert not kept
 
-        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=NORM_EPS)
+        self.norm_out = _norm(widths[0], self.config)
         self.conv_out = _convolution(widths[0], image_channels * patch_size**2, scale=0)
         self.input_scale: Tensor | None
         self.register_buffer("input_scale", None)
@@ -311,8 +302,10 @@ class UNet(nn.Module):
                 f"not {tuple(x_t.shape)}"
             )
         # The position stands for the noise level, for every T; in float32, for bfloat16 rounds 999 to 1000.
-        position = 1000 * (t.float() + 1) / self.num_timesteps - 1
-        embedding = self.time_embedding(timestep_embedding(position, self.config.base_channels))  # (B, E)
+        config = self.config
+        position = config.num_positions * (t.float() + 1) / self.num_timesteps - 1
+        embedding = timestep_embedding(position, config.base_channels, config.flip_sin_to_cos, config.freq_shift)
+        embedding = self.time_embedding(embedding)  # (B, E)
         if self.class_embedding is not None:
             no_label = torch.full_like(t, self.num_classes, dtype=torch.int64)
             embedding = embedding + self.class_embedding(no_label if y is None else y)
