@@ -51,33 +51,38 @@ def copy_from_diffusers(ours: UNet, theirs: UNet2DModel) -> None:
     assert not weights, sorted(weights)
 
 
+HO = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
+
+
 @pytest.mark.filterwarnings("ignore:model.norm_groups")
 @pytest.mark.parametrize(
-    ("channels", "size", "multipliers", "attention", "head", "conditioning"),
+    ("channels", "size", "multipliers", "attention", "head", "conditioning", "T", "others"),
     [
-        (1, 28, (1, 2, 2), (1,), None, "shift"),
-        (3, 32, (1, 2), (0, 1), 8, "shift"),
-        (1, 8, (1, 1), (), None, "shift"),
-        (3, 16, (1, 2), (1,), 8, "scale_shift"),
+        (1, 28, (1, 2, 2), (1,), None, "shift", 1000, HO),
+        (3, 32, (1, 2), (0, 1), 8, "shift", 1000, HO),
+        (1, 8, (1, 1), (), None, "shift", 1000, HO),
+        (3, 16, (1, 2), (1,), 8, "scale_shift", 1000, HO),
+        # the defaults of diffusers, but for norm_eps, of which 1e-5 would not show
+        (3, 16, (1, 2), (0,), 8, "shift", 10_000, HO | {"downsample_padding": 1, "norm_eps": 0.1}),
+        (3, 16, (1, 2), (0,), 8, "shift", 300, HO | {"flip_sin_to_cos": True, "freq_shift": 0}),
     ],
 )
-def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head, conditioning):
+def test_same_outputs_as_diffusers(channels, size, multipliers, attention, head, conditioning, T, others):
     theirs = UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels,
         block_out_channels=tuple(32 * m for m in multipliers), layers_per_block=2,
         down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(multipliers))),
         up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in range(len(multipliers)))[::-1],
-        attention_head_dim=head, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-        norm_eps=1e-6, norm_num_groups=32, act_fn="silu",
+        attention_head_dim=head, norm_num_groups=32, act_fn="silu", **others,
         resnet_time_scale_shift="default" if conditioning == "shift" else conditioning,
         attn_norm_num_groups=None if conditioning == "shift" else 32,  # else the middle attention has no normalisation
     ).eval()  # fmt: skip
     ours = UNet(
         channels, base_channels=32, channel_multipliers=multipliers, num_blocks=2, attention_levels=attention,
-        attention_head_channels=head, time_conditioning=conditioning,
+        attention_head_channels=head, time_conditioning=conditioning, num_timesteps=T, num_positions=T, **others,
     ).eval()  # fmt: skip
     copy_from_diffusers(ours, theirs)
-    x_t, t = torch.randn(4, channels, size, size), torch.tensor([0, 17, 500, 999])
+    x_t, t = torch.randn(4, channels, size, size), torch.tensor([0, 17, T // 2, T - 1])
     with torch.no_grad():
         expected = theirs(x_t, t).sample
         assert float(expected.abs().mean()) > 0.05

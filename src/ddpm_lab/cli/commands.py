@@ -244,10 +244,11 @@ def report(folder: Path, /) -> None:
 
 @app.command(name="import")
 def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
-    """Import a model of diffusers (DDPMPipeline, or UNet2DModel alone) as a run, to sample and to score.
+    """Import a model of diffusers (DDPMPipeline, DDIMPipeline, or UNet2DModel alone) as a run, to sample and to score.
 
-    From the same noise, `ddpm sample --sampler ddpm` gives the images of the pipeline. A setting that is not supported
-    is an error that names it.
+    From the same noise, `ddpm sample --sampler ddpm`, or of a DDIMPipeline `--sampler ddim`, gives the images of the
+    pipeline. Averaged weights in unet_ema become the weights ema, and those in unet the weights raw. A setting that is
+    not supported is an error that names it.
 
     Args:
         folder: folder written by save_pretrained, with safetensors.
@@ -278,12 +279,13 @@ def export(
     """Export a model for other programs, with a model card (README.md), ready to upload.
 
     Args:
-        to: diffusers: a folder for DDPMPipeline.from_pretrained; onnx: the network and a complete sampler as graphs,
-            with an example that requires only numpy and onnxruntime.
+        to: diffusers: a folder for its DDPMPipeline or DDIMPipeline; onnx: the network and a complete sampler as
+            graphs, with an example that requires only numpy and onnxruntime.
         out: new folder.
         license: license of the weights, for the model card (mit, cc-by-4.0, ...); unset: mit for packaged weights, else
             unknown.
-        sampler: onnx only: the sampler of the graph, without added noise; unset: dpmpp.
+        sampler: onnx: the sampler of the graph, without added noise; unset: dpmpp. diffusers: ddim makes a
+            DDIMPipeline; unset: a DDPMPipeline, or the kind of the imported pipeline.
         num_steps: onnx only: number of steps; unset: 20 for dpmpp, 50 for ddim, 10 for ipndm and unipc.
         guidance: onnx only: guidance scale, as in `ddpm sample`; unset: 1.
         guide: onnx only: the weaker network of autoguidance; unset: classifier-free guidance.

@@ -13,7 +13,7 @@ from ddpm_lab.core.files import atomic_directory
 from ddpm_lab.diffusion.guidance import guidance_label, guided_timesteps
 from ddpm_lab.exchange.model_card import write_card
 from ddpm_lab.models.checkpoint import checkpoint_path, save_checkpoint
-from ddpm_lab.models.diffusers_format import has_scheduler, is_diffusers, read_diffusers, save_diffusers
+from ddpm_lab.models.diffusers_format import has_average, has_scheduler, is_diffusers, read_diffusers, save_diffusers
 from ddpm_lab.models.onnx_format import Guidance, LoopSampler, save_onnx
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.sampling.generation import Sampler, build_sampler
@@ -38,7 +38,10 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         is_diffusers(folder),
         f"{folder} is not a diffusers folder: it has neither model_index.json nor the config.json of a UNet2DModel",
     )
-    config, model, image_shape, variance = read_diffusers(folder, resolve_device("cpu"))
+    cpu = resolve_device("cpu")
+    config, model, image_shape, sampling = read_diffusers(folder, cpu)
+    other, raw = read_diffusers(folder, cpu, "raw")[:2] if has_average(folder) else (config, model)
+    require(other == config, f"{folder}: unet and unet_ema have the settings of different networks")
     config = dataclasses.replace(config, data=DataConfig(dataset=dataset))
     record = {
         "config": config.to_dict(),
@@ -47,13 +50,14 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "versions": versions(),
         "imported": folder.resolve().name,
         **({} if has_scheduler(folder) else {"process_assumed": True}),
-        "variance": variance,
+        **sampling,
     }
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    networks = {"model.safetensors": raw, "ema.safetensors": model}
+    tensors = {name: dict(network.state_dict()) for name, network in networks.items()}
     with atomic_directory(run, "--run") as partial:
         (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-        save_checkpoint(checkpoint_path(partial, 0), 0, {"model.safetensors": weights, "ema.safetensors": weights})
-    count = sum(parameter.numel() for parameter in weights.values())
+        save_checkpoint(checkpoint_path(partial, 0), 0, tensors)
+    count = sum(parameter.numel() for parameter in model.parameters())
     return f"{run}: {count:,} parameters of {folder}, images of {' x '.join(map(str, image_shape))}"
 
 
@@ -75,7 +79,8 @@ def export_generator(
 
     Args:
         source, weights, checkpoint: as in `trained.load`.
-        form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`; or 'onnx', the network and a sampler as graphs.
+        form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`, or for `DDIMPipeline` if the sampler is ddim or
+            the model comes from such a pipeline; or 'onnx', the network and a sampler as graphs.
         out: a new or empty folder.
         licence: of the weights, for the README; None: 'mit' for packaged weights, else 'unknown'.
         sampler: of the sampler's graph; None: dpmpp.
@@ -87,9 +92,11 @@ def export_generator(
         InputError: no such generator, one that the format cannot express, or `out` exists.
     """
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
-    options = (sampler, num_steps, guidance, guide, guidance_interval or None)
+    options = (None if sampler == "ddim" else sampler, num_steps, guidance, guide, guidance_interval or None)
     if form == "diffusers" and any(option is not None for option in options):
-        raise InputError("--sampler, --num-steps, --guidance, --guide and --guidance-interval are for --to onnx")
+        raise InputError("--sampler dpmpp, --num-steps, --guidance, --guide and --guidance-interval are for --to onnx")
+    spacing = trained.spacing or ("uniform" if sampler == "ddim" else None)
+    sampling = {"spacing": spacing} if spacing else {"variance": trained.variance}
     require(guidance != 0, "--guidance must be above 0, as the sampler's graph takes classes")
     sampler = sampler or "dpmpp"
     config = SamplingConfig(
@@ -98,15 +105,16 @@ def export_generator(
     resolved = build_sampler(trained, config)
     with atomic_directory(out, "--out") as partial:
         if form == "diffusers":
-            save_diffusers(trained.model, trained.config, trained.image_shape[1], trained.variance, partial)
+            loop = save_diffusers(trained.model, trained.config, trained.image_shape[1], sampling, partial)
+            reader = f"diffusers.{loop}.from_pretrained"
         else:
             save_onnx(trained, sampler, resolved.num_steps, _guidance(resolved, trained), partial)
+            other = resolved.guide and {"name": resolved.guide.name, "step": resolved.guide.step}
+            label = guidance_label({"guidance": guidance, "guide": other, "guidance_interval": list(guidance_interval)})
+            loop, reader = f"{resolved.num_steps} steps of {sampler}{label}", "example.py and any ONNX runtime"
         _apply_umask(partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
-        other = resolved.guide and {"name": resolved.guide.name, "step": resolved.guide.step}
-        label = guidance_label({"guidance": guidance, "guide": other, "guidance_interval": list(guidance_interval)})
-        write_card(trained, form, licence, f"{resolved.num_steps} steps of {sampler}{label}", partial)
-    reader = {"diffusers": "diffusers.DDPMPipeline.from_pretrained", "onnx": "example.py and any ONNX runtime"}[form]
+        write_card(trained, form, licence, loop, partial)
     return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"
 
 

@@ -38,7 +38,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
     Args:
         form: 'diffusers' or 'onnx'.
         licence: of the weights.
-        loop: the sampler's graph, in words.
+        loop: the sampler's graph, in words; of diffusers, the class of the pipeline.
     """
     from jinja2 import Environment, StrictUndefined
 

@@ -1,13 +1,14 @@
 """The format of diffusers, read and written: the same weights under other names, the same process in other settings.
 
-A folder of `DDPMPipeline` (or of `UNet2DModel` alone) is read only if our network and process compute exactly what its
-settings describe. Otherwise the error names the setting; nothing is approximated.
+A folder of `DDPMPipeline` or `DDIMPipeline` (or of `UNet2DModel` alone) is read only if our network and process compute
+exactly what its settings describe. Otherwise the error names the setting; nothing is approximated.
 """
 
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_lab.core.config import Conditioning, Config, DataConfig, DiffusionConfig, ModelConfig, Prediction, Variance
+from ddpm_lab.core.config import (
+    Conditioning,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    Prediction,
+    Spacing,
+    TrainingConfig,
+    Variance,
+)
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import read_json
 from ddpm_lab.core.settings import fits
@@ -25,35 +36,40 @@ from ddpm_lab.models.checkpoint import check_shapes
 
 Choice = TypeVar("Choice")
 UNKNOWN = "unknown"  # the data set of an imported generator
-# Values of the settings of diffusers that our network and process compute. A setting in a table of defaults is missing
-# in older folders, and then has the value that our code computes.
+# The settings of diffusers' UNet2DModel that are settings of ours: their name, our name, and the value where absent.
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "attention_head_dim": ("attention_head_channels", 8),
+    "downsample_padding": ("downsample_padding", 1),
+    "dropout": ("dropout", 0.0),
+    "flip_sin_to_cos": ("flip_sin_to_cos", True),
+    "freq_shift": ("freq_shift", 0),
+    "layers_per_block": ("num_blocks", 2),
+    "norm_eps": ("norm_eps", 1e-5),
+    "norm_num_groups": ("norm_groups", 32),
+    "num_class_embeds": ("num_classes", None),
+}
+# Other settings: the value that our code computes, which is also the value where the setting is absent.
 NETWORK = {
-    "_class_name": "UNet2DModel",
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-6,
-    "time_embedding_type": "positional",
-}
-NETWORK_DEFAULTS = {
-    "add_attention": True,
-    "class_embed_type": None,
-    "downsample_type": "conv",
-    "mid_block_type": "UNetMidBlock2D",
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
-    "time_embedding_dim": None,
+    "act_fn": "silu", "add_attention": True, "center_input_sample": False, "class_embed_type": None,
+    "downsample_type": "conv", "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2D",
+    "num_train_timesteps": None, "time_embedding_dim": None, "time_embedding_type": "positional",
     "upsample_type": "conv",
-}
-PROCESS = {"_class_name": "DDPMScheduler", "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None}
-PROCESS_DEFAULTS = {"clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "thresholding": False}
-LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # T = 1000: the same by both conventions
+}  # fmt: skip
+PROCESS = {
+    "clip_sample": True, "clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "set_alpha_to_one": True,
+    "steps_offset": 0, "thresholding": False, "trained_betas": None,
+}  # fmt: skip
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 VARIANCES: dict[str, Variance] = {"fixed_large": "beta", "fixed_small": "beta_tilde"}
+SPACINGS: dict[str, Spacing] = {"leading": "leading", "trailing": "uniform"}
 CONDITIONING: dict[str, Conditioning] = {"default": "shift", "scale_shift": "scale_shift"}
+# A scheduler's setting that says how it samples, our name for it, and its values.
+SCHEDULERS: dict[str, tuple[str, str, Mapping[str, str]]] = {
+    "DDPMScheduler": ("variance_type", "variance", VARIANCES),
+    "DDIMScheduler": ("timestep_spacing", "spacing", SPACINGS),
+}
+# The settings of a scheduler that its pipeline overrides: `DDIMPipeline` converts any scheduler.
+PIPELINES: dict[str, dict[str, str]] = {"DDPMPipeline": {}, "DDIMPipeline": {"_class_name": "DDIMScheduler"}}
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Replacements that turn our name of a parameter into that of diffusers, applied in this order.
 RENAMES = (
@@ -90,18 +106,20 @@ def diffusers_parameters(model: UNet) -> dict[str, Tensor]:
 
 
 def diffusers_network(model: UNet, image_size: int) -> Any:
-    """A `diffusers.UNet2DModel` that computes what `model` does, for T = 1000, in training or evaluation mode alike.
+    """A `diffusers.UNet2DModel` that computes what `model` does, in training or evaluation mode alike.
 
     Raises:
-        InputError: diffusers cannot express the network: it is conditional, has patches, or another T (which would need
-            a scaled t).
+        InputError: diffusers cannot express the network: it is conditional, has patches, or scales t.
     """
     from diffusers import UNet2DModel
 
     config, patch, T = model.config, model.config.patch_size, model.num_timesteps
     require(patch == 1, f"diffusers has no network on patches; this one has patches of {patch} x {patch}")
     require(not model.num_classes, "diffusers' DDPMPipeline passes no labels; this network is conditional")
-    require(T == 1000, f"diffusers' network does not scale t, and so has only T = 1000; this one has T = {T}")
+    require(
+        config.num_positions == T,
+        f"diffusers' network does not scale t; for T = {T} it would have to be trained with --model.num-positions {T}",
+    )
     levels = range(len(config.channel_multipliers))
     kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     network = UNet2DModel(
@@ -109,16 +127,13 @@ def diffusers_network(model: UNet, image_size: int) -> Any:
         in_channels=model.image_channels,
         out_channels=model.image_channels,
         block_out_channels=tuple(config.base_channels * m for m in config.channel_multipliers),
-        layers_per_block=config.num_blocks,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        attention_head_dim=config.attention_head_channels,
-        norm_num_groups=config.norm_groups,
         resnet_time_scale_shift=_inverse(CONDITIONING)[config.time_conditioning],
         # with scale_shift, diffusers' middle attention is normalised only if its groups are given
         attn_norm_num_groups=config.norm_groups if config.time_conditioning == "scale_shift" else None,
-        dropout=config.dropout,
-        **{name: value for name, value in NETWORK.items() if name != "_class_name"},
+        **NETWORK,
+        **{theirs: getattr(config, ours) for theirs, (ours, _) in SETTINGS.items()},
     )
     network.load_state_dict(diffusers_parameters(model))
     return network.train(model.training)
@@ -139,32 +154,48 @@ def is_diffusers(folder: Path) -> bool:
     return isinstance(config, dict) and "_class_name" in config
 
 
-def read_diffusers(folder: Path, device: torch.device) -> tuple[Config, UNet, tuple[int, int, int], Variance]:
-    """Read a generator from a folder of `DDPMPipeline` or `UNet2DModel`.
+def has_average(folder: Path) -> bool:
+    """Whether a folder has averaged weights beside those as trained, as checkpoints of diffusers' examples have."""
+    return all((folder / name / "config.json").is_file() for name in ("unet", "unet_ema"))
+
+
+def read_diffusers(
+    folder: Path, device: torch.device, weights: str = "ema"
+) -> tuple[Config, UNet, tuple[int, int, int], dict[str, str]]:
+    """Read a generator from a folder of `DDPMPipeline`, `DDIMPipeline` or `UNet2DModel`.
 
     Args:
         folder: as `save_pretrained` writes it, weights in safetensors.
         device: of the network.
+        weights: 'ema' for the averaged weights if there are any, 'raw' for those beside them.
     Returns:
-        The configuration (nothing is known of its training), the network, (C, H, W) of its images, and the variance
-        that the pipeline samples with.
+        The configuration (nothing is known of its training), the network, (C, H, W) of its images, and how the pipeline
+        samples, in our terms: its `variance`, or of DDIM its `spacing`.
     Raises:
         InputError: files are absent or damaged, or a setting has a value that is not supported; the message names it.
     """
-    index = folder / "model_index.json"
-    if index.is_file():
-        _check_settings(index, _read_settings(index), {"_class_name": "DDPMPipeline"})
+    index, average = folder / "model_index.json", has_average(folder)
+    scheduler = _choose(index, "_class_name", _read_settings(index), PIPELINES) if index.is_file() else {}
+    require(
+        average or weights == "ema",
+        f"{folder}, a folder of diffusers, has one set of weights (no unet_ema beside unet); leave --weights out",
+    )
     unet = folder / "unet" if (folder / "unet").is_dir() else folder  # older folders have all files at the top
-    model_config, channels, size = _model_config(unet / "config.json")
-    diffusion, variance = _process(_scheduler_path(folder))
-    config = Config(data=DataConfig(dataset=UNKNOWN), model=model_config, diffusion=diffusion)
+    unet = folder / "unet_ema" if average and weights == "ema" else unet
+    diffusion, sampling = _process(_scheduler_path(folder), scheduler)
+    model_config, channels, size = _model_config(unet / "config.json", diffusion.num_timesteps)
+    # labels were never dropped: the embedding of no label, which diffusers lacks, must not be used
+    training = TrainingConfig(class_dropout=0.0) if model_config.num_classes else TrainingConfig()
+    config = Config(data=DataConfig(dataset=UNKNOWN), model=model_config, diffusion=diffusion, training=training)
     model = build_unet(model_config, channels, size, diffusion.num_timesteps).to(device)
-    parameters = _read_parameters(unet)
+    parameters, labels = _read_parameters(unet), "class_embedding.weight"
+    if labels in parameters:
+        parameters[labels] = torch.cat([parameters[labels], torch.zeros_like(parameters[labels][:1])])
     check_shapes(str(unet), parameters, diffusers_parameters(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.cat([parameters[part] for part in _diffusers_names(name)]))
-    return config, model.eval().requires_grad_(False), (channels, size, size), variance
+    return config, model.eval().requires_grad_(False), (channels, size, size), sampling
 
 
 def has_scheduler(folder: Path) -> bool:
@@ -225,14 +256,29 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _model_config(path: Path) -> tuple[ModelConfig, int, int]:
-    """The network's configuration, its image channels and size."""
-    defaults = {"dropout": 0.0, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None}
-    settings: dict[str, Any] = NETWORK_DEFAULTS | defaults | _read_settings(path)
-    conditioning = _choose(path, "resnet_time_scale_shift", settings, CONDITIONING)
-    groups = settings.get("norm_num_groups") if conditioning == "scale_shift" else None
-    _check_settings(path, settings, NETWORK | NETWORK_DEFAULTS | {"attn_norm_num_groups": groups})
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn what a file's settings raise into an error that names the file, and settings by their names there."""
     try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for theirs, (ours, _) in SETTINGS.items():
+            message = message.replace(f"model.{ours} ", f"{theirs} ")
+        raise InputError(message if str(path) in message else f"{path}: {message}") from error
+    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"{path} is not a {kind}'s: {' '.join(str(error).split())}") from error
+
+
+def _model_config(path: Path, num_timesteps: int) -> tuple[ModelConfig, int, int]:
+    """The network's configuration, its image channels and size."""
+    defaults = {theirs: value for theirs, (_, value) in SETTINGS.items()} | {"resnet_time_scale_shift": "default"}
+    settings: dict[str, Any] = NETWORK | defaults | _read_settings(path)
+    conditioning = _choose(path, "resnet_time_scale_shift", settings, CONDITIONING)
+    groups = settings["norm_num_groups"] if conditioning == "scale_shift" else None
+    required = {"_class_name": "UNet2DModel", "attn_norm_num_groups": groups}
+    _check_settings(path, settings, required | NETWORK)
+    with _reading(path, "UNet2DModel"):
         widths, channels, size = list(settings["block_out_channels"]), settings["in_channels"], settings["sample_size"]
         down = enumerate(settings["down_block_types"])
         attention_levels = tuple(level for level, kind in down if kind == "AttnDownBlock2D")
@@ -252,33 +298,36 @@ def _model_config(path: Path) -> tuple[ModelConfig, int, int]:
         config = ModelConfig(
             base_channels=widths[0],
             channel_multipliers=tuple(width // widths[0] for width in widths),
-            num_blocks=settings["layers_per_block"],
             attention_levels=attention_levels,
-            attention_head_channels=settings["attention_head_dim"],
-            dropout=float(settings["dropout"]),
-            norm_groups=settings["norm_num_groups"],
             time_conditioning=conditioning,
+            num_positions=num_timesteps,
+            **{ours: settings[theirs] for theirs, (ours, _) in SETTINGS.items()},
         )
-    except InputError as error:
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
-    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise InputError(f"{path} is not a UNet2DModel's: {' '.join(str(error).split())}") from error
     return config, channels, size
 
 
-def _process(path: Path | None) -> tuple[DiffusionConfig, Variance]:
-    """The process that a scheduler's file describes, and the variance of its reverse steps."""
+def _process(path: Path | None, scheduler: dict[str, str]) -> tuple[DiffusionConfig, dict[str, str]]:
+    """The process that a scheduler's file describes, and how it samples; `scheduler` overrides its settings."""
     if path is None:
         warn_of_assumed_process()
-        return DiffusionConfig(), "beta"
-    settings = PROCESS_DEFAULTS | {"prediction_type": "epsilon"} | _read_settings(path)
-    _check_settings(path, settings, PROCESS | PROCESS_DEFAULTS)
-    prediction = _choose(path, "prediction_type", settings, PREDICTIONS)
-    variance = _choose(path, "variance_type", settings, VARIANCES)
-    if settings.get("beta_schedule") == "squaredcos_cap_v2":
-        return DiffusionConfig(schedule="cosine", prediction=prediction), variance
-    _check_settings(path, settings, LINEAR)
-    return DiffusionConfig(prediction=prediction), variance
+        return DiffusionConfig(), {"variance": "beta"}
+    defaults = {"prediction_type": "epsilon", "timestep_spacing": "leading", "num_train_timesteps": 1000}
+    settings: dict[str, Any] = PROCESS | defaults | _read_settings(path) | scheduler
+    theirs, ours, values = _choose(path, "_class_name", settings, SCHEDULERS)
+    _check_settings(path, settings, PROCESS)
+    sampling = {ours: _choose(path, theirs, settings, values)}
+    prediction, T = _choose(path, "prediction_type", settings, PREDICTIONS), settings["num_train_timesteps"]
+    with _reading(path, "scheduler"):
+        if settings.get("beta_schedule") == "squaredcos_cap_v2":
+            return DiffusionConfig(num_timesteps=T, schedule="cosine", prediction=prediction), sampling
+        rescaled = _linear_betas(T, True).items() <= settings.items()
+        _check_settings(path, settings, _linear_betas(T, rescaled))
+        return DiffusionConfig(num_timesteps=T, rescale_betas=rescaled, prediction=prediction), sampling
+
+
+def _linear_betas(num_timesteps: int, rescale_betas: bool) -> dict[str, Any]:
+    scale = 1000 / num_timesteps if rescale_betas else 1.0
+    return {"beta_schedule": "linear", "beta_start": scale * 1e-4, "beta_end": scale * 0.02}
 
 
 def _read_parameters(folder: Path) -> dict[str, Tensor]:
@@ -299,28 +348,39 @@ def _read_parameters(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save_diffusers(model: UNet, config: Config, image_size: int, variance: Variance, folder: Path) -> None:
-    """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that samples as our Algorithm 2 does.
+def save_diffusers(model: UNet, config: Config, image_size: int, sampling: Mapping[str, str], folder: Path) -> str:
+    """Write a folder that diffusers' `DDPMPipeline` or `DDIMPipeline` loads, and that samples as ours do.
 
     Args:
         model: in evaluation mode.
         config: of its training.
         image_size: side of its images.
-        variance: of the reverse steps.
+        sampling: the `variance` of Algorithm 2, or the `spacing` of DDIM.
         folder: an empty one.
+    Returns:
+        The class of the pipeline.
     Raises:
         InputError: diffusers is not installed, or cannot express the network: see `diffusers_network`.
     """
     try:
-        from diffusers import DDPMPipeline, DDPMScheduler
+        import diffusers
     except ImportError as error:
         raise InputError("diffusers is not installed: pip install 'ddpm-lab[diffusers]'") from error
 
-    names, prediction = _inverse(PREDICTIONS), config.diffusion.prediction
-    require(prediction in names, f"diffusers' DDPMScheduler has no prediction {prediction}; it has {', '.join(names)}")
-    betas = {"beta_schedule": "squaredcos_cap_v2"} if config.diffusion.schedule == "cosine" else LINEAR
-    scheduler = DDPMScheduler(
-        num_train_timesteps=config.diffusion.num_timesteps, prediction_type=names[prediction],
-        variance_type=_inverse(VARIANCES)[variance], clip_sample=True, timestep_spacing="trailing", **betas,
-    )  # fmt: skip
-    DDPMPipeline(diffusers_network(model, image_size), scheduler).save_pretrained(folder, safe_serialization=True)
+    names, diffusion = _inverse(PREDICTIONS), config.diffusion
+    require(
+        diffusion.prediction in names,
+        f"diffusers' schedulers have no prediction {diffusion.prediction}; they have {', '.join(names)}",
+    )
+    linear = diffusion.schedule == "linear"
+    betas = _linear_betas(diffusion.num_timesteps, bool(diffusion.rescale_betas)) if linear else {}
+    (name, (theirs, ours, values)), *_ = (item for item in SCHEDULERS.items() if item[1][1] in sampling)
+    settings = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"} | betas
+    settings |= {theirs: _inverse(values)[sampling[ours]]}
+    scheduler = getattr(diffusers, name)(
+        num_train_timesteps=diffusion.num_timesteps, prediction_type=names[diffusion.prediction], **settings
+    )
+    pipeline = name.replace("Scheduler", "Pipeline")
+    network = diffusers_network(model, image_size)
+    getattr(diffusers, pipeline)(network, scheduler).save_pretrained(folder, safe_serialization=True)
+    return pipeline

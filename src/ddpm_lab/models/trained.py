@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from ddpm_lab.core.config import Config, Predicted, Variance
+from ddpm_lab.core.config import Config, Predicted, Spacing, Variance
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import read_json
@@ -42,6 +42,7 @@ RECORD_TYPES: dict[str, Any] = {
     "first_num_steps": int,
     "continued_at": tuple[int, ...],
     "variance": Variance,
+    "spacing": Literal["uniform", "leading"],
     "from": dict,
 }
 SOURCE_TYPES: dict[str, Any] = {"source": str, "variance": Variance}
@@ -88,6 +89,11 @@ class TrainedModel:
         """The default variance of the reverse step with all T steps: that of the pipeline it was imported or started
         from, else beta."""
         return cast(Variance, self.record.get("variance", self.record.get("from", {}).get("variance", "beta")))
+
+    @property
+    def spacing(self) -> Spacing | None:
+        """The default spacing of ddim: that of the DDIM pipeline it was imported from; None: it comes from no such."""
+        return cast(Spacing | None, self.record.get("spacing"))
 
     @property
     def unconditional(self) -> bool:
@@ -222,14 +228,12 @@ def load(
         raise InputError(f"weights must be ema or raw, not {weights!r}")
     torch_device, name = resolve_device(device), str(source)
     if name not in packaged_names() and is_diffusers(Path(name)):
-        if weights == "raw" or checkpoint is not None:
-            raise InputError(
-                f"{name}, a folder of diffusers, has one set of weights; leave --weights and --checkpoint out"
-            )
+        if checkpoint is not None:
+            raise InputError(f"{name}, a folder of diffusers, has no steps to choose; leave --checkpoint out")
         folder, step = Path(name), 0
-        config, model, image_shape, variance = read_diffusers(folder, torch_device)
+        config, model, image_shape, sampling = read_diffusers(folder, torch_device, weights)
         data = {"name": UNKNOWN, "image_shape": list(image_shape)}
-        record = {"config": config.to_dict(), "data": data, "variance": variance}
+        record = {"config": config.to_dict(), "data": data, **sampling}
         schedule = build_schedule(config.diffusion)
     else:
         folder, config_path = find_checkpoint(name, checkpoint)

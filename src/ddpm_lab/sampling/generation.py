@@ -90,9 +90,8 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     )
     device = next(trained.model.parameters()).device
     dtype = resolve_precision(config.precision, device)
-    settings: dict[str, Any] = {
-        "spacing": config.spacing or ("uniform" if config.sampler in ("ddim", "ddpm") else "logsnr")
-    }
+    spacing = {"ddpm": "uniform", "ddim": trained.spacing or "uniform"}.get(config.sampler, "logsnr")
+    settings: dict[str, Any] = {"spacing": config.spacing or spacing}
     if config.sampler == "ddpm":
         settings["variance"] = config.variance or (trained.variance if num_steps == T else "beta_tilde")
     elif config.sampler in STOCHASTIC:
