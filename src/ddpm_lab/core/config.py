@@ -228,7 +228,7 @@ class TrainingConfig(SettingsGroup):
     """bf16 computes convolutions, products and attention in bfloat16 and the rest in float32; auto: bf16 where the
     device has fast instructions for it"""
     compile: Literal["auto", "yes", "no"] = "auto"
-    """whether to compile the network with torch.compile, which takes a minute or more at the start; auto: on a GPU"""
+    """whether to compile the network with torch.compile, which takes a minute or more at the start; auto: no"""
     seed: Annotated[int, Range(0)] = 0
     """seed of all randomness in training"""
     log_every: Annotated[int, Range(1)] = 100

@@ -248,8 +248,6 @@ def load(
         model, schedule = model.to_empty(device=torch_device), build_schedule(config.diffusion)
         model.scale_input(input_scale(config.diffusion.predicted, schedule))
         load_tensors(folder, WEIGHT_FILES[weights], dict(model.named_parameters()))
-        if torch_device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)
     model = model.eval().requires_grad_(False)
     return TrainedModel(name, config, model, schedule, image_shape, step, weights, folder, record)
 

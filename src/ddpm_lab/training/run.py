@@ -93,8 +93,6 @@ def train(
     scale = input_scale(config.diffusion.predicted, schedule)
     torch.manual_seed(config.training.seed)
     model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps, scale).to(torch_device)
-    if torch_device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     state = new_state(model, config.training)
     state.schedule_start = processes.broadcast_number(restarts[-1] if restarts else 0)
 
