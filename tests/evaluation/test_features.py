@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_lab.core.device import uses_tf32
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.image_stream import tensor_stream
@@ -200,3 +201,14 @@ def test_two_threads_download_the_fid_network_once(tmp_path, monkeypatch):
         one.join()
     assert len(downloads) == 1
     assert features._downloaded_inception().read_bytes() == b"weights"
+
+
+def test_features_are_of_true_float32_whatever_the_caller_has_set():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    class Recorder(torch.nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 1), float(uses_tf32()))
+
+    values, _ = module_network(Recorder())(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    assert values.tolist() == [[0.0], [0.0]]

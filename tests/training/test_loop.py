@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_lab.core.config import TrainingConfig, load_recipe
-from ddpm_lab.core.device import resolve_device, resolve_precision
+from ddpm_lab.core.device import resolve_device, resolve_precision, uses_tf32
 from ddpm_lab.data.datasets import load_images
 from ddpm_lab.diffusion.process import timestep_probabilities
 from ddpm_lab.diffusion.schedule import linear_schedule
@@ -261,3 +261,10 @@ def test_devices_and_precisions(monkeypatch):
     assert resolve_precision("auto", torch.device("mps")) == torch.float32
     with pytest.raises(ValueError, match="auto, cpu, cuda or mps"):
         resolve_device("tpu")
+
+
+def test_float32_is_never_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    assert uses_tf32()
+    resolve_device("cpu")
+    assert not uses_tf32()

@@ -56,6 +56,7 @@ def test_a_run_has_the_documented_files(tiny_run):
         "threads": torch.get_num_threads(),
         "processes": 1,
         "compiled": False,
+        "tf32": False,
     }
     assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]

@@ -1,4 +1,7 @@
-"""The device, and the precision of convolutions and products on it."""
+"""The device, and the precision of convolutions and products on it.
+
+Invariant: float32 is float32. On NVIDIA cards it never means TF32, whose significand has 11 bits in place of 24.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
@@ -11,12 +14,29 @@ from ddpm_lab.core.config import Precision
 from ddpm_lab.core.errors import InputError
 
 
+def disable_tf32() -> None:
+    """Have products and convolutions in float32 keep all digits, in this process and from now on.
+
+    By PyTorch's default, convolutions on CUDA would use TF32, and products would not.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def uses_tf32() -> bool:
+    """Whether products or convolutions in float32 would use TF32 on a card that has it."""
+    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
 def resolve_device(device: str) -> torch.device:
     """The device of a name; 'auto' is a GPU if there is one, else the CPU. Each process of a node has its own GPU.
+
+    All that computes comes through here, so this is where TF32 is disabled.
 
     Raises:
         InputError: an unknown name, a device that this machine lacks, or fewer GPUs than processes.
     """
+    disable_tf32()
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name in present if present[name]]
     if device == "auto":

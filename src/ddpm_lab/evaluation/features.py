@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddpm_lab.core.device import disable_tf32
 from ddpm_lab.core.download import download
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import cache_dir, locked
@@ -96,6 +97,7 @@ class FeatureNetwork:
             InputError: images are not uint8, or the module returns something else.
         """
         require(images.dtype == torch.uint8, f"images must be uint8, 0 .. 255, not {images.dtype}")
+        disable_tf32()  # also for a caller who has enabled it: scores are of true float32
         output = self.module(images.to(self.device))
         features, logits = output if isinstance(output, tuple) else (output, None)
         shape = tuple(features.shape) if isinstance(features, Tensor) else ()

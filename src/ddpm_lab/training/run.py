@@ -19,7 +19,7 @@ import torch
 
 from ddpm_lab.core import processes
 from ddpm_lab.core.config import Config
-from ddpm_lab.core.device import resolve_device, resolve_precision
+from ddpm_lab.core.device import resolve_device, resolve_precision, uses_tf32
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import locked, replace_atomically
 from ddpm_lab.core.log import LOG, SCORES, cut_lines
@@ -173,6 +173,7 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
             "threads": torch.get_num_threads(),
             "processes": processes.world_size(),
             "compiled": is_compiled(config.training, device),
+            "tf32": uses_tf32(),
         },
     }
 
