@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_lab.core.config import TrainingConfig, load_recipe
-from ddpm_lab.core.device import resolve_device, resolve_precision, uses_tf32
+from ddpm_lab.core.device import deterministic_algorithms, resolve_device, resolve_precision, uses_tf32
 from ddpm_lab.data.datasets import load_images
 from ddpm_lab.diffusion.process import timestep_probabilities
 from ddpm_lab.diffusion.schedule import linear_schedule
@@ -268,3 +268,10 @@ def test_float32_is_never_tf32():
     assert uses_tf32()
     resolve_device("cpu")
     assert not uses_tf32()
+
+
+def test_determinism_ends_with_its_context():
+    for enabled in (False, True):
+        with deterministic_algorithms(enabled):
+            assert torch.are_deterministic_algorithms_enabled() is enabled
+        assert not torch.are_deterministic_algorithms_enabled()

@@ -57,6 +57,7 @@ def test_a_run_has_the_documented_files(tiny_run):
         "processes": 1,
         "compiled": False,
         "tf32": False,
+        "deterministic": False,
     }
     assert checkpoint_steps(tiny_run) == [8, 12], "the newest two, as keep_checkpoints says"
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
@@ -380,6 +381,22 @@ def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tin
     with pytest.raises(RunError, match=r"the gradient is not finite at step 8 .*; the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4]
+
+
+def test_deterministic_training_is_recorded_and_may_change(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    """On a CPU it changes no bit; that PyTorch was told is seen from inside a step."""
+    seen, real = [], session.Session._log_line
+    monkeypatch.setattr(
+        session.Session,
+        "_log_line",
+        lambda training: (seen.append(torch.are_deterministic_algorithms_enabled()), real(training))[1],
+    )
+    for num_steps, deterministic in ((4, True), (12, False)):
+        train(tiny(tiny_recipe, num_steps=num_steps, deterministic=deterministic), tmp_path, device="cpu")
+        computed = json.loads((tmp_path / "config.json").read_text())["computed"]
+        assert (computed["deterministic"], computed["tf32"]) == (deterministic, False)
+    assert seen == [True, True, False, False, False, False]
+    assert weights(tmp_path, 12) == weights(tiny_run, 12)
 
 
 def signal_during(monkeypatch, moment, step, number):

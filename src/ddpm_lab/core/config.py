@@ -229,6 +229,9 @@ class TrainingConfig(SettingsGroup):
     device has fast instructions for it"""
     compile: Literal["auto", "yes", "no"] = "auto"
     """whether to compile the network with torch.compile, which takes a minute or more at the start; auto: no"""
+    deterministic: bool = False
+    """on a GPU: use deterministic algorithms only, so that a run that is stopped and continued on the same card ends in
+    the same weights bit for bit; slower (a CPU needs no such setting)"""
     seed: Annotated[int, Range(0)] = 0
     """seed of all randomness in training"""
     log_every: Annotated[int, Range(1)] = 100

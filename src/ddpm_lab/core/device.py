@@ -3,7 +3,9 @@
 Invariant: float32 is float32. On NVIDIA cards it never means TF32, whose significand has 11 bits in place of 24.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -26,6 +28,27 @@ def disable_tf32() -> None:
 def uses_tf32() -> bool:
     """Whether products or convolutions in float32 would use TF32 on a card that has it."""
     return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Within it, if enabled, PyTorch uses algorithms that give the same bits each time, and refuses others.
+
+    On a CPU all that this package uses gives the same bits anyway. cuBLAS reads its setting before the first product on
+    a GPU; where one was computed before, PyTorch refuses unless the environment has CUBLAS_WORKSPACE_CONFIG=:4096:8.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may differ between calls
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it would choose algorithms by their measured speed
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def resolve_device(device: str) -> torch.device:

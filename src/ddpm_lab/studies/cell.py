@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddpm_lab.core.config import SamplingConfig
-from ddpm_lab.core.device import resolve_device
+from ddpm_lab.core.device import deterministic_algorithms, resolve_device
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import replace_atomically
 from ddpm_lab.core.log import LOG, SCORES, append_line, read_lines
@@ -76,7 +76,8 @@ def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data
     shape = tuple(data.images.shape[1:])
     model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
     state = new_state(model, config.training)
-    step = step_seconds(state, build_schedule(config.diffusion), shape, config, on)
+    with deterministic_algorithms(config.training.deterministic):  # as training will, from the first product on
+        step = step_seconds(state, build_schedule(config.diffusion), shape, config, on)
     evaluation = evaluation_seconds(model.eval(), shape, config.training.precision, on)
     lines, total = [], 0.0
     for cell in cells:

@@ -2,7 +2,8 @@
 
 Invariant: step k is a pure function of (config, weights, moments, k). Its random numbers come from (seed, k), the order
 of the images from (seed, epoch), and the learning rate and the decay of the average from k. So no random state is
-saved, and a run that was killed and resumed ends in the same weights as an uninterrupted one.
+saved, and on a CPU a run that was killed and resumed ends in the same weights as an uninterrupted one (on a GPU with
+`training.deterministic`).
 """
 
 import copy

@@ -14,8 +14,8 @@ from ddpm_lab.training.optimizer import decay_start
 
 MAY_CHANGE = (  # settings that a resumed run may change
     "data.dataset",  # a folder may have moved; the hash of the images decides
-    "training.num_steps", "training.compile", "training.log_every", "training.checkpoint_every",
-    "training.keep_checkpoints", "evaluation.",
+    "training.num_steps", "training.compile", "training.deterministic", "training.log_every",
+    "training.checkpoint_every", "training.keep_checkpoints", "evaluation.",
 )  # fmt: skip
 
 

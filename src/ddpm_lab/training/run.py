@@ -19,7 +19,7 @@ import torch
 
 from ddpm_lab.core import processes
 from ddpm_lab.core.config import Config
-from ddpm_lab.core.device import resolve_device, resolve_precision, uses_tf32
+from ddpm_lab.core.device import deterministic_algorithms, resolve_device, resolve_precision, uses_tf32
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import locked, replace_atomically
 from ddpm_lab.core.log import LOG, SCORES, cut_lines
@@ -106,7 +106,8 @@ def train(
     scorer = training_scorer(config, training_set, held_out, data_dir, torch_device)
 
     # The folder, the newest checkpoint, and a session
-    with locked(run_dir, "--run") if is_rank0 else nullcontext():
+    lock = locked(run_dir, "--run") if is_rank0 else nullcontext()
+    with lock, deterministic_algorithms(config.training.deterministic):
         seconds_before = 0.0
         if is_rank0:
             resume_record(run_dir, record, start_from)  # again, for another process may have written before the lock
@@ -174,6 +175,7 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
             "processes": processes.world_size(),
             "compiled": is_compiled(config.training, device),
             "tf32": uses_tf32(),
+            "deterministic": config.training.deterministic,
         },
     }
 
