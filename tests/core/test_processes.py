@@ -210,18 +210,12 @@ def test_another_number_of_processes_resumes(tiny_recipe, runs, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_path):
-    command = [
-        "train",
-        str(tiny_recipe),
-        "--run",
-        str(tmp_path / "run"),
-        *FLAGS,
-        "--training.checkpoint-every",
-        "1000000",
-    ]
-    started = launch(*command, "--training.num-steps", "100000", "--training.log-every", "1")
+    """No line of the log is due for a long time, so that they agree because some seconds have passed."""
+    rarely = [f"--{name}-every=1000000" for name in ("training.log", "training.checkpoint", "evaluation.validate")]
+    rarely += ["--evaluation.sample-every=1000000", "--training.num-steps=1600"]
+    started = launch("train", str(tiny_recipe), "--run", str(tmp_path / "run"), *FLAGS, *rarely)
     until = time.monotonic() + 60
-    while not (tmp_path / "run" / "log.jsonl").exists():
+    while not (tmp_path / "run" / "averages").exists():  # of step 100
         assert time.monotonic() < until
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
@@ -230,6 +224,30 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_recipe, tmp_pa
     stopped = re.search(r"stopped at step (\d+)", results[0][2])
     assert stopped is not None, results
     assert checkpoint_steps(tmp_path / "run") == [int(stopped[1])]
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "log.jsonl")] == [int(stopped[1])]
+
+
+def test_processes_agree_at_steps_that_all_know(monkeypatch):
+    """Two processes of different speed ask after the same steps, about every 2 seconds of process 0, or where told."""
+    asked, clock, sent = {0: [], 1: []}, {0: 0.0, 1: 0.0}, []
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    agreements = {}
+    for rank, pace in ((0, 0.125), (1, 0.4375)):
+        told = iter(list(sent))
+        monkeypatch.setattr(processes.time, "monotonic", lambda rank=rank: clock[rank])
+        if rank == 0:
+            monkeypatch.setattr(processes, "broadcast_number", lambda number: sent.append(number) or number)
+        else:
+            monkeypatch.setattr(processes, "broadcast_number", lambda number, told=told: next(told))
+        agreements[rank] = processes.PeriodicAgreement()
+        for step in range(1, 101):
+            clock[rank] += pace
+            monkeypatch.setattr(
+                processes, "any_rank", lambda flag, rank=rank, step=step: asked[rank].append(step) or True
+            )
+            answer = agreements[rank].any_rank(False, now=step == 50)
+            assert answer is (step in asked[rank][-1:])
+    assert asked[0] == asked[1] == [1, 17, 33, 49, 50, 66, 82, 98]
 
 
 @pytest.mark.parametrize(

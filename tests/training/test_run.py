@@ -383,12 +383,29 @@ def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, tin
     assert checkpoint_steps(tmp_path) == [4]
 
 
-def test_deterministic_training_is_recorded_and_may_change(tmp_path, tiny_recipe, tiny_run, monkeypatch):
-    """On a CPU it changes no bit; that PyTorch was told is seen from inside a step."""
-    seen, real = [], session.Session._log_line
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny_recipe, monkeypatch):
+    """Loss and gradient of the last step before a checkpoint are finite, and its weights are not."""
+
+    def spoil(training):
+        next(training.state.ema.parameters()).data.view(-1)[0] = float("nan")
+
+    real = session.Session._gathered_losses
     monkeypatch.setattr(
         session.Session,
-        "_log_line",
+        "_gathered_losses",
+        lambda training: (training.state.step == 8 and spoil(training), real(training))[1],
+    )
+    with pytest.raises(RunError, match=r"the ema is not finite at step 8 .*; the last checkpoint is of step 4"):
+        train(tiny(tiny_recipe), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4]
+
+
+def test_deterministic_training_is_recorded_and_may_change(tmp_path, tiny_recipe, tiny_run, monkeypatch):
+    """On a CPU it changes no bit; that PyTorch was told is seen from inside a step."""
+    seen, real = [], session.Session._gathered_losses
+    monkeypatch.setattr(
+        session.Session,
+        "_gathered_losses",
         lambda training: (seen.append(torch.are_deterministic_algorithms_enabled()), real(training))[1],
     )
     for num_steps, deterministic in ((4, True), (12, False)):

@@ -8,6 +8,7 @@ process the functions here do nothing.
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # the command line needs the rank before anything heavy is im
 
 Result = TypeVar("Result")
 MEETING = timedelta(minutes=10)  # time limit for all processes to connect
+AGREEMENT_SECONDS = 2.0  # between questions of `PeriodicAgreement`
 PATIENCE = timedelta(days=7)  # time limit for one process at work; a closed connection shows one that has ended
 
 _group: Any = None  # the process group for tensors on the device of the network; created by `join`
@@ -142,6 +144,34 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host_group)
     return bool(flags)
+
+
+class PeriodicAgreement:
+    """Asks after a step whether any process has raised a flag, at steps that all processes know.
+
+    That is where the caller says so, and about every AGREEMENT_SECONDS: process 0 measures the time of a step, and
+    tells the others after how many steps to ask again.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._ask_after, self._time = 0, 1, time.monotonic()
+
+    def any_rank(self, flag: bool, now: bool) -> bool:
+        """Whether any process has raised the flag and this step asks. Every process must call this after each step.
+
+        Args:
+            flag: of this process.
+            now: whether to ask after this step in any case; the same in every process.
+        """
+        if not is_distributed():
+            return flag
+        self._steps += 1
+        if self._steps < self._ask_after and not now:
+            return False
+        seconds_a_step = max((time.monotonic() - self._time) / self._steps, 1e-6)
+        self._ask_after = broadcast_number(max(1, int(AGREEMENT_SECONDS / seconds_a_step)))
+        self._steps, self._time = 0, time.monotonic()
+        return any_rank(flag)
 
 
 def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:

@@ -6,6 +6,7 @@ cast to the dtype of the images last, so that the same functions serve float32 t
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -25,8 +26,17 @@ def per_image(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         raise InputError(f"t must be ({len(like)},) int64, not {tuple(t.shape)} {t.dtype}")
     if t.device.type == "cpu" and t.numel() and not (int(t.min()) >= 0 and int(t.max()) < len(table)):
         raise InputError(f"t must lie in [0, {len(table)}), not {int(t.min())} .. {int(t.max())}")
-    values = table.to(like.dtype).to(like.device, non_blocking=like.is_cuda)  # so small a copy needs no wait
-    return values[t].view(-1, *[1] * (like.ndim - 1))
+    return _on_device(table, like.dtype, like.device)[t].view(-1, *[1] * (like.ndim - 1))
+
+
+@lru_cache(maxsize=32)  # by the table's identity: each step of training needs the same few
+def _on_device(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return table.to(dtype).to(device)
+
+
+@lru_cache(maxsize=8)
+def _output_tables(prediction: Predicted, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    return output_coefficients(prediction, alpha_bar)
 
 
 def _same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -49,9 +59,7 @@ def q_sample(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Te
         InputError: t out of range (checked on the CPU), or shapes that differ.
     """
     _same_shape("x_0", x_0, "eps", eps)
-    signal = per_image(schedule.alpha_bar.sqrt(), t, x_0)
-    noise = per_image((1 - schedule.alpha_bar).sqrt(), t, x_0)
-    return signal * x_0 + noise * eps
+    return per_image(schedule.signal, t, x_0) * x_0 + per_image(schedule.noise, t, x_0) * eps
 
 
 def q_step(schedule: NoiseSchedule, x_s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -191,10 +199,8 @@ def min_snr_weights(prediction: Predicted, schedule: NoiseSchedule, gamma: float
     x_0, by the algebra of `predict_x_0_eps`: for eps the weight is min(SNR, gamma) / SNR, for v min(SNR, gamma) /
     (SNR + 1).
     """
-    alpha_bar = schedule.alpha_bar
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    a, b = output_coefficients(prediction, alpha_bar)
-    return schedule.snr.clamp(max=gamma) * (noise / (signal * b - noise * a)).square()
+    a, b = output_coefficients(prediction, schedule.alpha_bar)
+    return schedule.snr.clamp(max=gamma) * (schedule.noise / (schedule.signal * b - schedule.noise * a)).square()
 
 
 def denoising_losses(
@@ -210,7 +216,7 @@ def denoising_losses(
         (B,) in the dtype of x_0: mean over pixels and channels.
     """
     output = model(q_sample(schedule, x_0, t, eps), t)
-    a, b = (per_image(table, t, x_0) for table in output_coefficients(prediction, schedule.alpha_bar))
+    a, b = (per_image(table, t, x_0) for table in _output_tables(prediction, schedule.alpha_bar))
     target = a * x_0 + b * eps
     _same_shape("the network's output", output, "the images", target)
     return (output.to(target.dtype) - target).square().flatten(1).mean(1)

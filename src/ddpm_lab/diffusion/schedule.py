@@ -52,6 +52,16 @@ class NoiseSchedule:
         return torch.cumprod(self.alpha, dim=0)
 
     @cached_property
+    def signal(self) -> Tensor:
+        """sqrt(alpha_bar), (T,) float64: the factor of x_0 in x_t."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """sqrt(1 - alpha_bar), (T,) float64: the factor of eps in x_t."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), (T,) float64."""
         return self.alpha_bar / (1 - self.alpha_bar)

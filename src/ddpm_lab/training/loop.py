@@ -71,8 +71,8 @@ class TrainingStep:
 
     Attributes:
         step: steps done, counted from 1.
-        losses: of each image of the global batch, (B,) float32, on the device.
-        t: timesteps of those images, (B,) int64, on the device.
+        losses: of this process's part of the batch, (B / processes,) float32, on the device.
+        t: timesteps of the whole batch, (B,) int64, on the device.
         grad_norm: Euclidean norm of the gradient before clipping, a scalar on the device.
         learning_rate: of this step.
     """
@@ -116,15 +116,18 @@ def batch_indices(num_images: int, batch_size: int, seed: int, k: int) -> Tensor
 class NoiseLevelSampler:
     """Draws the timesteps of training and weighs their losses (config: noise_levels, weighting)."""
 
-    def __init__(self, config: TrainingConfig, schedule: NoiseSchedule, prediction: Predicted) -> None:
+    def __init__(
+        self, config: TrainingConfig, schedule: NoiseSchedule, prediction: Predicted, device: torch.device | str = "cpu"
+    ) -> None:
+        """device: where timesteps are drawn and losses are."""
         self.num_timesteps = schedule.num_timesteps
         self._cumulative: Tensor | None = None
         probabilities = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
         if config.noise_levels == "lognormal":
             probabilities = timestep_probabilities(schedule, config.log_sigma_mean, config.log_sigma_std)
-            self._cumulative = probabilities.cumsum(0) / probabilities.sum()
+            self._cumulative = (probabilities.cumsum(0) / probabilities.sum()).float().to(device)
         middles = probabilities.cumsum(0) - probabilities / 2
-        self._bands = (middles * LOSS_BANDS).long().clamp(max=LOSS_BANDS - 1)  # (T,)
+        self._bands = (middles * LOSS_BANDS).long().clamp(max=LOSS_BANDS - 1).to(device)  # (T,)
         self._weights = min_snr_weights(prediction, schedule) if config.weighting == "min_snr" else None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -132,7 +135,7 @@ class NoiseLevelSampler:
         if self._cumulative is None:
             return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
         uniform = torch.rand(count, generator=generator, device=generator.device)
-        t = torch.searchsorted(self._cumulative.to(uniform), uniform, right=True)
+        t = torch.searchsorted(self._cumulative, uniform, right=True)
         return t.clamp(max=self.num_timesteps - 1)
 
     def weights(self, t: Tensor, mean_losses: Tensor | None) -> Tensor | None:
@@ -143,14 +146,14 @@ class NoiseLevelSampler:
         """
         if mean_losses is not None:
             inverse = 1 / mean_losses.clamp(min=1e-6)
-            return (inverse / inverse.mean())[self._bands.to(t.device)[t]]
+            return (inverse / inverse.mean())[self._bands[t]]
         if self._weights is None:
             return None
-        return per_image(self._weights, t, torch.zeros(len(t), device=t.device))
+        return per_image(self._weights, t, torch.empty(len(t), device=t.device))
 
     def learn(self, mean_losses: Tensor, t: Tensor, losses: Tensor, k: int) -> None:
         """Move the mean losses of the bands drawn in step k towards the losses of that step, in place."""
-        band = self._bands.to(t.device)[t]
+        band = self._bands[t]
         count = torch.zeros_like(mean_losses).index_add_(0, band, torch.ones_like(losses))
         batch_means = torch.zeros_like(mean_losses).index_add_(0, band, losses) / count.clamp(min=1)
         updated = torch.lerp(mean_losses, batch_means, 1 - min(0.99, (1 + k) / (10 + k)))
@@ -183,7 +186,7 @@ def training_loop(
     parameters: list[Tensor] = list(state.model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
     prediction = config.diffusion.predicted
-    levels = NoiseLevelSampler(training, schedule, prediction)
+    levels = NoiseLevelSampler(training, schedule, prediction, device)
     state.model.train()
     for k in range(state.step, training.num_steps):
         generator = torch.Generator(device).manual_seed(random_seed(seed, STEP, k))
@@ -220,9 +223,9 @@ def training_loop(
 
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
-        losses = processes.gather(losses.detach())
+        losses = losses.detach()
         if state.mean_losses is not None:
-            levels.learn(state.mean_losses, t, losses, k)
+            levels.learn(state.mean_losses, t, processes.gather(losses), k)
         state.step = k + 1
         yield TrainingStep(k + 1, losses, t, grad_norm, rate)
 

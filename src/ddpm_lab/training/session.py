@@ -112,18 +112,22 @@ class Session:
         training, state = self.config.training, self.state
         device = next(state.model.parameters()).device
         images, labels = images.to(device), None if labels is None else labels.to(device)
-        self._unlogged_time = time.monotonic()
+        self._unlogged_time, agreement = time.monotonic(), processes.PeriodicAgreement()
         with (
             _StopSignals() as stop,
             self.checkpoints,
             progress("training", training.num_steps, "steps", start=state.step) as advance,
         ):
             for step in training_loop(state, self.schedule, images, self.config, labels):
-                # Decided once a step and by all: a signal may come later, or to one process only.
-                stopping = processes.any_rank(stop.requested)
+                self._unlogged.append(step)
+                logging = self._logging_due()
+                # Decided by all at the same step: a signal may come to one process only.
+                stopping = agreement.any_rank(stop.requested, logging)
+                losses = self._gathered_losses() if logging or stopping else None
                 if processes.is_rank0():
-                    self._unlogged.append(step)
-                    self._log_and_save(stopping, advance)
+                    self._log_and_save(losses, stopping, advance)
+                if losses is not None:
+                    self._unlogged.clear()
                 if self._due(self.config.evaluation.score_every) and self._score_unless_stopped(stop):
                     self._save()
                     stopping = True
@@ -142,42 +146,66 @@ class Session:
         step = self.state.step
         return every > 0 and step > 0 and (step % every == 0 or step == self.config.training.num_steps)
 
-    def _log_and_save(self, stopping: bool, advance: Advance) -> None:
-        """Log, validate, save and sample after a step, each if it is due."""
+    def _logging_due(self) -> bool:
+        """Whether a line of the log is due after this step; the same in every process."""
         training, evaluation = self.config.training, self.config.evaluation
-        saving = stopping or self._due(training.checkpoint_every)
-        validating, sampling = self._due(evaluation.validate_every), self._due(evaluation.sample_every)
-        if saving or validating or sampling or self._due(evaluation.score_every) or self._due(training.log_every):
-            line = self._log_line()
-            if validating:
+        intervals = (training.log_every, training.checkpoint_every, evaluation.validate_every)
+        return any(self._due(every) for every in (*intervals, evaluation.sample_every, evaluation.score_every))
+
+    def _gathered_losses(self) -> Tensor:
+        """The losses of all processes in the steps since the last line of the log, (steps, B) float64."""
+        losses = torch.stack([step.losses for step in self._unlogged], dim=1)  # (B / processes, steps)
+        return processes.gather(losses).T.cpu().double()
+
+    def _log_and_save(self, losses: Tensor | None, stopping: bool, advance: Advance) -> None:
+        """Log, validate, save and sample after a step, each if it is due.
+
+        Args:
+            losses: see `_gathered_losses`, where a line of the log is due; else None.
+            stopping: whether the run stops after this step.
+            advance: of the progress bar.
+        """
+        if losses is not None:
+            line = self._log_line(losses)
+            if self._due(self.config.evaluation.validate_every):
                 line["validation_loss"] = self._validation_loss()
             append_line(self.run_dir / LOG, line)
             self.tracking.line(line)
             advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
-            self._unlogged.clear()
-        if saving:
+        if stopping or self._due(self.config.training.checkpoint_every):
             self._save()
         if self.state.step in average_steps(self.record):
-            self.checkpoints.save_average(self.state.step, self.state.tensors())
-        if sampling:
+            self.checkpoints.save_average(self.state.step, self._finite_tensors())
+        if self._due(self.config.evaluation.sample_every):
             self._sample_grid()
 
     def _save(self) -> None:
-        self.checkpoints.save(self.state.step, self.state.tensors())
+        self.checkpoints.save(self.state.step, self._finite_tensors())
 
-    def _log_line(self) -> dict[str, Any]:
+    def _finite_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint.
+
+        Raises:
+            RunError: one of them is not finite.
+        """
+        files = self.state.tensors()
+        for name, tensors in files.items():
+            largest = torch.stack([tensor.detach().abs().max().float() for tensor in tensors.values()]).max()
+            self._check_finite(name.removesuffix(".safetensors"), largest.item(), self.state.step)
+        return files
+
+    def _log_line(self, losses: Tensor) -> dict[str, Any]:
         """A line of the log, on the steps since the last one.
 
         Raises:
             RunError: a loss or a gradient was not finite.
         """
+        now = time.monotonic()  # the device has computed the losses
         steps, config = self._unlogged, self.config
-        losses = torch.stack([step.losses for step in steps]).cpu().double()
         grad_norms = torch.stack([step.grad_norm for step in steps]).cpu().double()
         for index, step in enumerate(steps):
             self._check_finite("loss", losses[index].mean().item(), step.step)
             self._check_finite("gradient", grad_norms[index].item(), step.step)
-        now = time.monotonic()  # the device has computed all of it
         bands = torch.stack([step.t for step in steps]).cpu() * BANDS // config.diffusion.num_timesteps
         by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
         return {
