@@ -110,8 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="auto", help="of training, such as fp16")
     parser.add_argument("--only", help="one of train, sample, evaluate, study; the others run undisturbed")
     arguments = parser.parse_args()
+    STEPS.extend(["--training.precision", arguments.precision])
     rng = random.Random(arguments.seed)
     differences = kills = 0
     with tempfile.TemporaryDirectory() as folder:

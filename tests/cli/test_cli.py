@@ -148,6 +148,7 @@ BAD_INPUTS = {
     "recipe with no data set": ("train empty_name.toml --run new", "is empty"),
     "fraction for a count": (TRAIN + " --training.num-steps 2.5", "whole number"),
     "word for a number": (TRAIN + " --training.num-steps many", "whole number"),
+    "unknown precision of training": (TRAIN + " --training.precision float16", "fp16"),
     "determinism by halves": (TRAIN + " --training.deterministic=partly", "deterministic"),
     "no steps": (TRAIN + " --training.num-steps 0", "at least 1"),
     "negative batch": (TRAIN + " --training.batch-size -4", "training.batch_size must be from 1 to 65536, not -4"),

@@ -26,17 +26,22 @@ from tests.commands import Command
 FLAGS = ["--device", "cpu", "--model.dropout", "0", "--model.num-classes", "10", "--training.precision", "float32"]
 
 
-def launch(*arguments: str, count: int = 2) -> list[Command]:
-    """Start a command as a launcher does."""
+def environments(count: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    return [Command(arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def outcome(started: list[Command]) -> list[tuple[int, str, str]]:
+def launch(*arguments: str, count: int = 2) -> list[Command]:
+    """Start a command as a launcher does."""
+    return [Command(arguments, **environment) for environment in environments(count)]
+
+
+def outcome(started: list[Command] | list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     results = [process.communicate(timeout=120) for process in started]
     return [(process.returncode, out, err) for process, (out, err) in zip(started, results, strict=True)]
@@ -248,6 +253,41 @@ def test_processes_agree_at_steps_that_all_know(monkeypatch):
             answer = agreements[rank].any_rank(False, now=step == 50)
             assert answer is (step in asked[rank][-1:])
     assert asked[0] == asked[1] == [1, 17, 33, 49, 50, 66, 82, 98]
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_process_skips_the_step_in_all(tiny_recipe, tmp_path):
+    """In float16. The last process alone overflows, at step 6; the runs end as one that lacks this step."""
+    code = """
+import sys
+from ddpm_lab.cli.main import main
+from ddpm_lab.core import processes
+from ddpm_lab.training import loop, optimizer
+optimizer.FIRST_SCALE = 2.0**12  # at which no other step overflows
+real, calls = loop.denoising_losses, []
+def losses(*arguments):
+    calls.append(None)
+    return real(*arguments) * (1e30 if len(calls) == 6 and processes.rank() == processes.world_size() - 1 else 1)
+loop.denoising_losses = losses
+main(sys.argv[1:])
+"""
+    for name, count in (("one", 1), ("two", 2)):
+        command = ["train", str(tiny_recipe), "--run", str(tmp_path / name), *FLAGS[:-1], "fp16"]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *command],
+                env=os.environ | environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for environment in environments(count)
+        ]
+        assert [code for code, _, _ in outcome(started)] == [0] * count
+        log = read_lines(tmp_path / name / "log.jsonl")
+        assert [line["skipped_steps"] for line in log] == [0, 0, 1, 0, 0, 0]
+        assert log[-1]["loss_scale"] == 2.0**11
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-3
 
 
 @pytest.mark.parametrize(

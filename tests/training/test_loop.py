@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from ddpm_lab.core.config import TrainingConfig, load_recipe
-from ddpm_lab.core.device import deterministic_algorithms, resolve_device, resolve_precision, uses_tf32
+from ddpm_lab.core.device import (
+    deterministic_algorithms,
+    precision_of,
+    resolve_device,
+    resolve_precision,
+    uses_tf32,
+)
 from ddpm_lab.data.datasets import load_images
 from ddpm_lab.diffusion.process import timestep_probabilities
 from ddpm_lab.diffusion.schedule import linear_schedule
 from ddpm_lab.diffusion.unet import build_unet
-from ddpm_lab.models.checkpoint import OPTIMIZER_FILE
+from ddpm_lab.models.checkpoint import LOSS_SCALE_FILE, OPTIMIZER_FILE
+from ddpm_lab.training import optimizer
 from ddpm_lab.training.loop import (
     LOSS_BANDS,
     NoiseLevelSampler,
@@ -21,7 +28,7 @@ from ddpm_lab.training.loop import (
     training_loop,
     validation_loss,
 )
-from ddpm_lab.training.optimizer import decay_start, hidden_kernels, learning_rate
+from ddpm_lab.training.optimizer import FIRST_SCALE, LossScale, decay_start, hidden_kernels, learning_rate
 
 
 def config_of(tiny_recipe, **training):
@@ -137,10 +144,10 @@ def test_a_step_depends_on_its_number_and_nothing_before(tiny_recipe, optimizer)
         if step.step == 2:
             for ours, theirs in ((resumed.model, whole.model), (resumed.ema, whole.ema)):
                 ours.load_state_dict(theirs.state_dict())
-            resumed.set_step(2)
             saved = whole.tensors()[OPTIMIZER_FILE]
             for name, tensor in resumed.tensors()[OPTIMIZER_FILE].items():
                 tensor.copy_(saved[name])
+            resumed.set_step(2)
     torch.manual_seed(12345)
     torch.randn(7)
     for _ in training_loop(resumed, linear_schedule(), images, config):
@@ -206,7 +213,8 @@ def test_gradients_are_clipped_and_their_norm_reported(tiny_recipe):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "precision"), [("eps", "float32"), ("eps", "bf16"), ("x_0", "float32"), ("v", "float32")]
+    ("prediction", "precision"),
+    [("eps", "float32"), ("eps", "bf16"), ("eps", "fp16"), ("x_0", "float32"), ("v", "float32")],
 )
 def test_training_learns(tiny_recipe, prediction, precision):
     config = config_of(tiny_recipe, num_steps=40, learning_rate=2e-3, precision=precision, batch_size=16)
@@ -220,15 +228,95 @@ def test_training_learns(tiny_recipe, prediction, precision):
     assert next(state.model.parameters()).dtype == torch.float32
 
 
-def test_bf16_computes_what_float32_does_up_to_its_digits(tiny_recipe):
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp16", 0.003)])
+def test_half_precision_computes_what_float32_does_up_to_its_digits(tiny_recipe, precision, tolerance):
+    """In losses and in gradients, which in float16 are scaled and scaled back."""
     images, first = load_images("digits").images, []
-    for precision in ("float32", "bf16"):
+    for each in ("float32", precision):
+        config = config_of(tiny_recipe, num_steps=1, precision=each)
+        state = state_of(config)
+        torch.nn.init.normal_(state.model.conv_out.weight, std=0.1)
+        step = next(training_loop(state, linear_schedule(), images, config))
+        gradient = torch.cat([p.grad.flatten() for p in state.model.parameters()]) * step.grad_norm  # before clipping
+        first.append((step.losses, gradient))
+    torch.testing.assert_close(first[0][0], first[1][0], rtol=tolerance, atol=tolerance / 3)
+    assert float((first[0][1] - first[1][1]).norm() / first[0][1].norm()) < 2 * tolerance
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def float16(tiny_recipe, scale, **training):
+    """A config, and a state whose loss scale overflows from 2^17 on; its gradients fit float16 below."""
+    config = config_of(tiny_recipe, precision="fp16", **training)
+    state = state_of(config)
+    state.loss_scale.scale.fill_(scale)
+    return config, state
+
+
+def copied(state):
+    return {name: {key: tensor.clone() for key, tensor in file.items()} for name, file in state.tensors().items()}
+
+
+@pytest.mark.parametrize("weighting", ["simple", "learned"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_that_overflows_changes_only_its_number_and_the_scale(tiny_recipe, optimizer, weighting):
+    images = load_images("digits").images
+    config, state = float16(tiny_recipe, 2.0**30, num_steps=2, optimizer=optimizer, weighting=weighting)
+    before = copied(state)
+    for number, step in enumerate(training_loop(state, linear_schedule(), images, config), 1):
+        assert step.skipped
+        assert not step.grad_norm.isfinite()
+        assert (step.step, step.loss_scale, state.step) == (number, 2.0 ** (30 - number), number)
+        assert step.learning_rate == learning_rate(config.training, number - 1)
+    after = copied(state)
+    scale = after.pop(LOSS_SCALE_FILE)
+    assert {name: float(tensor) for name, tensor in scale.items()} == {
+        "scale": 2.0**28,
+        "steps_since_change": 0,
+        "skipped_steps": 2,
+    }
+    for name, tensors in after.items():
+        assert all(torch.equal(tensor, before[name][key]) for key, tensor in tensors.items()), name
+
+
+def test_the_steps_after_an_overflow_are_those_of_a_run_that_begins_there(tiny_recipe):
+    """Two steps are skipped; then batch, rate and Adam's corrections are as if step 2 was the first, to the bit."""
+    images, ends = load_images("digits").images, []
+    for scale, begin in ((2.0**18, 0), (2.0**16, 2)):
+        config, state = float16(tiny_recipe, scale, num_steps=5)
+        state.step = begin
+        steps = list(training_loop(state, linear_schedule(), images, config))
+        assert sum(step.skipped for step in steps) == (2 if begin == 0 else 0)
+        ends.append((parameters(state.model), parameters(state.ema), steps[-1].losses))
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_the_loss_scale_halves_and_grows(monkeypatch):
+    monkeypatch.setattr(optimizer, "STEPS_TO_GROW", 3)
+    scale, seen = LossScale(torch.device("cpu")), []
+    for finite in (True, True, True, True, False, True, True, False, True, True, True):
+        scale.update(finite)
+        seen.append(float(scale.scale) / FIRST_SCALE)
+    assert seen == [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1]
+    assert int(scale.skipped_steps) == 2
+    scale.scale.fill_(optimizer.GREATEST_SCALE)
+    for _ in range(3):
+        scale.update(True)
+    assert float(scale.scale) == optimizer.GREATEST_SCALE
+
+
+def test_gradients_too_small_for_float16_need_the_scale(tiny_recipe):
+    """At 2^-24 all that reaches the network is 0; at 2^16 its gradient is that of float32."""
+    images, gradients = load_images("digits").images, []
+    for precision, scale in (("float32", 1.0), ("fp16", 2.0**-24), ("fp16", 2.0**16)):
         config = config_of(tiny_recipe, num_steps=1, precision=precision)
         state = state_of(config)
         torch.nn.init.normal_(state.model.conv_out.weight, std=0.1)
-        first.append(next(training_loop(state, linear_schedule(), images, config)).losses)
-    torch.testing.assert_close(*first, rtol=0.03, atol=0.01)
-    assert not torch.equal(*first)
+        if state.loss_scale is not None:
+            state.loss_scale.scale.fill_(scale)
+        next(training_loop(state, linear_schedule(), images, config))
+        gradients.append(state.model.conv_in.weight.grad)
+    assert not gradients[1].any()
+    assert float((gradients[2] - gradients[0]).norm() / gradients[0].norm()) < 0.01
 
 
 def test_validation_loss_is_always_the_same_draw():
@@ -261,6 +349,13 @@ def test_devices_and_precisions(monkeypatch):
     assert resolve_precision("auto", torch.device("mps")) == torch.float32
     with pytest.raises(ValueError, match="auto, cpu, cuda or mps"):
         resolve_device("tpu")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((6, 1), "float32"), ((7, 0), "fp16"), ((7, 5), "fp16"),
+                                                      ((8, 0), "bf16"), ((9, 0), "bf16")])  # fmt: skip
+def test_auto_is_what_a_card_is_fast_at(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision_of(resolve_precision("auto", torch.device("cuda", 0))) == expected
 
 
 def test_float32_is_never_tf32():

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddpm_lab import load
 from ddpm_lab.cli.main import run_command
+from ddpm_lab.core import processes
 from ddpm_lab.core.config import load_recipe
 from ddpm_lab.core.device import resolve_precision
 from ddpm_lab.core.errors import InputError, Interrupted, RunError
@@ -27,7 +28,7 @@ from ddpm_lab.data.datasets import load_images
 from ddpm_lab.evaluation import scores
 from ddpm_lab.models import checkpoint
 from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps
-from ddpm_lab.training import cost, session
+from ddpm_lab.training import cost, optimizer, session
 from ddpm_lab.training.resume import as_flag
 from ddpm_lab.training.run import train
 from tests.commands import Command
@@ -308,10 +309,14 @@ def test_averages_of_a_sixteenth_an_eighth_and_a_quarter_are_kept(tmp_path, tiny
         {"training": {"weighting": "learned", "decay": "linear", "decay_share": 0.5}},
         {"training": {"weighting": "min_snr"}, "model": {"time_conditioning": "scale_shift"}},
         {"training": {"optimizer": "muon"}},
+        {"training": {"precision": "fp16"}},
+        {"training": {"precision": "fp16", "weighting": "learned", "optimizer": "muon"}},
     ],
-    ids=["edm", "learned", "min_snr", "muon"],
+    ids=["edm", "learned", "min_snr", "muon", "fp16", "fp16-learned-muon"],
 )
 def test_resuming_gives_the_same_bits_with_every_option(tmp_path, tiny_recipe, monkeypatch, settings):
+    monkeypatch.setattr(optimizer, "FIRST_SCALE", 2.0**20)  # in float16 the first four steps are skipped,
+    monkeypatch.setattr(optimizer, "STEPS_TO_GROW", 6)  # and step 11, before which the scale doubles
     config = load_recipe(str(tiny_recipe))
     groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in settings.items()}
     config = dataclasses.replace(config, **groups)
@@ -321,6 +326,12 @@ def test_resuming_gives_the_same_bits_with_every_option(tmp_path, tiny_recipe, m
             train(config, tmp_path / "killed", device="cpu")
     train(config, tmp_path / "killed", device="cpu")
     assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
+    if config.training.precision == "fp16":
+        for name in ("whole", "killed"):
+            assert sum(entry["skipped_steps"] for entry in read_lines(tmp_path / name / "log.jsonl")) == 5
+        log = read_lines(tmp_path / "whole" / "log.jsonl")
+        assert [(entry["skipped_steps"], entry["loss"] is None) for entry in log] == [
+            (2, True), (2, True), (0, False), (0, False), (0, False), (1, False)]  # fmt: skip
     if "diffusion" in settings:
         sigma_data = json.loads((tmp_path / "whole" / "config.json").read_text())["config"]["diffusion"]["sigma_data"]
         pixels = load_images("digits", "train").images.double() / 127.5 - 1
@@ -398,6 +409,40 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny_recipe, monkey
     with pytest.raises(RunError, match=r"the ema is not finite at step 8 .*; the last checkpoint is of step 4"):
         train(tiny(tiny_recipe), tmp_path, device="cpu")
     assert checkpoint_steps(tmp_path) == [4]
+
+
+def test_a_network_that_diverges_in_float16_ends_the_run(tmp_path, tiny_recipe, monkeypatch):
+    """Overflows alone only skip steps. When no scale helps any more, the run ends, and its last checkpoint stays."""
+    monkeypatch.setattr(optimizer, "FIRST_SCALE", 4.0)
+    config = tiny(tiny_recipe, precision="fp16", learning_rate=1e4, num_steps=40, warmup_steps=1, log_every=40)
+    with pytest.raises(
+        RunError, match=r"overflow at step \d+ \(seed 0\) however the loss is scaled.* of step \d+; a lower"
+    ):
+        train(config, tmp_path, device="cpu")
+    skipped = [entry["skipped_steps"] for entry in read_lines(tmp_path / "log.jsonl")]
+    assert skipped[-1] > 0, "and the overflows before that did not end it"
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16")])
+def test_a_run_continues_on_a_device_of_another_precision(tmp_path, tiny_recipe, before, after):
+    """What `auto` is may change with the device; the loss scale then begins anew, or is no longer needed."""
+    train(tiny(tiny_recipe, num_steps=4, precision=before), tmp_path, device="cpu")
+    config_path = tmp_path / "config.json"
+    config_path.write_text(config_path.read_text().replace(f'"precision": "{before}"', f'"precision": "{after}"'))
+    train(tiny(tiny_recipe, num_steps=8, precision=after), tmp_path, device="cpu")
+    assert checkpoint_steps(tmp_path) == [4, 8]
+    assert [(checkpoint_path(tmp_path, step) / "loss_scale.safetensors").exists() for step in (4, 8)] == [
+        before == "fp16",
+        after == "fp16",
+    ]
+
+
+def test_processes_of_different_precisions_are_refused(tmp_path, tiny_recipe, monkeypatch):
+    """Some scale their losses in float16 and others do not."""
+    monkeypatch.setattr(processes, "any_rank", lambda flag: True)
+    with pytest.raises(InputError, match="precision auto differs between these GPUs"):
+        train(tiny(tiny_recipe), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_deterministic_training_is_recorded_and_may_change(tmp_path, tiny_recipe, tiny_run, monkeypatch):

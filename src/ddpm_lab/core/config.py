@@ -16,7 +16,7 @@ from ddpm_lab.core.settings import Range, SettingsGroup, read_toml
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}  # packaged
 Prediction = Literal["eps", "x_0", "v", "edm"]
 Conditioning = Literal["shift", "scale_shift"]
-Precision = Literal["auto", "float32", "bf16"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
 Sampler = Literal["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc"]
 Spacing = Literal["uniform", "leading", "quadratic", "logsnr", "karras"]
 Variance = Literal["beta", "beta_tilde"]
@@ -225,8 +225,9 @@ class TrainingConfig(SettingsGroup):
     """weights of the losses: equal (simple), min(SNR, 5) on the clean image (min_snr, Hang et al. 2023), or one over
     the mean loss at the same noise level, as measured so far (learned, after Karras et al. 2024)"""
     precision: Precision = "auto"
-    """bf16 computes convolutions, products and attention in bfloat16 and the rest in float32; auto: bf16 where the
-    device has fast instructions for it"""
+    """bf16 and fp16 compute convolutions, products and attention in bfloat16 or float16 and the rest in float32; fp16
+    scales the loss, and skips steps whose gradients overflow; auto: bf16 where the device has fast instructions for it,
+    fp16 on CUDA cards that have them for float16 alone (V100, T4, RTX 20), else float32"""
     compile: Literal["auto", "yes", "no"] = "auto"
     """whether to compile the network with torch.compile, which takes a minute or more at the start; auto: no"""
     deterministic: bool = False
@@ -313,8 +314,8 @@ class SamplingConfig(SettingsGroup):
     """images per batch, at most as many as are asked for; in float32 another batch size may change the last bit of an
     image, in bfloat16 a little more"""
     precision: Precision = "float32"
-    """bf16 computes convolutions, products and attention in bfloat16, which is faster where the device supports it and
-    changes images a little; auto: bf16 where the device has fast instructions for it"""
+    """bf16 and fp16 compute convolutions, products and attention in bfloat16 or float16, which is faster where the
+    device supports it and changes images a little; auto: what the device has fast instructions for, bf16 first"""
     engine: Literal["torch", "compile"] = "torch"
     """compile: use torch.compile, which takes a minute or more at the start and makes sampling faster on a GPU"""
 

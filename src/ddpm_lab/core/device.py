@@ -15,6 +15,8 @@ from ddpm_lab.core import processes
 from ddpm_lab.core.config import Precision
 from ddpm_lab.core.errors import InputError
 
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def disable_tf32() -> None:
     """Have products and convolutions in float32 keep all digits, in this process and from now on.
@@ -76,13 +78,17 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of convolutions and products; 'auto' is bfloat16 if the device has instructions for it."""
+    """The dtype of convolutions and products; 'auto' is the fastest that the device has instructions for.
+
+    That is bfloat16, on a CUDA card of compute capability 7 (V100, T4, RTX 20) float16, and elsewhere float32.
+    """
     if precision != "auto":
-        return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
-    native = False
+        return DTYPES[precision]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    native = False
+    if device.type == "cpu":
         # only newer versions of torch have this function
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -91,11 +97,14 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def precision_of(dtype: torch.dtype) -> Precision:
     """The setting that resolves to `dtype` on any device."""
-    return "bf16" if dtype == torch.bfloat16 else "float32"
+    return cast(Precision, next(name for name, known in DTYPES.items() if known == dtype))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Within it, convolutions, products and attention use `dtype`; normalisation computes statistics in float32."""
+    """Within it, convolutions, products and attention use `dtype`; normalisation computes statistics in float32.
+
+    The backward pass in float16 needs a scaled loss, see `training.optimizer.LossScale`.
+    """
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 

@@ -244,6 +244,8 @@ class _Training:
     def train_epoch(self) -> float:
         """Train for one pass over the images and return its mean loss."""
         settings, dtype, total = self.settings, resolve_precision("auto", self.device), 0.0
+        if dtype == torch.float16:  # small gradients would be lost in it
+            dtype = torch.float32
         orders, draws = (
             torch.Generator().manual_seed(random_seed(settings.seed, stream, self.epoch))
             for stream in (PERMUTATION, STEP)

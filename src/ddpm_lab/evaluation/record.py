@@ -223,7 +223,7 @@ class Sampled(TypedDict):
     batch_size: int | None
     """images per batch"""
     dtype: str | None
-    """precision of the network: float32 (on GPUs never TF32) or bf16"""
+    """precision of the network: float32 (on GPUs never TF32), bf16 or fp16"""
     engine: str | None
     """torch or compile"""
 

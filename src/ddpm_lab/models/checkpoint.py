@@ -25,6 +25,7 @@ from ddpm_lab.core.errors import InputError, RunError
 from ddpm_lab.core.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+LOSS_SCALE_FILE = "loss_scale.safetensors"  # only of a run in float16
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -1,12 +1,13 @@
 """The training loop: Algorithm 1 of Ho et al. 2020. It yields after every step; the caller logs, saves and samples.
 
-Invariant: step k is a pure function of (config, weights, moments, k). Its random numbers come from (seed, k), the order
-of the images from (seed, epoch), and the learning rate and the decay of the average from k. So no random state is
-saved, and on a CPU a run that was killed and resumed ends in the same weights as an uninterrupted one (on a GPU with
-`training.deterministic`).
+Invariant: step k is a pure function of (config, weights, moments, k), in float16 also of the loss scale. Its random
+numbers come from (seed, k), the order of the images from (seed, epoch), and the learning rate and the decay of the
+average from k. So no random state is saved, and on a CPU a run that was killed and resumed ends in the same weights as
+an uninterrupted one (on a GPU with `training.deterministic`).
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +24,8 @@ from ddpm_lab.diffusion.guidance import conditional, drop_labels, guided
 from ddpm_lab.diffusion.process import Model, denoising_losses, min_snr_weights, per_image, timestep_probabilities
 from ddpm_lab.diffusion.schedule import NoiseSchedule
 from ddpm_lab.diffusion.unet import UNet
-from ddpm_lab.models.checkpoint import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
-from ddpm_lab.training.optimizer import Optimizer, learning_rate
+from ddpm_lab.models.checkpoint import EMA_FILE, LOSS_SCALE_FILE, MODEL_FILE, OPTIMIZER_FILE
+from ddpm_lab.training.optimizer import LossScale, Optimizer, learning_rate
 
 LOSS_BANDS = 32  # of noise levels, each drawn equally often, in which learned weights are constant
 
@@ -40,6 +41,7 @@ class TrainingState:
         step: optimizer steps done.
         mean_losses: with learned weights, the mean loss in each of LOSS_BANDS bands of noise levels, (LOSS_BANDS,)
             float32 on the network's device; else None.
+        loss_scale: in float16; else None.
         schedule_start: the step at which the learning rate last started its schedule, see `learning_rate`.
     """
 
@@ -48,21 +50,24 @@ class TrainingState:
     optimizer: Optimizer
     step: int = 0
     mean_losses: Tensor | None = None
+    loss_scale: LossScale | None = None
     schedule_start: int = 0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint by file and name; not copies, so that a checkpoint can be loaded into them."""
         mean_losses = {} if self.mean_losses is None else {"mean_losses": self.mean_losses}
+        loss_scale = {} if self.loss_scale is None else {LOSS_SCALE_FILE: self.loss_scale.tensors()}
         return {
             MODEL_FILE: dict(self.model.named_parameters()),
             EMA_FILE: dict(self.ema.named_parameters()),
             OPTIMIZER_FILE: self.optimizer.tensors() | mean_losses,
+            **loss_scale,
         }
 
     def set_step(self, step: int) -> None:
-        """Set the number of steps done; the optimizer's moments become zero."""
+        """Set the number of steps done, after the tensors are loaded: of the steps some may have been skipped."""
         self.step = step
-        self.optimizer.reset(step)
+        self.optimizer.set_count(step if self.loss_scale is None else step - int(self.loss_scale.skipped_steps))
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class TrainingStep:
         t: timesteps of the whole batch, (B,) int64, on the device.
         grad_norm: Euclidean norm of the gradient before clipping, a scalar on the device.
         learning_rate: of this step.
+        skipped: whether the gradient overflowed in float16, so that nothing but the step and the loss scale changed.
+        loss_scale: after this step, in float16; else None.
     """
 
     step: int
@@ -82,6 +89,8 @@ class TrainingStep:
     t: Tensor
     grad_norm: Tensor
     learning_rate: float
+    skipped: bool = False
+    loss_scale: float | None = None
 
 
 def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
@@ -89,7 +98,8 @@ def new_state(model: UNet, config: TrainingConfig) -> TrainingState:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
     mean_losses = torch.ones(LOSS_BANDS, device=device) if config.weighting == "learned" else None
-    return TrainingState(model, ema, Optimizer(model, config), mean_losses=mean_losses)
+    loss_scale = LossScale(device) if resolve_precision(config.precision, device) == torch.float16 else None
+    return TrainingState(model, ema, Optimizer(model, config), mean_losses=mean_losses, loss_scale=loss_scale)
 
 
 def ema_decay(config: TrainingConfig, k: int) -> float:
@@ -215,19 +225,24 @@ def training_loop(
             losses = denoising_losses(model, schedule, x_0, rank_t, eps, prediction)
         weights = levels.weights(rank_t, state.mean_losses)
         state.optimizer.zero_grad()
-        # The backward pass averages the gradients over the processes.
-        torch.autograd.backward((losses if weights is None else weights * losses).mean())
+        # The backward pass averages the gradients over the processes, so that all of them skip a step or none.
+        loss, scale = (losses if weights is None else weights * losses).mean(), state.loss_scale
+        torch.autograd.backward(loss if scale is None else scale.scale * loss)
+        if scale is not None:
+            scale.unscale(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         rate = learning_rate(training, k, state.schedule_start)
-        state.optimizer.step(rate)
-
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
-        losses = losses.detach()
-        if state.mean_losses is not None:
-            levels.learn(state.mean_losses, t, processes.gather(losses), k)
+        losses, skipped = losses.detach(), scale is not None and not math.isfinite(grad_norm)
+        if not skipped:
+            state.optimizer.step(rate)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, parameters, 1 - ema_decay(training, k))
+            if state.mean_losses is not None:
+                levels.learn(state.mean_losses, t, processes.gather(losses), k)
+        if scale is not None:
+            scale.update(not skipped)
         state.step = k + 1
-        yield TrainingStep(k + 1, losses, t, grad_norm, rate)
+        yield TrainingStep(k + 1, losses, t, grad_norm, rate, skipped, None if scale is None else float(scale.scale))
 
 
 def validation_loss(

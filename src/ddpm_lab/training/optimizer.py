@@ -1,4 +1,6 @@
-"""Optimizers and their learning rate: Adam for all parameters; or Muon for the hidden kernels and Adam for the rest.
+"""Optimizers, their learning rate, and the loss scale of float16.
+
+Adam is for all parameters; or Muon for the hidden kernels and Adam for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) reads the momentum of a kernel as a matrix
 (outputs x all else) and makes its singular values nearly equal, by Newton-Schulz iterations in bfloat16. Its step is
@@ -14,6 +16,8 @@ from ddpm_lab.core.config import TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 MOMENTUM = "momentum"  # Muon's
+FIRST_SCALE, LEAST_SCALE, GREATEST_SCALE = 2.0**16, 2.0**-8, 2.0**32  # of the loss in float16
+STEPS_TO_GROW = 2000  # without an overflow, after which the scale doubles
 NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "class_embedding")  # nor are the blocks' `embedding` layers
 
 
@@ -49,7 +53,12 @@ class Optimizer:
                 self._matrices.values(), config.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
             )
             self._optimizers.append(self._muon)
-        self.reset(step=0)
+        self._reset()
+
+    def set_count(self, updates: int) -> None:
+        """Set the number of updates that Adam's corrections of its moments assume."""
+        for state in self._adam.state.values():
+            state["step"].fill_(float(updates))
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
@@ -74,15 +83,54 @@ class Optimizer:
             for name, matrix in self._matrices.items()
         }
 
-    def reset(self, step: int) -> None:
-        """Set moments and momenta to zero, and Adam's count of steps to `step`."""
+    def _reset(self) -> None:
+        """Create the state: no updates, moments and momenta of zero."""
         zeros = [
-            {"step": torch.tensor(float(step)), **{m: torch.zeros_like(p) for m in MOMENTS}}
-            for p in self._others.values()
+            {"step": torch.tensor(0.0), **{m: torch.zeros_like(p) for m in MOMENTS}} for p in self._others.values()
         ]
         _set_state(self._adam, zeros)
         if self._matrices:
             _set_state(self._muon, [{"momentum_buffer": torch.zeros_like(m)} for m in self._matrices.values()])
+
+
+class LossScale:
+    """The factor of the loss in float16, where small gradients would else be 0 (Micikevicius et al. 2017,
+    arXiv:1710.03740, section 3.2).
+
+    Where a gradient overflows, the step is skipped and the factor halved; it doubles after STEPS_TO_GROW steps without.
+    Its powers of two change no digit. (`torch.amp.GradScaler` decides for each optimizer by itself, so that Muon could
+    skip a step and Adam not.)
+
+    Attributes:
+        scale: the factor, () float32 on the network's device.
+        steps_since_change: steps since it last changed, () int64.
+        skipped_steps: steps skipped so far, () int64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.tensor(FIRST_SCALE, device=device)
+        self.steps_since_change = torch.tensor(0, device=device)
+        self.skipped_steps = torch.tensor(0, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name; not copies."""
+        return dict(vars(self))
+
+    def unscale(self, parameters: list[Tensor]) -> None:
+        """Divide the gradients by the scale, in place."""
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / self.scale)
+
+    def update(self, finite: bool) -> None:
+        """Adapt the scale after a step; `finite`: whether all gradients were finite, else the step was skipped."""
+        self.steps_since_change += 1
+        if not finite:
+            self.skipped_steps += 1
+            self.scale /= 2
+        elif self.steps_since_change >= STEPS_TO_GROW:
+            self.scale.mul_(2).clamp_(max=GREATEST_SCALE)
+        else:
+            return
+        self.steps_since_change.zero_()
 
 
 def _set_state(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor]]) -> None:

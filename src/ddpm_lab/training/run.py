@@ -28,7 +28,7 @@ from ddpm_lab.diffusion.process import input_scale
 from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.diffusion.unet import build_unet
 from ddpm_lab.evaluation.scores import training_scorer
-from ddpm_lab.models.checkpoint import checkpoint_path, checkpoint_steps, load_tensors, read_meta
+from ddpm_lab.models.checkpoint import LOSS_SCALE_FILE, checkpoint_path, checkpoint_steps, load_tensors, read_meta
 from ddpm_lab.models.trained import load
 from ddpm_lab.training.cost import training_cost
 from ddpm_lab.training.fine_tuning import start_from_model
@@ -94,6 +94,9 @@ def train(
     torch.manual_seed(config.training.seed)
     model = build_unet(config.model, channels, image_size, config.diffusion.num_timesteps, scale).to(torch_device)
     state = new_state(model, config.training)
+    scaled = state.loss_scale is not None
+    if processes.any_rank(scaled) and processes.any_rank(not scaled):
+        raise InputError("--training.precision auto differs between these GPUs; give fp16 or float32")
     state.schedule_start = processes.broadcast_number(restarts[-1] if restarts else 0)
 
     # What config.json will hold; whatever can be refused is refused here, before the folder is written
@@ -197,9 +200,10 @@ def _open_folder(run_dir: Path, record: dict[str, Any], state: TrainingState) ->
         folder = checkpoint_path(run_dir, steps[-1])
         if read_meta(folder)["step"] != steps[-1]:
             raise InputError(f"{folder}/meta.json is of step {read_meta(folder)['step']}, unlike the folder's name")
-        state.set_step(steps[-1])
         for name, tensors in state.tensors().items():
-            load_tensors(folder, name, tensors)
+            if name != LOSS_SCALE_FILE or name in read_meta(folder)["sha256"]:  # else another dtype was used so far
+                load_tensors(folder, name, tensors)
+        state.set_step(steps[-1])
     path, text = run_dir / "config.json", json.dumps(record, indent=2) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         replace_atomically(path, text.encode())
@@ -211,11 +215,9 @@ def _open_folder(run_dir: Path, record: dict[str, Any], state: TrainingState) ->
 def _broadcast_state(state: TrainingState) -> None:
     """Send rank 0's state to all processes, so that only rank 0 needs the run's folder."""
     if processes.is_distributed():
-        step = processes.broadcast_number(state.step)
-        if not processes.is_rank0():
-            state.set_step(step)
         for tensors in state.tensors().values():
             processes.broadcast_tensors(tensors.values())
+        state.set_step(processes.broadcast_number(state.step))
 
 
 def _beginning(state: TrainingState, start_from: str | None) -> str:

@@ -33,6 +33,7 @@ from ddpm_lab.pictures.reverse import record_trajectory, reverse_frames
 from ddpm_lab.sampling.generation import generate
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
 from ddpm_lab.training.loop import TrainingState, TrainingStep, training_loop, validation_loss
+from ddpm_lab.training.optimizer import LEAST_SCALE
 from ddpm_lab.training.tracking import Tracking
 
 
@@ -165,13 +166,21 @@ class Session:
             stopping: whether the run stops after this step.
             advance: of the progress bar.
         """
+        step, seed = self._unlogged[-1], self.config.training.seed
+        if step.loss_scale is not None and step.loss_scale < LEAST_SCALE:
+            raise RunError(
+                f"in float16 the gradients overflow at step {step.step} (seed {seed}) however the loss is scaled, "
+                f"so the network has diverged; the last checkpoint is of step {self._last_step()}; a lower "
+                "--training.learning-rate may help"
+            )
         if losses is not None:
             line = self._log_line(losses)
             if self._due(self.config.evaluation.validate_every):
                 line["validation_loss"] = self._validation_loss()
             append_line(self.run_dir / LOG, line)
             self.tracking.line(line)
-            advance(0, f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+            loss = "" if line["loss"] is None else f"loss {line['loss']:.4f}, "
+            advance(0, f"{loss}{line['images_per_second']:.0f} images/s")
         if stopping or self._due(self.config.training.checkpoint_every):
             self._save()
         if self.state.step in average_steps(self.record):
@@ -195,29 +204,33 @@ class Session:
         return files
 
     def _log_line(self, losses: Tensor) -> dict[str, Any]:
-        """A line of the log, on the steps since the last one.
+        """A line of the log, on the steps since the last one; means are over those that were not skipped.
 
         Raises:
             RunError: a loss or a gradient was not finite.
         """
         now = time.monotonic()  # the device has computed the losses
         steps, config = self._unlogged, self.config
-        grad_norms = torch.stack([step.grad_norm for step in steps]).cpu().double()
-        for index, step in enumerate(steps):
+        taken = torch.tensor([not step.skipped for step in steps])
+        t = torch.stack([step.t for step in steps]).cpu()[taken]
+        losses, grad_norms = losses[taken], torch.stack([step.grad_norm for step in steps]).cpu().double()[taken]
+        for index, step in enumerate(step for step in steps if not step.skipped):
             self._check_finite("loss", losses[index].mean().item(), step.step)
             self._check_finite("gradient", grad_norms[index].item(), step.step)
-        bands = torch.stack([step.t for step in steps]).cpu() * BANDS // config.diffusion.num_timesteps
-        by_t = [losses[bands == band].mean().item() if bool((bands == band).any()) else None for band in range(BANDS)]
-        return {
+        bands = t * BANDS // config.diffusion.num_timesteps
+        line = {
             "step": steps[-1].step,
             "images": steps[-1].step * config.training.batch_size,
-            "loss": losses.mean().item(),
-            "loss_by_t": by_t,
-            "grad_norm": grad_norms.mean().item(),
+            "loss": _mean(losses),
+            "loss_by_t": [_mean(losses[bands == band]) for band in range(BANDS)],
+            "grad_norm": _mean(grad_norms),
             "lr": steps[-1].learning_rate,
-            "images_per_second": losses.numel() / (now - self._unlogged_time),
+            "images_per_second": len(steps) * config.training.batch_size / (now - self._unlogged_time),
             "seconds": self.seconds_before + now - self._start_time,
         }
+        if steps[-1].loss_scale is not None:
+            line |= {"skipped_steps": sum(step.skipped for step in steps), "loss_scale": steps[-1].loss_scale}
+        return line
 
     def _validation_loss(self) -> float:
         ema, count = self.state.ema, self.config.evaluation.validation_images
@@ -297,6 +310,10 @@ class Session:
             trajectory = record_trajectory(trained, sampling, 4, SHORT_FILM.frames or 2)
             save_film(film, reverse_frames([trajectory], scale), SHORT_FILM)
             self.tracking.film("reverse", film, trained.step)
+
+
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if values.numel() else None
 
 
 class _StopSignals:
