@@ -294,6 +294,7 @@ BAD_INPUTS = {
     "engine unknown": ("sample run --out x.png --engine jax", "jax"),
     "engine onnx, gone": ("sample run --out x.png --engine onnx", "onnx"),
     "precision unknown": ("sample run --out x.png --precision fp8", "fp8"),
+    "export of both weights": ("export run --to run --out new --weights raw", "averaged weights only"),
     "forward in no folder": (FORWARD.format("nowhere/a.png"), "does not exist"),
     "forward of another ending": (FORWARD.format("a.avi"), "must end in .png or .gif or .mp4"),
     "forward into a folder": (FORWARD.format("empty"), "must end in"),

@@ -22,7 +22,11 @@ Dataset = Literal["mnist", "cifar10", "digits"]
 DataDir = Annotated[Path | None, Parameter(help="folder of data sets; unset: DDPM_DATA_DIR, else the user's cache")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="device; auto: a GPU if there is one")]
 Source = Annotated[
-    str, Parameter(help="run folder, one of its checkpoint folders, diffusers folder, or packaged weights (mnist)")
+    str,
+    Parameter(
+        help="run folder, one of its checkpoint folders, diffusers folder, packaged weights (mnist), or USER/NAME or "
+        "USER/NAME@REVISION on the Hugging Face hub"
+    ),
 ]
 Weights = Annotated[
     Literal["ema", "raw"], Parameter(help="moving average of the parameters (ema), or the parameters themselves (raw)")
@@ -104,8 +108,8 @@ def train(
         recipe: packaged recipe (cifar10, cifar10-cpu, digits, mnist, mnist-cpu) or the path of a TOML file.
         run: folder of the run, new or to be continued.
         start_from: initial weights of a new run (fine-tuning), from a network of the same shape: run folder, one of its
-            checkpoint folders, diffusers folder, or packaged weights. An unconditional network can start a conditional
-            run.
+            checkpoint folders, diffusers folder, packaged weights, or USER/NAME on the hub. An unconditional network
+            can start a conditional run.
     """
     from ddpm_lab.training.run import train as train_run
 
@@ -243,7 +247,7 @@ def report(folder: Path, /) -> None:
 
 
 @app.command(name="import")
-def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
+def import_(source: str, /, *, run: Path, dataset: str = "unknown") -> None:
     """Import a model of diffusers (DDPMPipeline, DDIMPipeline, or UNet2DModel alone) as a run, to sample and to score.
 
     From the same noise, `ddpm sample --sampler ddpm`, or of a DDIMPipeline `--sampler ddim`, gives the images of the
@@ -251,13 +255,13 @@ def import_(folder: Path, /, *, run: Path, dataset: str = "unknown") -> None:
     not supported is an error that names it.
 
     Args:
-        folder: folder written by save_pretrained, with safetensors.
+        source: folder written by save_pretrained, with safetensors; or USER/NAME on the Hugging Face hub.
         run: new folder for the run.
         dataset: training data, if known: mnist, cifar10, or the path of a folder of images.
     """
     from ddpm_lab.exchange.import_export import import_generator
 
-    print(import_generator(folder, run, dataset))
+    print(import_generator(source, run, dataset))
 
 
 @app.command
@@ -265,7 +269,7 @@ def export(
     source: Source,
     /,
     *,
-    to: Literal["diffusers", "onnx"],
+    to: Literal["diffusers", "run", "onnx"],
     out: Path,
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
@@ -276,11 +280,12 @@ def export(
     guide: str | None = None,
     guidance_interval: tuple[float, ...] = (),
 ) -> None:
-    """Export a model for other programs, with a model card (README.md), ready to upload.
+    """Export a model for other people and programs, with a model card (README.md), ready to upload.
 
     Args:
-        to: diffusers: a folder for its DDPMPipeline or DDIMPipeline; onnx: the network and a complete sampler as
-            graphs, with an example that requires only numpy and onnxruntime.
+        to: diffusers: a folder for its DDPMPipeline or DDIMPipeline; run: a folder of the averaged weights for every
+            command here, which can hold any network; onnx: the network and a complete sampler as graphs, with an
+            example that requires only numpy and onnxruntime.
         out: new folder.
         license: license of the weights, for the model card (mit, cc-by-4.0, ...); unset: mit for packaged weights, else
             unknown.
@@ -323,7 +328,7 @@ def cache(*, clear: tuple[str, ...] = (), older_than: float | None = None) -> No
     """List the contents of the cache (DDPM_CACHE_DIR, else the user's cache folder) by kind, or delete them.
 
     Args:
-        clear: kinds to delete: generated, features, onnx, inception, data; or all. Deleted entries are computed or
+        clear: kinds to delete: generated, features, hub, onnx, inception, data; or all. Deleted entries are computed or
             downloaded again when needed.
         older_than: delete only entries written at least this number of days ago; unset: entries of any age.
     """

@@ -20,6 +20,7 @@ WRITING = 1 / 24  # days for which an incomplete entry counts as being written
 KINDS = {
     "generated": "sampled images that were scored",
     "features": "features of images, and their statistics",
+    "hub": "models from the Hugging Face hub",
     "onnx": "graphs that earlier versions kept",
     "inception": "the weights of the FID network",
     "data": "data sets that were downloaded",
@@ -51,7 +52,7 @@ def entries(kind: str) -> list[Entry]:
         num_bytes, newest = 0, 0.0
         for file in (path, *path.rglob("*")):
             with suppress(FileNotFoundError):  # another process has deleted it
-                if file.is_file():
+                if file.is_file() and not file.is_symlink():  # links are to files that count already
                     status = file.stat()
                     num_bytes, newest = num_bytes + status.st_size, max(newest, status.st_mtime)
         found.append(Entry(path, num_bytes, (time.time() - newest) / DAY))

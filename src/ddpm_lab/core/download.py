@@ -56,7 +56,7 @@ def download(urls: list[str], path: Path, verify: Callable[[Path], object], advi
 def _download(url: str, part: Path, description: str, answer_seconds: float) -> None:
     start = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with _within(answer_seconds, lambda: _get(url, headers)) as response:
+    with within(answer_seconds, lambda: _get(url, headers)) as response:
         if response.status_code == 416:  # nothing after what is there
             if response.headers.get("Content-Range") == f"bytes */{start}":
                 return  # the file is complete: the process was killed before it renamed the file
@@ -87,7 +87,7 @@ def _get(url: str, headers: dict[str, str]) -> requests.Response:
         raise InputError(f"this machine's settings: {error}") from error
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], T]) -> T:
     """Run a call in a thread, and stop waiting for it after some seconds (a name look-up has no time limit)."""
     outcome: Future[T] = Future()
 

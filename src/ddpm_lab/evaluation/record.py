@@ -187,6 +187,8 @@ class Guide(TypedDict):
     """training steps"""
     sha256: str
     """SHA-256 of its weights"""
+    revision: str | None
+    """commit on the hub; null: it is not from there"""
 
 
 class Sampled(TypedDict):
@@ -198,6 +200,8 @@ class Sampled(TypedDict):
     """ema (averaged) or raw"""
     weights_sha256: str | None
     """SHA-256 of the weights' file"""
+    revision: str | None
+    """commit of the model on the hub; null: it is not from there"""
     sampler: str | None
     """ddim, ddpm, dpmpp, heun, ipndm or unipc"""
     num_steps: int | None

@@ -26,6 +26,7 @@ from ddpm_lab.evaluation.features import FeatureNetwork
 from ddpm_lab.evaluation.record import SamplingRecord, ScoreRecord, SourceScores, TrainingRecord
 from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.models.diffusers_format import UNKNOWN, is_diffusers
+from ddpm_lab.models.hub import is_hub_name
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.sampling.generation import build_sampler, class_labels, generate, guidance_record, sampling_task
 from ddpm_lab.sampling.image_files import check_writable
@@ -163,13 +164,13 @@ def _is_images(source: str) -> bool:
     Raises:
         InputError: it stands for neither.
     """
-    if source in packaged_names():
+    if source in packaged_names() or is_hub_name(source):
         return False
     path, is_split = Path(source), ":" in source and source.partition(":")[0] in DATASETS
     if not is_split and (not source or not path.exists()):
         raise InputError(
             f"no model or images {source!r}: give a run or checkpoint folder, the name of packaged weights "
-            f"({', '.join(packaged_names())}), DATASET:SPLIT, an .npz, or a folder of images"
+            f"({', '.join(packaged_names())}), USER/NAME of the hub, DATASET:SPLIT, an .npz, or a folder of images"
         )
     files = ("config.json", "ema.safetensors", "model.safetensors")
     return is_split or not (is_diffusers(path) or any((path / name).is_file() for name in files))
@@ -222,6 +223,7 @@ def sampling_record(trained: TrainedModel, sampling: SamplingConfig) -> Sampling
         "step": trained.step,
         "weights": trained.weights,
         "weights_sha256": trained.weights_sha256,
+        "revision": trained.revision,
         "num_evaluations": sampler.num_evaluations,
         "num_timesteps": diffusion.num_timesteps,
         "schedule": diffusion.schedule,

@@ -12,21 +12,22 @@ from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import atomic_directory
 from ddpm_lab.diffusion.guidance import guidance_label, guided_timesteps
 from ddpm_lab.exchange.model_card import write_card
-from ddpm_lab.models.checkpoint import checkpoint_path, save_checkpoint
+from ddpm_lab.models.checkpoint import EMA_FILE, checkpoint_path, read_tensors, save_checkpoint, write_files
 from ddpm_lab.models.diffusers_format import has_average, has_scheduler, is_diffusers, read_diffusers, save_diffusers
+from ddpm_lab.models.hub import locate
 from ddpm_lab.models.onnx_format import Guidance, LoopSampler, save_onnx
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.sampling.generation import Sampler, build_sampler
 from ddpm_lab.training.run import versions
 
-Form = Literal["diffusers", "onnx"]
+Form = Literal["diffusers", "run", "onnx"]
 
 
-def import_generator(folder: Path, run: Path, dataset: str) -> str:
+def import_generator(source: str, run: Path, dataset: str) -> str:
     """Make a run from a folder of diffusers. It can be sampled and scored, but not trained further.
 
     Args:
-        folder: as in `diffusers_format.read_diffusers`.
+        source: a folder as in `diffusers_format.read_diffusers`, or USER/NAME on the hub.
         run: a new or empty folder.
         dataset: the training data, if known.
     Returns:
@@ -34,9 +35,10 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
     Raises:
         InputError: no such generator, or the run exists.
     """
+    folder, revision = locate(source)
     require(
         is_diffusers(folder),
-        f"{folder} is not a diffusers folder: it has neither model_index.json nor the config.json of a UNet2DModel",
+        f"{source} is not a diffusers folder: it has neither model_index.json nor the config.json of a UNet2DModel",
     )
     cpu = resolve_device("cpu")
     config, model, image_shape, sampling = read_diffusers(folder, cpu)
@@ -48,7 +50,8 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         "seed": config.training.seed,
         "data": {"name": dataset, "image_shape": list(image_shape)},
         "versions": versions(),
-        "imported": folder.resolve().name,
+        "imported": folder.resolve().name if revision is None else source,
+        **({} if revision is None else {"revision": revision}),
         **({} if has_scheduler(folder) else {"process_assumed": True}),
         **sampling,
     }
@@ -58,7 +61,7 @@ def import_generator(folder: Path, run: Path, dataset: str) -> str:
         (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         save_checkpoint(checkpoint_path(partial, 0), 0, tensors)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{run}: {count:,} parameters of {folder}, images of {' x '.join(map(str, image_shape))}"
+    return f"{run}: {count:,} parameters of {source}, images of {' x '.join(map(str, image_shape))}"
 
 
 def export_generator(
@@ -80,7 +83,8 @@ def export_generator(
     Args:
         source, weights, checkpoint: as in `trained.load`.
         form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`, or for `DDIMPipeline` if the sampler is ddim or
-            the model comes from such a pipeline; or 'onnx', the network and a sampler as graphs.
+            the model comes from such a pipeline; 'run', a checkpoint of the averaged weights that `trained.load` reads;
+            or 'onnx', the network and a sampler as graphs.
         out: a new or empty folder.
         licence: of the weights, for the README; None: 'mit' for packaged weights, else 'unknown'.
         sampler: of the sampler's graph; None: dpmpp.
@@ -91,10 +95,13 @@ def export_generator(
     Raises:
         InputError: no such generator, one that the format cannot express, or `out` exists.
     """
+    require(form != "run" or weights == "ema", "--to run holds averaged weights only; leave --weights out")
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
-    options = (None if sampler == "ddim" else sampler, num_steps, guidance, guide, guidance_interval or None)
-    if form == "diffusers" and any(option is not None for option in options):
-        raise InputError("--sampler dpmpp, --num-steps, --guidance, --guide and --guidance-interval are for --to onnx")
+    for_graph = (num_steps, guidance, guide, guidance_interval or None)
+    if form != "onnx" and any(option is not None for option in for_graph):
+        raise InputError("--num-steps, --guidance, --guide and --guidance-interval are for --to onnx")
+    if form == "run" or (form == "diffusers" and sampler != "ddim"):
+        require(sampler is None, f"--sampler {sampler} is for --to onnx")
     spacing = trained.spacing or ("uniform" if sampler == "ddim" else None)
     sampling = {"spacing": spacing} if spacing else {"variance": trained.variance}
     require(guidance != 0, "--guidance must be above 0, as the sampler's graph takes classes")
@@ -107,6 +114,9 @@ def export_generator(
         if form == "diffusers":
             loop = save_diffusers(trained.model, trained.config, trained.image_shape[1], sampling, partial)
             reader = f"diffusers.{loop}.from_pretrained"
+        elif form == "run":
+            save_run(trained, partial)
+            loop, reader = "", "every command that takes a model"
         else:
             save_onnx(trained, sampler, resolved.num_steps, _guidance(resolved, trained), partial)
             other = resolved.guide and {"name": resolved.guide.name, "step": resolved.guide.step}
@@ -116,6 +126,14 @@ def export_generator(
         licence = licence or ("mit" if source in packaged_names() else "unknown")
         write_card(trained, form, licence, loop, partial)
     return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"
+
+
+def save_run(trained: TrainedModel, folder: Path) -> None:
+    """Write a network into an empty folder as a checkpoint beside its `config.json`, which `trained.load` reads."""
+    saved = (trained.folder / "meta.json").is_file()  # then the bytes stay the same, and with them the hash in records
+    weights = read_tensors(trained.folder, EMA_FILE) if saved else trained.model.state_dict()
+    write_files(folder, trained.step, {EMA_FILE: weights})
+    (folder / "config.json").write_text(json.dumps(trained.record, indent=2) + "\n")
 
 
 def _apply_umask(folder: Path) -> None:

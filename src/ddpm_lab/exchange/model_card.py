@@ -36,7 +36,7 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
     """Write README.md and its picture, samples.png.
 
     Args:
-        form: 'diffusers' or 'onnx'.
+        form: 'diffusers', 'run' or 'onnx'.
         licence: of the weights.
         loop: the sampler's graph, in words; of diffusers, the class of the pipeline.
     """

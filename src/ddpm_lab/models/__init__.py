@@ -1,4 +1,4 @@
-"""Networks on disk: checkpoints, loading of any source, the formats of diffusers and ONNX; the packaged weights.
+"""Networks on disk and on the hub: checkpoints, loading any source, formats of diffusers and ONNX; packaged weights.
 
 May import `core`, `data`, `diffusion`.
 Start with `trained.load`, then `checkpoint`.

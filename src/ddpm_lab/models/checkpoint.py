@@ -78,20 +78,25 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, dict[str, Tensor]]
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        hashes = {}
-        for name, tensors in state.items():
-            content = tensor_bytes(tensors)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-            write_durably(temporary / name, content)
-        meta = json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n"
-        write_durably(temporary / "meta.json", meta.encode())
-        flush_folder(temporary)
+        write_files(temporary, step, state)
         temporary.rename(folder)
         flush_folder(folder.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def write_files(folder: Path, step: int, state: dict[str, dict[str, Tensor]]) -> None:
+    """Write the files of a checkpoint into an empty folder; the other arguments are those of `save_checkpoint`."""
+    hashes = {}
+    for name, tensors in state.items():
+        content = tensor_bytes(tensors)
+        hashes[name] = hashlib.sha256(content).hexdigest()
+        write_durably(folder / name, content)
+    meta = json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n"
+    write_durably(folder / "meta.json", meta.encode())
+    flush_folder(folder)
 
 
 class CheckpointWriter:

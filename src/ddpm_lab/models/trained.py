@@ -1,4 +1,4 @@
-"""Trained networks: load one from a run, a checkpoint, a folder of diffusers, or the packaged weights."""
+"""Trained networks: load one from a run, a checkpoint, a folder of diffusers, the hub, or the packaged weights."""
 
 import copy
 import dataclasses
@@ -16,6 +16,7 @@ from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import read_json
 from ddpm_lab.core.log import LOG, SCORES, read_lines
 from ddpm_lab.core.settings import fits
+from ddpm_lab.data.datasets import DATASETS
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.diffusion.process import input_scale
 from ddpm_lab.diffusion.schedule import NoiseSchedule, build_schedule
@@ -29,7 +30,14 @@ from ddpm_lab.models.checkpoint import (
     parameters_sha256,
     read_meta,
 )
-from ddpm_lab.models.diffusers_format import UNKNOWN, is_diffusers, read_diffusers, warn_of_assumed_process
+from ddpm_lab.models.diffusers_format import (
+    UNKNOWN,
+    has_scheduler,
+    is_diffusers,
+    read_diffusers,
+    warn_of_assumed_process,
+)
+from ddpm_lab.models.hub import NAME, locate
 
 Weights = Literal["ema", "raw"]
 WEIGHT_FILES = {"ema": EMA_FILE, "raw": MODEL_FILE}
@@ -62,6 +70,7 @@ class TrainedModel:
         weights: 'ema' or 'raw'.
         folder: the checkpoint's.
         record: the whole `config.json`: config, data, versions, seed.
+        revision: the commit on the hub; None: it was not loaded from there.
     """
 
     name: str
@@ -73,6 +82,7 @@ class TrainedModel:
     weights: Weights
     folder: Path
     record: dict[str, Any]
+    revision: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -158,9 +168,11 @@ def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, P
         return PACKAGED / source, PACKAGED / source / "config.json"
     path = Path(source).resolve()
     if not source or not path.is_dir():
+        on_hub = NAME.fullmatch(source)
         raise InputError(
-            f"no model {source!r}: give a run folder, a checkpoint folder in one, a folder of diffusers, "
-            f"or the name of packaged weights ({', '.join(packaged_names()) or 'none in this version'})"
+            f"no model {source!r}: give a run folder, a checkpoint folder in one, a folder of diffusers, USER/NAME of "
+            f"the hub, or the name of packaged weights ({', '.join(packaged_names()) or 'none in this version'})"
+            + (f"; for the hub, as there is a folder {on_hub['user']} here, write {source}@main" if on_hub else "")
         )
     if (path / "meta.json").is_file():
         if checkpoint is not None:
@@ -217,27 +229,32 @@ def load(
     """Load a trained network.
 
     Args:
-        source: a run folder, a checkpoint folder in it, the name of packaged weights, or a folder of diffusers.
+        source: a run folder, a checkpoint folder in it, the name of packaged weights, a folder of diffusers, or
+            USER/NAME or USER/NAME@REVISION on the hub, which is downloaded. What exists here takes precedence over the
+            hub, and a `Path` is never looked up there.
         weights: 'ema' for the moving average, 'raw' for the network as trained.
         checkpoint: a step of a run folder; None: the newest.
         device: auto, cpu, cuda or mps.
     Raises:
-        InputError: no such source, damaged files, or weights of another network.
+        InputError: no such source, damaged files, or weights of another network; the hub cannot be reached.
     """
     if weights not in WEIGHT_FILES:
         raise InputError(f"weights must be ema or raw, not {weights!r}")
     torch_device, name = resolve_device(device), str(source)
-    if name not in packaged_names() and is_diffusers(Path(name)):
+    packaged = name in packaged_names()
+    folder, revision = (Path(name), None) if packaged else locate(source)
+    if not packaged and is_diffusers(folder):
         if checkpoint is not None:
             raise InputError(f"{name}, a folder of diffusers, has no steps to choose; leave --checkpoint out")
-        folder, step = Path(name), 0
+        step = 0
         config, model, image_shape, sampling = read_diffusers(folder, torch_device, weights)
         data = {"name": UNKNOWN, "image_shape": list(image_shape)}
         record = {"config": config.to_dict(), "data": data, **sampling}
+        record |= {} if has_scheduler(folder) else {"process_assumed": True}
         schedule = build_schedule(config.diffusion)
     else:
-        folder, config_path = find_checkpoint(name, checkpoint)
-        if weights == "raw" and name in packaged_names():
+        folder, config_path = find_checkpoint(name if revision is None else str(folder), checkpoint)
+        if weights == "raw" and packaged:
             raise InputError(f"packaged weights {name!r} are averaged weights only; leave --weights out")
         record, config, image_shape = read_run_record(config_path)
         if record.get("process_assumed"):
@@ -249,7 +266,9 @@ def load(
         model.scale_input(input_scale(config.diffusion.predicted, schedule))
         load_tensors(folder, WEIGHT_FILES[weights], dict(model.named_parameters()))
     model = model.eval().requires_grad_(False)
-    return TrainedModel(name, config, model, schedule, image_shape, step, weights, folder, record)
+    if revision is not None and config.data.dataset not in DATASETS:  # a folder on the machine of someone else
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=UNKNOWN))
+    return TrainedModel(name, config, model, schedule, image_shape, step, weights, folder, record, revision)
 
 
 def describe(source: str, checkpoint: int | None = None) -> list[str]:
@@ -268,6 +287,8 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
         f"T = {config.diffusion.num_timesteps}, {config.diffusion.schedule} schedule "
         f"({config.diffusion.beta_convention}), predicts {config.diffusion.prediction}",
     ]
+    if trained.revision is not None:
+        lines.append(f"on the hub, revision {trained.revision}")
     if "from" in record:
         lines.append(f"started from {record['from'].get('source')}, step {record['from'].get('step')}")
     if run_dir is not None:

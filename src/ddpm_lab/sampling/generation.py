@@ -26,6 +26,7 @@ from ddpm_lab.diffusion.samplers import Step
 from ddpm_lab.diffusion.schedule import build_schedule, sampling_timesteps
 from ddpm_lab.diffusion.solvers import STEPS
 from ddpm_lab.models.diffusers_format import is_diffusers
+from ddpm_lab.models.hub import is_hub_name
 from ddpm_lab.models.trained import TrainedModel, find_checkpoint, load
 
 DEFAULT_STEPS = {"ddim": 50, "dpmpp": 20}  # of the others 10, but all T of ddpm
@@ -155,7 +156,7 @@ def open_guide(trained: TrainedModel, source: str) -> TrainedModel:
     Raises:
         InputError: no such network, or its images, process, prediction or classes differ.
     """
-    newest = source if is_diffusers(Path(source)) else str(find_checkpoint(source)[0])
+    newest = source if is_hub_name(source) or is_diffusers(Path(source)) else str(find_checkpoint(source)[0])
     guide = _load_guide(source, newest, next(trained.model.parameters()).device.type)
     theirs, ours = guide.config.diffusion, trained.config.diffusion
     pairs: dict[str, tuple[Any, Any]] = {
@@ -185,7 +186,8 @@ def guidance_record(sampler: Sampler) -> dict[str, Any]:
     config, guide = sampler.config, sampler.guide
     return {
         "guidance": config.guidance,
-        "guide": guide and {"name": guide.name, "step": guide.step, "sha256": guide.weights_sha256},
+        "guide": guide
+        and {"name": guide.name, "step": guide.step, "sha256": guide.weights_sha256, "revision": guide.revision},
         "guidance_interval": list(config.guidance_interval) or None,
     }
 

@@ -45,7 +45,8 @@ def sample_to_folder(
 
     Batches are computed in full, so that the images stay the same bits when a later call adds more.
 
-    `sampling.json` in the folder identifies the weights and settings of the images.
+    `sampling.json` in the folder identifies the weights and settings of the images, and the revision of a model from
+    the hub.
 
     Args:
         folder: created if it does not exist.
@@ -58,7 +59,7 @@ def sample_to_folder(
         InputError: the folder holds something else, or images of other weights or settings.
     """
     identity, record = sampling_identity(trained, config), folder / SAMPLING
-    if record.is_file() and read_json(record) == identity and _first_missing(folder, num_images) == num_images:
+    if record.is_file() and _recorded(record) == identity and _first_missing(folder, num_images) == num_images:
         return num_images  # without a lock: the folder may be in a cache that this user cannot write
     if folder.is_dir() and not record.exists():
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -66,9 +67,9 @@ def sample_to_folder(
             raise InputError(f"{option} {folder} holds {others[0]} but no {SAMPLING}: name an empty or new folder")
     with locked(folder, option, wait):
         if not record.exists():
-            replace_atomically(record, (json.dumps(identity, indent=2) + "\n").encode())
-        existing = read_json(record)
-        existing = {name: identity[name] for name in OPTIONAL_FIELDS} | (existing if isinstance(existing, dict) else {})
+            source = {} if trained.revision is None else {"revision": trained.revision}
+            replace_atomically(record, (json.dumps(identity | source, indent=2) + "\n").encode())
+        existing = {name: identity[name] for name in OPTIONAL_FIELDS} | _recorded(record)
         differing = [
             name.rstrip("_") for name in identity | existing if existing.get(name, ABSENT) != identity.get(name, ABSENT)
         ]
@@ -92,6 +93,12 @@ def sample_to_folder(
                 first += len(batch)
             writing.result()
     return done
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What a `sampling.json` says that images depend on: not the hub's revision, as each has its own README."""
+    record = read_json(path)
+    return {name: record[name] for name in record if name != "revision"} if isinstance(record, dict) else {}
 
 
 def _first_missing(folder: Path, num_images: int) -> int:

@@ -141,4 +141,4 @@ def open_model(runs: Path, name: str, device: str) -> TrainedModel:
 @lru_cache(maxsize=2)
 def _loaded(source: str, version: tuple[Path, int] | None, device: str) -> TrainedModel:
     """Load a model; it is kept until its weights change."""
-    return load(source, device=device)
+    return load(Path(source), device=device)  # a Path is never looked up on the hub

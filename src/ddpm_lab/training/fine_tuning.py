@@ -23,8 +23,8 @@ def start_from_model(state: TrainingState, source: TrainedModel, config: Config)
         source: the trained network; its schedule may be another, and its optimizer's moments are not used.
         config: the new run's.
     Returns:
-        What the run's `config.json` says of it: source, step, weights, sha256, variance, unconditional; and `from` or
-        `imported` of the source, if it has them.
+        What the run's `config.json` says of it: source, step, weights, sha256, variance, unconditional; `revision` if
+        it is on the hub; and `from` or `imported` of the source, if it has them.
     Raises:
         InputError: another network, other images, or another prediction; `state` is unchanged.
     """
@@ -54,5 +54,6 @@ def start_from_model(state: TrainingState, source: TrainedModel, config: Config)
         "sha256": source.weights_sha256,
         "variance": source.variance,
         "unconditional": source.unconditional,
+        **({} if source.revision is None else {"revision": source.revision}),
         **{name: source.record[name] for name in ("from", "imported") if name in source.record},
     }
