@@ -220,6 +220,59 @@ def test_without_a_network_the_copy_in_the_cache_is_used(ddpm, hub):
     assert (code, err, len(hub.requests)) == (0, [], asked + 1)  # a commit never changes
 
 
+def test_a_run_makes_a_round_trip(ddpm, hub, exported, tiny_run, tmp_path):
+    files = {"notes.txt": b"mine", "model_index.json": b"{}", "unet/config.json": b"{}", ".gitattributes": b"x"}
+    hub.add("me/tiny", files)
+    code, out, err = ddpm("export", str(tiny_run), "--to", "run", "--push", "me/tiny", HF_TOKEN=TOKEN)
+    assert code == 0, err
+    commit, files = hub.newest("me/tiny")
+    assert out.startswith(f"{hub.url}/me/tiny, revision {commit}: ")
+    assert sorted(files) == sorted(
+        [".gitattributes", "README.md", "config.json", "ema.safetensors", "meta.json", "notes.txt", "samples.png"]
+    )
+    assert "ddpm sample me/tiny --out" in files["README.md"].decode()
+    for name in ("config.json", "ema.safetensors", "meta.json"):
+        assert files[name] == (exported / name).read_bytes()
+    code, _, err = ddpm("sample", "me/tiny", *SAMPLE, "--out", "theirs.npz")
+    assert code == 0, err
+    assert run_command(["sample", str(tiny_run), *SAMPLE, "--out", "ours.npz"]) == 0
+    assert (images("ours.npz") == images("theirs.npz")).all()
+
+    hub.commits["me/tiny"][commit]["meta.json"] = b"{}"
+    code, _, err = ddpm("info", "me/tiny", "--checkpoint", "3")
+    assert (code, err) == (2, ["error: me/tiny has one set of weights; leave --weights and --checkpoint out"])
+
+
+def test_a_pipeline_makes_a_round_trip(ddpm, hub, tiny_run):
+    pytest.importorskip("diffusers")
+    code, out, err = ddpm("export", str(tiny_run), "--to", "diffusers", "--push", "me/tiny", "--out", "kept",
+                          HF_TOKEN=TOKEN)  # fmt: skip
+    assert code == 0, err
+    assert out.startswith(f"kept and {hub.url}/me/tiny, revision ")
+    for path, content in hub.newest("me/tiny")[1].items():
+        assert path == ".gitattributes" or Path("kept", path).read_bytes() == content
+    code, out, err = ddpm("import", "me/tiny", "--run", "run")
+    assert code == 0, err
+    record = json.loads(Path("run/config.json").read_text())
+    assert (record["imported"], record["revision"]) == ("me/tiny", hub.newest("me/tiny")[0])
+    for source, out in ((str(tiny_run), "ours.npz"), ("run", "theirs.npz")):
+        assert run_command(["sample", source, *SAMPLE, "--sampler", "ddim", "--out", out]) == 0
+    assert (images("ours.npz") == images("theirs.npz")).all()
+
+
+def test_a_push_needs_a_login_and_the_right_to_write(ddpm, hub, tiny_run, monkeypatch):
+    export = ["export", str(tiny_run), "--to", "run", "--out", "kept", "--push"]
+    code, _, err = ddpm(*export, "me/tiny")
+    assert (code, err) == (2, ["error: --push requires a login to the hub: log in with `hf auth login`"])
+    assert hub.requests == []
+    code, _, err = ddpm(*export, "other/tiny", HF_TOKEN=TOKEN)
+    assert code == 2
+    words = f"error: {hub.url} does not let this login write to other/tiny: name one of yours, or log in with"
+    assert err[-1].startswith(words)
+    assert not Path("kept").exists()
+    assert "other/tiny" not in hub.commits
+
+
 def test_a_run_starts_from_the_hub_and_says_so(ddpm, hub, exported, tiny_recipe):
     commit = hub.add_folder("some/tiny", exported)
     train = ("train", str(tiny_recipe), "--run", "tuned", "--from", "some/tiny", "--device", "cpu",

@@ -270,7 +270,8 @@ def export(
     /,
     *,
     to: Literal["diffusers", "run", "onnx"],
-    out: Path,
+    out: Path | None = None,
+    push: str | None = None,
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
     license: str | None = None,
@@ -280,13 +281,15 @@ def export(
     guide: str | None = None,
     guidance_interval: tuple[float, ...] = (),
 ) -> None:
-    """Export a model for other people and programs, with a model card (README.md), ready to upload.
+    """Export a model for other people and programs, with a model card (README.md); upload it to the Hugging Face hub.
 
     Args:
         to: diffusers: a folder for its DDPMPipeline or DDIMPipeline; run: a folder of the averaged weights for every
             command here, which can hold any network; onnx: the network and a complete sampler as graphs, with an
             example that requires only numpy and onnxruntime.
-        out: new folder.
+        out: new folder; unset: only push.
+        push: USER/NAME of a repository on the hub to upload to, created if it does not exist (as a public one); a model
+            in it is replaced. The login is that of `hf auth login`.
         license: license of the weights, for the model card (mit, cc-by-4.0, ...); unset: mit for packaged weights, else
             unknown.
         sampler: onnx: the sampler of the graph, without added noise; unset: dpmpp. diffusers: ddim makes a
@@ -300,7 +303,7 @@ def export(
     from ddpm_lab.exchange.import_export import export_generator
 
     made = export_generator(
-        source, to, out, weights=weights, checkpoint=checkpoint, licence=license,
+        source, to, out, push_to=push, weights=weights, checkpoint=checkpoint, licence=license,
         sampler=sampler, num_steps=num_steps, guidance=guidance, guide=guide, guidance_interval=guidance_interval,
     )  # fmt: skip
     print(made)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from ddpm_lab.diffusion.guidance import guidance_label, guided_timesteps
 from ddpm_lab.exchange.model_card import write_card
 from ddpm_lab.models.checkpoint import EMA_FILE, checkpoint_path, read_tensors, save_checkpoint, write_files
 from ddpm_lab.models.diffusers_format import has_average, has_scheduler, is_diffusers, read_diffusers, save_diffusers
-from ddpm_lab.models.hub import locate
+from ddpm_lab.models.hub import check_push, locate, push
 from ddpm_lab.models.onnx_format import Guidance, LoopSampler, save_onnx
 from ddpm_lab.models.trained import TrainedModel, Weights, load, packaged_names
 from ddpm_lab.sampling.generation import Sampler, build_sampler
@@ -67,8 +68,9 @@ def import_generator(source: str, run: Path, dataset: str) -> str:
 def export_generator(
     source: str,
     form: Form,
-    out: Path,
+    out: Path | None,
     *,
+    push_to: str | None = None,
     weights: Weights = "ema",
     checkpoint: int | None = None,
     licence: str | None = None,
@@ -85,17 +87,22 @@ def export_generator(
         form: 'diffusers', a folder for `DDPMPipeline.from_pretrained`, or for `DDIMPipeline` if the sampler is ddim or
             the model comes from such a pipeline; 'run', a checkpoint of the averaged weights that `trained.load` reads;
             or 'onnx', the network and a sampler as graphs.
-        out: a new or empty folder.
+        out: a new or empty folder; None: a temporary one, to be pushed.
+        push_to: USER/NAME of a repository on the hub to upload the folder to; None: none.
         licence: of the weights, for the README; None: 'mit' for packaged weights, else 'unknown'.
         sampler: of the sampler's graph; None: dpmpp.
         num_steps: of the sampler's graph; None: 20 for dpmpp, 50 for ddim, 10 for ipndm and unipc.
         guidance, guide, guidance_interval: of the sampler's graph, as in `SamplingConfig`.
     Returns:
-        A line about the folder.
+        A line about the folder or the repository.
     Raises:
-        InputError: no such generator, one that the format cannot express, or `out` exists.
+        InputError: no such generator, one that the format cannot express, or `out` exists; or the hub refuses, and then
+            `out` is not written.
     """
+    require(out is not None or push_to is not None, "give --out FOLDER, or --push USER/NAME")
     require(form != "run" or weights == "ema", "--to run holds averaged weights only; leave --weights out")
+    if push_to is not None:
+        check_push(push_to)
     trained = load(source, weights=weights, checkpoint=checkpoint, device="cpu")
     for_graph = (num_steps, guidance, guide, guidance_interval or None)
     if form != "onnx" and any(option is not None for option in for_graph):
@@ -110,7 +117,7 @@ def export_generator(
         sampler=sampler, num_steps=num_steps, guidance=guidance, guide=guide, guidance_interval=guidance_interval
     )
     resolved = build_sampler(trained, config)
-    with atomic_directory(out, "--out") as partial:
+    with tempfile.TemporaryDirectory() as scratch, atomic_directory(out or Path(scratch) / "model", "--out") as partial:
         if form == "diffusers":
             loop = save_diffusers(trained.model, trained.config, trained.image_shape[1], sampling, partial)
             reader = f"diffusers.{loop}.from_pretrained"
@@ -124,8 +131,10 @@ def export_generator(
             loop, reader = f"{resolved.num_steps} steps of {sampler}{label}", "example.py and any ONNX runtime"
         _apply_umask(partial)
         licence = licence or ("mit" if source in packaged_names() else "unknown")
-        write_card(trained, form, licence, loop, partial)
-    return f"{out}: {source} at step {trained.step} ({weights}), for {reader}"
+        write_card(trained, form, licence, loop, partial, push_to)
+        address = "" if push_to is None else ", revision ".join(push(partial, push_to))
+    places = " and ".join(str(place) for place in (out, address) if place)
+    return f"{places}: {source} at step {trained.step} ({weights}), for {reader}"
 
 
 def save_run(trained: TrainedModel, folder: Path) -> None:

@@ -32,13 +32,14 @@ SHOWN: dict[str, Any] = {
 }
 
 
-def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder: Path) -> None:
+def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder: Path, push_to: str | None) -> None:
     """Write README.md and its picture, samples.png.
 
     Args:
         form: 'diffusers', 'run' or 'onnx'.
         licence: of the weights.
         loop: the sampler's graph, in words; of diffusers, the class of the pipeline.
+        push_to: the repository on the hub that the folder is for, if any.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -57,7 +58,8 @@ def write_card(trained: TrainedModel, form: str, licence: str, loop: str, folder
         loop=loop,
         trained=trained,
         config=trained.config,
-        title=Path(trained.name).resolve().name,
+        title=Path(push_to or trained.name).resolve().name,
+        place=push_to or ".",
         dataset=dataset if dataset in DATASETS else None,
         unknown=UNKNOWN,
         parameters=sum(parameter.numel() for parameter in trained.model.parameters()),

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: download of the files that describe and hold a network.
+"""Models on the Hugging Face hub: download of the files that describe and hold a network, and upload of a folder.
 
 Only JSON and safetensors are downloaded, so nothing in a repository can run code. The cache has a folder for each
 repository, in the layout of the hub's client. Its `revisions.json` names the commits whose files are complete and match
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from ddpm_lab.core.download import ANSWER_SECONDS, within
-from ddpm_lab.core.errors import InputError
+from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import cache_dir, cache_writable, locked, read_json, replace_atomically
 from ddpm_lab.core.progress import Advance, progress
 from ddpm_lab.models.checkpoint import EMA_FILE
@@ -34,7 +34,7 @@ NAME = re.compile(
     rf"(?!.*(?:\.\.|--))(?P<repo>(?P<user>{PART})/{PART}(?<!\.git))(?:@(?P<revision>\w[\w./-]{{0,99}}))?", re.ASCII
 )
 NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "scheduler_config.json"
-# All that a model of diffusers or of ours consists of: what is downloaded.
+# All that a model of diffusers or of ours consists of: what is downloaded, and what a push replaces.
 MODEL_FILES = (
     "config.json", "meta.json", EMA_FILE, "model_index.json", "unet/config.json", f"unet/{NETWORK}", NETWORK,
     "unet_ema/config.json", f"unet_ema/{NETWORK}", f"scheduler/{SCHEDULER}", SCHEDULER,
@@ -207,6 +207,37 @@ def _bar(advance: Advance) -> type[Any]:
             """The rate of those bytes."""
 
     return Bar
+
+
+def check_push(repo: str) -> None:
+    """Before the work: raise InputError if a name cannot be pushed to, or there is no login."""
+    from huggingface_hub import get_token
+
+    match = NAME.fullmatch(repo)
+    require(match is not None and match["revision"] is None, f"--push takes USER/NAME, not {repo!r}")
+    require(get_token() is not None, f"--push requires a login to the hub: {LOGIN}")
+
+
+def push(folder: Path, repo: str) -> tuple[str, str]:
+    """Upload a folder as the model of a repository, which is created if it does not exist.
+
+    A model that it held before is replaced; its other files and its history remain.
+
+    Returns:
+        The address of the repository, and the commit.
+    Raises:
+        InputError: the hub refuses, or cannot be reached.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = decimal(sum(path.stat().st_size for path in files))
+    with _answers(repo, f"{{hub}} does not let this login write to {{repo}}: name one of yours, or {LOGIN}") as api:
+        print(f"uploading {len(files)} files, {size}, to {api.endpoint}/{repo}", file=sys.stderr)
+        api.create_repo(repo, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Upload a model from ddpm-lab",
+            delete_patterns=list(MODEL_FILES),
+        )  # fmt: skip
+    return f"{api.endpoint}/{repo}", commit.oid
 
 
 @contextmanager
