@@ -186,6 +186,12 @@ BAD_INPUTS = {
     "no such data": (TRAIN + " --data.dataset nothing", "no data set 'nothing'"),
     "folder without images": (TRAIN + " --data.dataset notes", "holds no images"),
     "folder with a bad image": (TRAIN + " --data.dataset pictures", "b.png"),
+    "classes that are no number": (TRAIN + " --model.num-classes many", "must be a whole number or auto, not 'many'"),
+    "classes of a folder that has none": (
+        TRAIN + " --data.dataset good --model.num-classes auto",
+        "requires a data set with labels; good has none: a.png lies in good itself",
+    ),
+    "class by name of a model without classes": (SAMPLE + " --class cat", "was trained without classes"),
     "size for a set that has one": (TRAIN + " --data.image-size 16", "has its own size"),
     "data of no such name": ("data imagenet", "mnist"),
     "damaged data shown": ("data mnist", "is damaged"),

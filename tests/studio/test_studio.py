@@ -1,9 +1,11 @@
 """What the studio opens, reads and refuses, below the page."""
 
+import dataclasses
 import io
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -15,11 +17,13 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
-from ddpm_lab.cli.main import run_command
+from ddpm_lab.cli.main import app, run_command
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.log import append_line
+from ddpm_lab.models.trained import load
 from ddpm_lab.pictures.drawing import image_table
 from ddpm_lab.studio.forward import dataset_image, drawn, fitted, noised, uploaded
+from ddpm_lab.studio.generate import ALL_CLASSES, sample_command, sampling_config
 from ddpm_lab.studio.page import remove_other_formats
 from ddpm_lab.studio.runs import curves, grid_at, grid_steps, report, report_names, run_table
 from ddpm_lab.studio.scores import nearest, record_text, records, score_row, scored_runs
@@ -63,6 +67,20 @@ def test_what_a_stranger_s_run_points_to_elsewhere_is_not_read(tiny_run, tmp_pat
     shutil.move(runs / "a" / what, outside / what)
     (runs / "a" / what).symlink_to(outside / what)
     assert model_names(runs) == ["mnist"]
+
+
+@pytest.mark.parametrize("name", ["red panda", "--x", "it's", "7"])
+def test_the_command_names_the_chosen_class(name):
+    """The page holds its number; what the command line makes of the name is that number again."""
+    mnist = load("mnist", device="cpu")
+    names = [*"abcde", name, *"ghij"]
+    trained = dataclasses.replace(mnist, record={"data": {"class_names": names}})
+    config = sampling_config(trained, None, "ddim", 5, 0, 0, 4, "5", 1)
+    assert config.class_ == (5,)
+    words = shlex.split(sample_command(trained, config, "cpu"))[1:]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    assert trained.class_numbers(bound.arguments["sampling"].class_) == (5,)
+    assert sampling_config(trained, None, "ddim", 5, 0, 0, 4, ALL_CLASSES, 1).class_ == ()
 
 
 def test_the_server_itself_knows_no_other_formats(monkeypatch):

@@ -49,10 +49,12 @@ def _settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
         hints = {argument.hint, *typing.get_args(argument.hint)}
         if Path in hints and any(token.value == "" for token in argument.tokens):
             raise InputError(f"{argument.name} must name a file or folder, and is empty")
+        words = [word for hint in hints if typing.get_origin(hint) is Literal for word in typing.get_args(hint)]
         if int in hints and float not in hints:
             for token in argument.tokens:
-                if token.value and not re.fullmatch(r"[+-]?\d+", token.value):
-                    raise InputError(f"{argument.name} must be a whole number, not {token.value!r}")
+                if token.value and token.value not in words and not re.fullmatch(r"[+-]?\d+", token.value):
+                    valid = " or ".join(["a whole number", *words])
+                    raise InputError(f"{argument.name} must be {valid}, not {token.value!r}")
 
 
 app = App(

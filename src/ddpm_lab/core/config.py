@@ -52,7 +52,7 @@ class DataConfig(SettingsGroup):
     """The training images."""
 
     dataset: str = "mnist"
-    """mnist, cifar10, digits, or the path of a folder of images"""
+    """mnist, cifar10, digits, or the path of a folder of images; with a folder in it for each class, it has classes"""
     horizontal_flip: bool = False
     """mirror each training image with probability 1/2 (right for CIFAR-10, wrong for digits)"""
     image_size: Annotated[int | None, Range(1, 4096)] = None
@@ -91,9 +91,9 @@ class ModelConfig(SettingsGroup):
     time_conditioning: Conditioning = "shift"
     """how the embedding of timestep and class enters a residual block: added before the second normalisation (shift, Ho
     et al. 2020), or as a scale and a shift after it (scale_shift, Dhariwal and Nichol 2021)"""
-    num_classes: Annotated[int | None, Range(2, 100_000)] = None
-    """number of classes of a conditional network, as many as the data set has (10 for mnist, cifar10 and digits);
-    unset: an unconditional network"""
+    num_classes: Annotated[int | Literal["auto"] | None, Range(2, 100_000)] = None
+    """number of classes of a conditional network, as many as the data set has: 10 for mnist, cifar10 and digits, for a
+    folder the number of its folders of images; auto: that number; unset: an unconditional network"""
     num_positions: Annotated[int, Range(2, 10_000)] = 1000
     """the network takes timesteps as positions from 0 to num_positions - 1 on the scale of noise, whatever T is; as
     many as T: the timesteps themselves, as networks of diffusers do"""
@@ -128,6 +128,17 @@ class ModelConfig(SettingsGroup):
                     f"model.attention_head_channels must divide the {channels} channels of level {level}, which "
                     f"{self.attention_head_channels} does not",
                 )
+
+    @property
+    def class_count(self) -> int | None:
+        """The number of classes; None for an unconditional network.
+
+        Raises:
+            InputError: it is auto, which only the data set can tell.
+        """
+        if self.num_classes == "auto":
+            raise InputError("model.num_classes is auto and no data set is read here; give the number")
+        return self.num_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +307,9 @@ class SamplingConfig(SettingsGroup):
     variance: Variance | None = None
     """ddpm only: variance of the noise added at each step; unset: with all T steps beta, or the variance of the
     imported pipeline; with fewer steps beta_tilde"""
-    class_: Annotated[tuple[int, ...], Range(0)] = ()
-    """conditional networks only: the class of every image, or several classes, used in turn; unset: all in turn"""
+    class_: Annotated[tuple[str | int, ...], Range(0)] = ()
+    """conditional networks only: the class of every image by name or number, or several classes, used in turn; unset:
+    all in turn"""
     guidance: Annotated[float | None, Range(0, 100)] = None
     """guidance scale (Ho and Salimans 2022): 1 samples the class (the default), more follows the class more closely,
     with less variety and a second evaluation per step, 0 ignores the class; with a guide: how far to move away from the

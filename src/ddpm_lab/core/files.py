@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -200,6 +201,11 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(name: str) -> str:
+    """The name of a file as text of one line: invalid bytes, line breaks and control characters become escapes."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def read_json(path: Path) -> Any:

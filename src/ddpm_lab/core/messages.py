@@ -5,11 +5,19 @@ For bad input only the error is printed, and no warning is printed twice.
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 from ddpm_lab.core import processes
 
 _deferred: list[str] = []  # warnings of the current command that are not printed yet
 _shown: list[str] = []  # and those that are
+MAX_LISTED = 20  # items of a list in a message
+
+
+def listed(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first of some texts for a message, and the number of the others."""
+    more = len(texts) - MAX_LISTED
+    return separator.join(texts[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def defer_warnings() -> None:

@@ -69,7 +69,7 @@ def _wording(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_wording, arguments))
     if origin is Literal:
-        return "one of " + ", ".join(arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(arguments)
     return f"a list of {_wording(arguments[0])}" if origin is tuple else WORDING[hint]
 
 
@@ -94,7 +94,8 @@ class SettingsGroup:
             require(fits(value, hint), f"{name} must be {_wording(hint)}, not {value!r}")
             for number in value if isinstance(value, tuple) else (value,):
                 for allowed in ranges:
-                    require(number is None or number in allowed, f"{name} must be {allowed}, not {number}")
+                    inside = not isinstance(number, int | float) or number in allowed
+                    require(inside, f"{name} must be {allowed}, not {number}")
         self._check()
 
     def _check(self) -> None:

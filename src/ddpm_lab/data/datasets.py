@@ -24,9 +24,15 @@ from ddpm_lab.core.download import download
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import acquire_lock, cache_dir, replace_atomically, writable
 from ddpm_lab.core.progress import counted, progress
-from ddpm_lab.data.image_folder import open_folder
+from ddpm_lab.data.image_folder import ImageFolder, open_folder
 
 DATASETS = ("mnist", "cifar10", "digits")
+DIGITS = tuple(map(str, range(10)))
+CLASS_NAMES = {  # in the order of the labels
+    "mnist": DIGITS,
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "digits": DIGITS,
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,16 @@ class ImageSet:
         images: (N, C, H, W) uint8, square, on the CPU.
         labels: (N,) int64, or None.
         sha256: of the bytes of the images, in this order.
+        class_names: the names of the labels 0, 1, ..., or None.
+        unlabelled: why there are no labels; '' if there are.
     """
 
     name: str
     images: Tensor
     labels: Tensor | None
     sha256: str
+    class_names: tuple[str, ...] | None = None
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,7 +127,8 @@ def load_images(
 
     Args:
         dataset: mnist, cifar10, digits, or the path of a folder of images (searched to any depth). The test split of a
-            folder is one image in twenty, by a fixed permutation.
+            folder is one image in twenty, by a fixed permutation. If each image lies in the folder of its class, the
+            images have labels, see `ImageFolder.classes`.
         split: train or test.
         data_dir: folder that holds mnist/ and cifar10/; None: see `default_data_dir`.
         image_size: for folders: crop to the centre square and scale to this side in pixels.
@@ -132,7 +143,8 @@ def load_images(
     if image_size is not None and dataset in DATASETS:
         raise InputError(f"{option} is for a folder of images; {dataset} has its own size")
     folder = Path(data_dir or default_data_dir())
-    labels = None
+    class_names, unlabelled = CLASS_NAMES.get(dataset), ""
+    labels: np.ndarray | None
     if dataset == "mnist":
         images, labels = _read_mnist(folder / "mnist", split)
     elif dataset == "cifar10":
@@ -140,12 +152,18 @@ def load_images(
     elif dataset == "digits":
         images, labels = _read_digits(split)
     else:
-        images = _read_folder(Path(dataset), split, image_size, option)
+        images, opened, chosen = _read_folder(Path(dataset), split, image_size, option)
+        try:
+            labels, class_names = opened.classes.labels[chosen], opened.classes.names
+        except InputError as error:
+            labels, unlabelled = None, str(error)
     return ImageSet(
         name=f"{dataset}:{split}",
         images=torch.from_numpy(images),
         labels=None if labels is None else torch.from_numpy(labels.astype(np.int64)),
         sha256=hashlib.sha256(images.tobytes()).hexdigest(),
+        class_names=class_names,
+        unlabelled=unlabelled,
     )
 
 
@@ -182,7 +200,10 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[:, None], digits.target[chosen]
 
 
-def _read_folder(path: Path, split: str, image_size: int | None, option: str) -> np.ndarray:
+def _read_folder(
+    path: Path, split: str, image_size: int | None, option: str
+) -> tuple[np.ndarray, ImageFolder, np.ndarray]:
+    """The images of a split, the folder, and the indices in it of these images."""
     if not path.is_dir():
         raise InputError(f"no data set {str(path)!r}: name one of {', '.join(DATASETS)}, or a folder of images")
     folder = open_folder(path, image_size, option)
@@ -192,7 +213,7 @@ def _read_folder(path: Path, split: str, image_size: int | None, option: str) ->
     num_test = max(len(folder) // 20, 1)
     chosen = order[:num_test] if split == "test" else order[num_test:]
     with progress(f"reading {path}:{split}", len(chosen), "images") as advance:
-        return folder.read(chosen, advance)
+        return folder.read(chosen, advance), folder, chosen
 
 
 def _official_files(folder: Path, split: str) -> list[bytes]:
@@ -353,7 +374,8 @@ def describe(dataset: str, data_dir: Path | None = None) -> list[str]:
             f"{loaded.name}: {N} images of {C} x {H} x {W}, uint8; mean {means}, standard deviation {deviations}"
         )
         if loaded.labels is not None:
-            lines.append(f"  images of each class: {' '.join(map(str, loaded.labels.bincount().tolist()))}")
+            counts = zip(CLASS_NAMES[dataset], loaded.labels.bincount().tolist(), strict=True)
+            lines.append(f"  images of each class: {', '.join(f'{name} {count}' for name, count in counts)}")
         lines.append(f"  SHA-256 of the images: {loaded.sha256}")
         lines += [f"  verified {file.sha256}  {file.name}" for file in OFFICIAL_FILES.get((dataset, split), ())]
     return lines

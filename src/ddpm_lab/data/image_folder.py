@@ -5,12 +5,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ddpm_lab.core.errors import InputError, require
+from ddpm_lab.core.files import printable
+from ddpm_lab.core.messages import listed
 from ddpm_lab.core.progress import Advance, counted, progress
 from ddpm_lab.data.image_formats import IMAGE_ENDINGS, NotAnImage, as_seen, formats, open_picture
 
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SAMPLING = "sampling.json"  # the settings of the images in a folder of samples
-MAX_NAMED = 20  # files that a message names
 LARGE_PICTURE = 2**24  # pixels; pictures that are larger are decoded one at a time, to bound the memory
 COLOUR_CHUNK = 256  # images decoded at a time in search of one in colour
 
@@ -30,12 +32,14 @@ class ImageFolder:
     """Image files of one size.
 
     Attributes:
-        paths: the files, in the order of their names.
+        folder: the folder itself.
+        paths: the files in it, in the order of their names.
         mode: what they are decoded to, 'L' or 'RGB'.
         image_size: side in pixels.
         resized: whether each is cropped to its centre square and scaled to that side.
     """
 
+    folder: Path
     paths: tuple[Path, ...]
     mode: str
     image_size: int
@@ -48,6 +52,31 @@ class ImageFolder:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of each image."""
         return (1 if self.mode == "L" else 3, self.image_size, self.image_size)
+
+    @cached_property
+    def classes(self) -> "Classes":
+        """The classes, where each image lies in the folder of its class, at any depth below it.
+
+        Classes are the folders at the first level, sorted by name, as torchvision's ImageFolder has them.
+
+        Raises:
+            InputError: images beside the folders, a folder without images, or fewer than two folders.
+        """
+        depth = len(self.folder.parts)
+        at_top = [path.name for path in self.paths if len(path.parts) == depth + 1]
+        if at_top:
+            raise InputError(
+                f"{at_top[0]} lies in {self.folder} itself; with classes, each image lies in the folder of its class"
+            )
+        of_image = [path.parts[depth] for path in self.paths]
+        names = sorted(set(of_image))
+        folders = {path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+        empty = sorted(folders - set(names))
+        if empty:
+            raise InputError(f"class folder {self.folder / empty[0]} holds no images; add some, or remove the folder")
+        require(len(names) > 1, f"all images of {self.folder} lie in one folder, {names[0]}; classes need two or more")
+        number = {name: index for index, name in enumerate(names)}
+        return Classes(tuple(map(printable, names)), np.array([number[name] for name in of_image]))
 
     def read(self, indices: Iterable[int], advance: Advance = lambda amount: None) -> np.ndarray:
         """Decode some of the images, (N, C, H, W) uint8.
@@ -63,6 +92,19 @@ class ImageFolder:
         _raise_errors([error for error in decoded if isinstance(error, InputError)], len(paths))
         stacked = np.stack([pixels for pixels in decoded if not isinstance(pixels, InputError)])
         return stacked[:, None] if self.mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a folder of images.
+
+    Attributes:
+        names: of the classes.
+        labels: (N,) int64, the class of each image, as an index of `names`.
+    """
+
+    names: tuple[str, ...]
+    labels: np.ndarray
 
 
 def open_folder(folder: Path, image_size: int | None, option: str, channels: int | None = None) -> ImageFolder:
@@ -96,7 +138,7 @@ def open_folder(folder: Path, image_size: int | None, option: str, channels: int
     if not headers:
         raise InputError(f"folder {folder} holds no images ({', '.join(formats())})")
     if skipped:
-        warnings.warn(f"skipped in {folder}, because they are not images: {_named(skipped, ', ')}", stacklevel=2)
+        warnings.warn(f"skipped in {folder}, because they are not images: {listed(skipped)}", stacklevel=2)
     width, height = next(iter(headers.values()))[1]
     for path, (_, size) in headers.items():
         if image_size is None and size != (width, width):
@@ -105,7 +147,7 @@ def open_folder(folder: Path, image_size: int | None, option: str, channels: int
                 f"give {option} to crop and scale all to one square size"
             )
     grey = channels == 1 or (channels is None and not _any_in_colour(headers))
-    return ImageFolder(tuple(headers), "L" if grey else "RGB", image_size or width, image_size is not None)
+    return ImageFolder(folder, tuple(headers), "L" if grey else "RGB", image_size or width, image_size is not None)
 
 
 def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
@@ -133,11 +175,6 @@ def _any_in_colour(headers: dict[Path, tuple[str, tuple[int, int]]]) -> bool:
     return False
 
 
-def _named(texts: Sequence[str], separator: str) -> str:
-    more = len(texts) - MAX_NAMED
-    return separator.join(texts[:MAX_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
-
-
 def _raise_errors(errors: Sequence[InputError], count: int) -> None:
     """Raise one error for all unreadable files.
 
@@ -149,7 +186,7 @@ def _raise_errors(errors: Sequence[InputError], count: int) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise InputError(f"{len(errors)} of {count} files cannot be used: {_named(list(map(str, errors)), '; ')}")
+        raise InputError(f"{len(errors)} of {count} files cannot be used: {listed(list(map(str, errors)), '; ')}")
 
 
 def unreadable(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, compress, islice
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.data.datasets import DATASETS, load_images
+from ddpm_lab.data.datasets import CLASS_NAMES, DATASETS, load_images
 from ddpm_lab.data.image_folder import ImageFolder, open_folder
 from ddpm_lab.data.image_formats import MOST_PIXELS
 
@@ -45,6 +45,7 @@ class ImageStream:
         read: yields the first n images in chunks, (b, C, H, W) uint8.
         dataset, split: of images of a known data set.
         drawn_from: how many images there were before `draw`.
+        class_names: of images with labels; None: there are no labels.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ImageStream:
     dataset: str | None = None
     split: str | None = None
     drawn_from: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """All images in order, in chunks."""
@@ -119,7 +121,10 @@ def tensor_stream(name: str, images: Tensor, dataset: str | None = None, split: 
         raise InputError(f"{name} must be (N, 1 or 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}")
     shape, on_cpu = (images.shape[1], images.shape[2], images.shape[3]), images.cpu()
     size = chunk_size(shape)
-    return ImageStream(name, len(images), shape, lambda n: iter(torch.split(on_cpu[:n], size)), dataset, split)
+    return ImageStream(
+        name, len(images), shape, lambda n: iter(torch.split(on_cpu[:n], size)), dataset, split,
+        class_names=CLASS_NAMES.get(dataset or ""),
+    )  # fmt: skip
 
 
 def open_images(
@@ -144,7 +149,10 @@ def open_images(
         return tensor_stream(name, load_images(dataset, split, data_dir).images, dataset, split)
     if name and path.is_dir():
         folder = open_folder(path, image_size, "--image-size", channels)
-        return ImageStream(name, len(folder), folder.shape, partial(_read_folder, folder))
+        stream = ImageStream(name, len(folder), folder.shape, partial(_read_folder, folder))
+        with suppress(InputError):
+            stream = replace(stream, class_names=folder.classes.names)
+        return stream
     if path.is_file() and path.suffix == ".npz":
         return _open_npz(path, channels)
     found = f"{name} is neither an .npz nor a folder of images" if path.is_file() else f"no images {name!r}"

@@ -275,7 +275,7 @@ class UNet(nn.Module):
     @property
     def num_classes(self) -> int:
         """The number of classes; 0 for an unconditional network."""
-        return self.config.num_classes or 0
+        return self.config.class_count or 0
 
     @property
     def size_multiple(self) -> int:
@@ -349,7 +349,8 @@ def build_unet(
     Raises:
         InputError: the levels and patches do not divide image_size.
     """
-    model = UNet(image_channels, **dataclasses.asdict(config), num_timesteps=num_timesteps)
+    settings = dataclasses.asdict(config) | {"num_classes": config.class_count}
+    model = UNet(image_channels, **settings, num_timesteps=num_timesteps)
     if image_size % model.size_multiple:
         raise InputError(
             f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "

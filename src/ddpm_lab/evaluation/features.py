@@ -21,6 +21,7 @@ from ddpm_lab.core.download import download
 from ddpm_lab.core.errors import InputError, require
 from ddpm_lab.core.files import cache_dir, locked
 from ddpm_lab.core.source_version import source_sha256
+from ddpm_lab.data.datasets import CLASS_NAMES
 from ddpm_lab.evaluation.classifier import PACKAGED, WEIGHTS, load_classifier
 from ddpm_lab.evaluation.record import NetworkDetails
 
@@ -45,6 +46,7 @@ class FeatureNetwork:
         batch_size: images at a time.
         details: further fields of the record, such as its test accuracy.
         persistent: whether its features may be kept in the cache: only if name, weights and version determine them.
+        class_names: of the logits, where they are known.
     """
 
     name: str
@@ -57,6 +59,7 @@ class FeatureNetwork:
     batch_size: int = 100
     details: NetworkDetails = field(default_factory=NetworkDetails)
     persistent: bool = True
+    class_names: tuple[str, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -169,6 +172,7 @@ def classifier_network(which: str, device: torch.device | str = "cpu") -> Featur
         image_shape=(channels, height, width),
         batch_size=500,
         details={"test_accuracy": trained.meta["test_accuracy"]},
+        class_names=CLASS_NAMES.get(trained.meta["dataset"]),
     )
 
 

@@ -233,7 +233,14 @@ class Sampled(TypedDict):
 
 
 ConditionedOn = TypedDict("ConditionedOn", {"class": list[int] | None})
-"""classes that images were conditioned on, in turn; null: all classes, or an unconditional model"""
+"""numbers of the classes that images were conditioned on, in turn; null: all classes, or none"""
+
+
+class ClassNames(TypedDict):
+    """The names of the classes."""
+
+    class_names: list[str] | None
+    """names of the classes that images were conditioned on, in turn; null: none"""
 
 
 class Guidance(TypedDict):
@@ -247,7 +254,7 @@ class Guidance(TypedDict):
     """lowest and highest noise level with guidance; null: all levels"""
 
 
-class SamplingRecord(Sampled, ConditionedOn, Guidance):
+class SamplingRecord(Sampled, ConditionedOn, ClassNames, Guidance):
     """The model and how it was sampled; all fields are null where images were scored that existed before."""
 
 

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
@@ -16,7 +17,7 @@ from ddpm_lab.core.config import Config, SamplingConfig
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError, RunError, require
 from ddpm_lab.core.log import SCORES, append_line
-from ddpm_lab.core.messages import show_deferred_warnings
+from ddpm_lab.core.messages import listed, show_deferred_warnings
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import DATASETS, ImageSet, available_datasets, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
@@ -112,6 +113,8 @@ def evaluate_source(
         if scores is None and trained.run_dir is not None and processes.is_rank0():
             scores = trained.run_dir / SCORES
             _check_appendable(scores)
+        if compared.images is not None and trained.num_classes:
+            _warn_of_other_classes(trained, compared.name, compared.images.class_names)
         name, shape = f"images of {source}", trained.image_shape
         count = DEFAULT_NUM_IMAGES if num_images is None else num_images
         require(count <= MAX_IMAGES, f"num_images must be from 2 to {MAX_IMAGES}, not {count}")
@@ -154,6 +157,8 @@ def score_model(
     """Score a model by images sampled into the cache; the arguments are those of `evaluate.evaluate`."""
     images = generated_images(trained, num_images, sampling)
     labels = class_labels(trained, sampling, range(num_images))
+    if trained.class_names != network.class_names:  # the classifier tells other classes apart
+        labels = None
     evaluation = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=labels)
     return {**evaluation, "source": trained.name, **sampling_record(trained, sampling)}
 
@@ -183,6 +188,15 @@ def _check_no_model_settings(source: str, sampling: SamplingConfig, weights: Wei
     given += ["weights"] * (weights != "ema") + ["checkpoint"] * (checkpoint is not None)
     flags = ", ".join("--" + name.rstrip("_").replace("_", "-") for name in given)
     require(not given, f"{flags}: for a model, and {source} holds images")
+
+
+def _warn_of_other_classes(trained: TrainedModel, reference: str, names: tuple[str, ...] | None) -> None:
+    """Warn if the images of a reference are of other classes than those that a conditional network was trained on."""
+    ours, theirs = set(trained.class_names), set(names or trained.class_names)
+    for whose, missing in ((reference, ours - theirs), (trained.name, theirs - ours)):
+        if missing:
+            classes = listed(sorted(missing))
+            warnings.warn(f"{whose} lacks the classes {classes}: the scores include that difference", stacklevel=3)
 
 
 def own_reference(config: Config, data_dir: Path | None) -> Reference:
@@ -219,6 +233,8 @@ def _check_appendable(path: Path) -> None:
 def sampling_record(trained: TrainedModel, sampling: SamplingConfig) -> SamplingRecord:
     """The fields of a record that describe the model and how it was sampled."""
     sampler, diffusion = build_sampler(trained, sampling), trained.config.diffusion
+    chosen = trained.class_numbers(sampling.class_)
+    names = [trained.class_names[number] for number in chosen or range(trained.num_classes)]
     values = asdict(sampler.config) | {
         "step": trained.step,
         "weights": trained.weights,
@@ -229,7 +245,8 @@ def sampling_record(trained: TrainedModel, sampling: SamplingConfig) -> Sampling
         "schedule": diffusion.schedule,
         "beta_convention": diffusion.beta_convention,
         "dtype": sampler.config.precision,
-        "class": list(sampling.class_) or None,
+        "class": list(chosen) or None,
+        "class_names": names if trained.num_classes and sampling.guidance != 0 else None,
         **guidance_record(sampler),
     }
     return cast(SamplingRecord, {name: values[name] for name in SamplingRecord.__annotations__})

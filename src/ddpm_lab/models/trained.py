@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from ddpm_lab.core.config import Config, Predicted, Spacing, Variance
 from ddpm_lab.core.device import resolve_device
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import read_json
+from ddpm_lab.core.files import printable, read_json
 from ddpm_lab.core.log import LOG, SCORES, read_lines
+from ddpm_lab.core.messages import listed
 from ddpm_lab.core.settings import fits
-from ddpm_lab.data.datasets import DATASETS
+from ddpm_lab.data.datasets import CLASS_NAMES, DATASETS
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.diffusion.process import input_scale
 from ddpm_lab.diffusion.schedule import NoiseSchedule, build_schedule
@@ -53,6 +55,7 @@ RECORD_TYPES: dict[str, Any] = {
     "spacing": Literal["uniform", "leading"],
     "from": dict,
 }
+DATA_TYPES: dict[str, Any] = {"class_names": tuple[str, ...], "labels_sha256": str}
 SOURCE_TYPES: dict[str, Any] = {"source": str, "variance": Variance}
 
 
@@ -87,7 +90,31 @@ class TrainedModel:
     @property
     def num_classes(self) -> int:
         """The number of classes of a conditional network, 0 for an unconditional one."""
-        return self.config.model.num_classes or 0
+        return self.config.model.class_count or 0
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their numbers; where they are not known, the numbers."""
+        names = self.record["data"].get("class_names") or CLASS_NAMES.get(self.config.data.dataset, ())
+        return tuple(map(printable, names if len(names) == self.num_classes else map(str, range(self.num_classes))))
+
+    def class_numbers(self, chosen: Sequence[str | int]) -> tuple[int, ...]:
+        """The numbers of some classes.
+
+        Args:
+            chosen: numbers; or texts, each the name of a class, or, where no name is a number itself, its number.
+        Raises:
+            InputError: there is no such class.
+        """
+        names, count = self.class_names, self.num_classes
+        named = {name: number for number, name in enumerate(names)}
+        if not any(map(str.isdecimal, names)):
+            named = {str(number): number for number in range(count)} | named
+        numbers = [named.get(printable(label), count) if isinstance(label, str) else label for label in chosen]
+        for label, number in zip(chosen, numbers, strict=True):
+            if number >= count:
+                raise InputError(f"{self.name} has the classes {listed(names)}, not {label}")
+        return tuple(numbers)
 
     @property
     def prediction(self) -> Predicted:
@@ -206,6 +233,7 @@ def read_run_record(path: Path) -> tuple[dict[str, Any], Config, tuple[int, int,
     ):
         raise InputError(f"{path} is not a run's config.json: it must hold config, and data with image_shape")
     _check_types(path, record, RECORD_TYPES)
+    _check_types(path, record["data"], DATA_TYPES, "data.")
     if "from" in record:
         _check_types(path, {"source": None} | record["from"], SOURCE_TYPES, "from.")
     try:
@@ -289,6 +317,8 @@ def describe(source: str, checkpoint: int | None = None) -> list[str]:
     ]
     if trained.revision is not None:
         lines.append(f"on the hub, revision {trained.revision}")
+    if trained.num_classes:
+        lines.append(f"classes: {listed(trained.class_names)}")
     if "from" in record:
         lines.append(f"started from {record['from'].get('source')}, step {record['from'].get('step')}")
     if run_dir is not None:

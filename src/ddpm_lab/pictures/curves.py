@@ -14,6 +14,7 @@ import torch
 
 from ddpm_lab.core.config import DiffusionConfig, SamplingConfig
 from ddpm_lab.core.errors import InputError, require
+from ddpm_lab.core.files import printable
 from ddpm_lab.core.log import BANDS, LOG, SCORES, read_lines
 from ddpm_lab.core.messages import show_deferred_warnings
 from ddpm_lab.core.progress import progress
@@ -22,7 +23,7 @@ from ddpm_lab.diffusion.process import q_sample
 from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.models.diffusers_format import UNKNOWN
 from ddpm_lab.models.trained import TrainedModel
-from ddpm_lab.pictures.drawing import COLOURS, escape_mathtext, printable, rendered
+from ddpm_lab.pictures.drawing import COLOURS, escape_mathtext, rendered
 from ddpm_lab.pictures.forward import process_label, random_images
 from ddpm_lab.pictures.picture_settings import PICTURE_ENDINGS
 from ddpm_lab.pictures.reverse import describe_generator

@@ -129,11 +129,6 @@ def rendered(figure: "Figure") -> Picture:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def printable(name: str) -> str:
-    """A name that figures can draw, also where a file's name is not valid text: its invalid bytes become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def escape_mathtext(text: str) -> str:
     """A text that matplotlib draws as it is: dollars are no mathematics, and a leading underscore hides no legend."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

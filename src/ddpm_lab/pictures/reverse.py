@@ -7,6 +7,7 @@ as the paper does: t = 0 is the clean image, t = T is noise.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from ddpm_lab.sampling.generation import ImageNoise, Sampler, build_sampler, cla
 from ddpm_lab.sampling.image_files import save_png
 
 X_T, X_0 = "x_t", "predicted x_0"
+MAX_CAPTION = 24  # letters of the name of a class
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Trajectory:
         timesteps: S timesteps as figures count them, decreasing, from T to 0.
         x_t: the states, (S, N, C, H, W) uint8.
         x_0_hat: the clean images predicted from them, of the same shape; the last are the images themselves.
+        classes: the names of the N images' classes; none for an unconditional network.
     """
 
     label: str
     timesteps: list[int]
     x_t: Tensor
     x_0_hat: Tensor
+    classes: Sequence[str] = ()
 
 
 def record_trajectory(
@@ -78,7 +82,18 @@ def record_trajectory(
         batches.append(states)
     x_t = torch.stack([torch.cat([states[index][1] for states in batches]) for index in kept])
     x_0_hat = torch.stack([torch.cat([states[index][2] for states in batches]) for index in kept])
-    return Trajectory(describe_generator(trained, sampler), [states[index][0] for index in kept], x_t, x_0_hat)
+    timesteps, classes = [states[index][0] for index in kept], class_captions(trained, config, num_images)
+    return Trajectory(describe_generator(trained, sampler), timesteps, x_t, x_0_hat, classes)
+
+
+def class_captions(trained: TrainedModel, config: SamplingConfig, num_images: int) -> list[str]:
+    """The name of the class of each image, cut to a caption; empty where images have no class."""
+    numbers = class_labels(trained, config, range(num_images))
+    return [] if numbers is None else [_caption(trained.class_names[number]) for number in numbers]
+
+
+def _caption(name: str) -> str:
+    return name if len(name) <= MAX_CAPTION else f"{name[: MAX_CAPTION - 1]}…"
 
 
 def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
@@ -87,7 +102,9 @@ def describe_generator(trained: TrainedModel, sampler: Sampler) -> str:
     name = Path(trained.name).name or trained.name
     process = process_label(trained.config.diffusion)
     guidance = guidance_label(guidance_record(sampler))
-    return f"{name}: {process}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}{guidance}"
+    chosen = [_caption(trained.class_names[number]) for number in trained.class_numbers(sampler.config.class_)]
+    classes = f", class {', '.join(chosen[:4])}" + ", ..." * (len(chosen) > 4) if chosen else ""
+    return f"{name}: {process}; {sampler.config.sampler}, {sampler.num_steps} steps{eta}{classes}{guidance}"
 
 
 def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None) -> drawing.Picture:
@@ -100,7 +117,9 @@ def reverse_picture(trajectories: Sequence[Trajectory], scale: int | None = None
     for shown in trajectories:
         pairs = torch.stack([shown.x_t, shown.x_0_hat], dim=2)  # (S, N, 2, C, H, W)
         rows = pairs.flatten(1, 2).transpose(0, 1)  # (2 N, S, C, H, W)
-        labels, captions = [X_T, X_0] * shown.x_t.shape[1], [("t", [str(t) for t in shown.timesteps])]
+        firsts = [f"{name}: {X_T}" for name in shown.classes] or [X_T] * shown.x_t.shape[1]
+        labels = [label for first in firsts for label in (first, X_0)]
+        captions = [("t", [str(t) for t in shown.timesteps])]
         tables.append(drawing.image_table(rows, scale=scale, title=shown.label, row_labels=labels, captions=captions))
     return drawing.framed(drawing.stacked(tables, gap=drawing.LINE))
 
@@ -311,16 +330,18 @@ def show_interpolation(
     with progress("sampling", num_images * count * sampler.num_steps, "steps") as advance:
         images = interpolate(trained, config, to_seed, num_images, count, advance)
     title = f"{describe_generator(trained, sampler)}; seed {config.seed} to seed {to_seed}"
-    draw = _interpolation_frames if is_film(out) else _interpolation_picture
+    classes = class_captions(trained, config, num_images)
+    draw = _interpolation_frames if is_film(out) else partial(_interpolation_picture, row_labels=classes)
     save_drawing(out, draw(images, title, settings.scale), settings, count)
     return f"{out}: {num_images} images from seed {config.seed} to seed {to_seed}, {count} each"
 
 
-def _interpolation_picture(images: Tensor, title: str, scale: int | None) -> drawing.Picture:
+def _interpolation_picture(images: Tensor, title: str, scale: int | None, row_labels: Sequence[str]) -> drawing.Picture:
     """(N, M, C, H, W) as a table, with the share of the second seed below each of the M columns."""
     num_columns = images.shape[1]
     captions = [("", [f"{index / (num_columns - 1):.2g}" for index in range(num_columns)])]
-    return drawing.framed(drawing.image_table(images, scale=scale, title=title, captions=captions))
+    table = drawing.image_table(images, scale=scale, title=title, row_labels=row_labels, captions=captions)
+    return drawing.framed(table)
 
 
 def _interpolation_frames(images: Tensor, title: str, scale: int | None) -> Iterator[drawing.Picture]:

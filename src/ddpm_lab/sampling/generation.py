@@ -103,6 +103,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         num_steps=num_steps,
         precision=precision_of(dtype),
         guidance=scale if conditional or guide is not None else None,
+        class_=trained.class_numbers(config.class_),
         **settings,
     )
     settings["prediction"] = trained.prediction
@@ -134,17 +135,14 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
 
 
 def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
-    count = trained.num_classes
     require(
-        count > 0 or not (config.class_ or (config.guidance is not None and config.guide is None)),
+        trained.num_classes > 0 or not (config.class_ or (config.guidance is not None and config.guide is None)),
         f"{trained.name} was trained without classes: leave out --class and --guidance, or give a --guide",
     )
     require(
         config.guidance in (None, 1) or config.guide is not None or trained.unconditional,
         f"{trained.name} cannot sample without a class (training.class_dropout was 0), so guidance must be 1",
     )
-    for label in config.class_:
-        require(label < count, f"{trained.name} has the classes 0 .. {count - 1}, not {label}")
 
 
 def open_guide(trained: TrainedModel, source: str) -> TrainedModel:
@@ -166,6 +164,7 @@ def open_guide(trained: TrainedModel, source: str) -> TrainedModel:
         "beta convention": (theirs.beta_convention, ours.beta_convention),
         "prediction": (theirs.predicted, ours.predicted),
         "number of classes": (guide.num_classes or trained.num_classes, trained.num_classes),
+        "classes": (guide.class_names or trained.class_names, trained.class_names),
     }
     for name, (actual, expected) in pairs.items():
         require(
@@ -258,4 +257,5 @@ def class_labels(trained: TrainedModel, config: SamplingConfig, indices: range) 
     """The class that each image is conditioned on, (len(indices),) int64; None: the images are unconditional."""
     if trained.num_classes == 0 or config.guidance == 0:
         return None
-    return classes_in_turn(config.class_, trained.num_classes, indices).to(next(trained.model.parameters()).device)
+    classes = classes_in_turn(trained.class_numbers(config.class_), trained.num_classes, indices)
+    return classes.to(next(trained.model.parameters()).device)

@@ -121,7 +121,7 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
     process = trained.config.to_dict()
     sampler = build_sampler(trained, config)
     settings = dataclasses.asdict(sampler.config)
-    settings["class_"] = list(config.class_)  # as JSON returns it
+    settings["class_"] = list(sampler.config.class_)  # as JSON returns it
     for name in ("guide", "guidance_interval"):  # left out where unset: older folders have neither
         del settings[name]
     if sampler.guide is not None:

@@ -36,7 +36,7 @@ from ddpm_lab.studies.grid import HEADLINE, Cell, Study, cell_folder, parse_samp
 from ddpm_lab.studies.lease import Lease
 from ddpm_lab.training.cost import evaluation_seconds, step_seconds
 from ddpm_lab.training.loop import new_state
-from ddpm_lab.training.run import conditional_labels, train, versions
+from ddpm_lab.training.run import train, versions, with_num_classes
 from ddpm_lab.training.tracking import check_tracker
 
 MEASURES = "measures.jsonl"
@@ -54,7 +54,7 @@ def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> 
     config, measures, data = cell.config, study.measures, cell.config.data
     check_tracker(config.evaluation.tracker)
     training, held_out = (load_images(data.dataset, split, data_dir, data.image_size) for split in ("train", "test"))
-    conditional_labels(config, training)
+    with_num_classes(config, training)
     if len(held_out.images) < 2:
         raise InputError(
             f"{data.dataset} has {len(held_out.images)} held-out image; the bound of the likelihood needs 2"
@@ -73,6 +73,7 @@ def study_cost(study: Study, cells: Sequence[Cell], out: Path, device: str, data
     on = resolve_device(device)
     config = cells[0].config
     data = load_images(config.data.dataset, "train", data_dir, config.data.image_size)
+    config = with_num_classes(config, data)
     shape = tuple(data.images.shape[1:])
     model = build_unet(config.model, shape[0], shape[1], config.diffusion.num_timesteps).to(on)
     state = new_state(model, config.training)

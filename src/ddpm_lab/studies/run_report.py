@@ -12,12 +12,12 @@ import torch
 
 from ddpm_lab.core.config import Config
 from ddpm_lab.core.errors import InputError
-from ddpm_lab.core.files import replace_atomically, writable
+from ddpm_lab.core.files import printable, replace_atomically, writable
 from ddpm_lab.core.log import SCORES, read_lines
 from ddpm_lab.diffusion.unet import build_unet
 from ddpm_lab.models.trained import read_run_record
 from ddpm_lab.pictures.curves import RunLog, read_run, training_figure
-from ddpm_lab.pictures.drawing import COLOURS, printable
+from ddpm_lab.pictures.drawing import COLOURS
 from ddpm_lab.studies.charts import Series, line_chart
 from ddpm_lab.studies.html import as_data, format_number, render
 from ddpm_lab.studies.record_reader import FLOOR, SCORE_NAMES, read_score, valid_fields

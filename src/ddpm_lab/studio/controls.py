@@ -19,8 +19,11 @@ def command_line(*words: str, **options: object) -> str:
     command = ["ddpm", *words]
     for name, value in options.items():
         values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if values:
-            command += [f"--{name.rstrip('_').replace('_', '-')}", *map(str, values)]
+        flag = f"--{name.rstrip('_').replace('_', '-')}"
+        if len(values) == 1 and str(values[0]).startswith("-"):  # a class may have such a name
+            command.append(f"{flag}={values[0]}")
+        elif values:
+            command += [flag, *map(str, values)]
     return shlex.join(command)
 
 

@@ -42,7 +42,7 @@ def sampling_config(
 
     Args:
         guide: a source that `load` accepts, or None.
-        label: a class, or `ALL_CLASSES`.
+        label: the number of a class, or `ALL_CLASSES`.
     Raises:
         InputError: a value cannot be used.
     """
@@ -63,6 +63,7 @@ def sample_command(trained: TrainedModel, config: SamplingConfig, device: str) -
     """The command that makes the same images bit for bit, also after the run has trained further."""
     names = ("batch_size", "sampler", "num_steps", "seed", "eta", "class_", "guidance", "guide")
     options = {name: getattr(config, name) for name in names}
+    options["class_"] = tuple(trained.class_names[number] for number in trained.class_numbers(config.class_))
     checkpoint = None if trained.run_dir is None else trained.step
     return command_line(
         "sample", trained.name, checkpoint=checkpoint, device=device, num_images=config.batch_size, **options,
@@ -154,9 +155,9 @@ def generate_tab(page: gr.Blocks, tab: gr.Tab, runs: Path, device: str) -> None:
 
     @show_errors
     def choose_model(name: str) -> Any:
-        num_classes = open_model(runs, name, device).num_classes
-        labels = [ALL_CLASSES, *map(str, range(num_classes))]
-        return gr.Row(visible=num_classes > 0), gr.Dropdown(labels, value=ALL_CLASSES)
+        names = open_model(runs, name, device).class_names
+        choices = [(ALL_CLASSES, ALL_CLASSES), *((name, str(number)) for number, name in enumerate(names))]
+        return gr.Row(visible=bool(names)), gr.Dropdown(choices, value=ALL_CLASSES)
 
     @show_errors
     def generate(name: str, guide_name: str, *values: Any) -> Iterator[Any]:

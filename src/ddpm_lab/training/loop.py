@@ -195,7 +195,7 @@ def training_loop(
     network = processes.data_parallel(network)
     parameters: list[Tensor] = list(state.model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
-    prediction = config.diffusion.predicted
+    prediction, num_classes = config.diffusion.predicted, config.model.class_count
     levels = NoiseLevelSampler(training, schedule, prediction, device)
     state.model.train()
     for k in range(state.step, training.num_steps):
@@ -212,10 +212,10 @@ def training_loop(
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
         model: Model = network
-        if config.model.num_classes is not None:
+        if num_classes is not None:
             assert labels is not None
-            y = drop_labels(labels[indices], config.model.num_classes, training.class_dropout, generator)
-            model = guided(network, processes.rank_slice(y), config.model.num_classes)
+            y = drop_labels(labels[indices], num_classes, training.class_dropout, generator)
+            model = guided(network, processes.rank_slice(y), num_classes)
 
         # Random numbers are drawn for the global batch, so that they do not depend on the number of processes.
         x_0, rank_t, eps = processes.rank_slice(x_0), processes.rank_slice(t), processes.rank_slice(eps)

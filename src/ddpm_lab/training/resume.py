@@ -103,6 +103,9 @@ def resume_record(run_dir: Path, record: dict[str, Any], start_from: str | None)
             )
     if old["data"].get("sha256") != record["data"]["sha256"]:
         raise InputError(f"run {run_dir} was started on other images than {record['data']['name']} holds now")
+    labels = record["data"].get("labels_sha256")
+    if old["data"].get("labels_sha256", labels) != labels:
+        raise InputError(f"run {run_dir} was started with other labels of {record['data']['name']}: images have moved")
     if not previous.steps:
         return {}
 

@@ -6,6 +6,7 @@
 whole, and the log reaches it or goes beyond; on resume what goes beyond is cut, and is written again.
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from ddpm_lab.core.device import deterministic_algorithms, resolve_device, resol
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.files import locked, replace_atomically
 from ddpm_lab.core.log import LOG, SCORES, cut_lines
+from ddpm_lab.core.messages import listed
 from ddpm_lab.data.datasets import ImageSet, load_images, pixel_deviation
 from ddpm_lab.diffusion.process import input_scale
 from ddpm_lab.diffusion.schedule import build_schedule
@@ -81,8 +83,8 @@ def train(
     training_set, held_out = (
         load_images(config.data.dataset, split, data_dir, config.data.image_size) for split in ("train", "test")
     )
-    labels = conditional_labels(config, training_set)
-    config = _with_sigma_data(config, training_set)
+    config = _with_sigma_data(with_num_classes(config, training_set), training_set)
+    labels = training_set.labels if config.model.num_classes else None
     config, restarts = (config, []) if previous is None else continue_schedule(previous, config)
     warmup_steps = processes.broadcast_number(config.training.warmup_steps)
     config = replace(config, training=replace(config.training, warmup_steps=warmup_steps))
@@ -121,6 +123,8 @@ def train(
         else:
             cost = training_cost(config, state, schedule, training_set, torch_device)
             say(f"{run_dir} {_beginning(state, start_from)}: {cost}")
+            if labels is not None:
+                say(f"{config.model.num_classes} classes: {listed(training_set.class_names or ())}")
             if changed:
                 values = [f"{name} {record['computed'][name]} (was {old})" for name, old in changed.items()]
                 say(f"from here on with {', '.join(values)}: not bit for bit the weights of an uninterrupted run")
@@ -129,21 +133,25 @@ def train(
     return checkpoint_path(run_dir, state.step)
 
 
-def conditional_labels(config: Config, training_set: ImageSet) -> torch.Tensor | None:
-    """The labels for a conditional network, (N,) int64; None for an unconditional one.
+def with_num_classes(config: Config, training_set: ImageSet) -> Config:
+    """The configuration with the number of classes of the data set in the place of auto.
 
     Raises:
-        InputError: the data set has no labels, or another number of classes.
+        InputError: the data set has no labels, another number of classes, or a class without training images.
     """
-    num_classes, dataset = config.model.num_classes, config.data.dataset
+    num_classes, dataset, names = config.model.num_classes, config.data.dataset, training_set.class_names
     if num_classes is None:
-        return None
-    if training_set.labels is None:
-        raise InputError(f"model.num_classes requires a data set with labels; {dataset} has none")
-    expected = int(training_set.labels.max()) + 1
-    if num_classes != expected:
-        raise InputError(f"model.num_classes must be {expected} for {dataset}, not {num_classes}")
-    return training_set.labels
+        return config
+    if training_set.labels is None or names is None:
+        raise InputError(
+            f"model.num_classes requires a data set with labels; {dataset} has none: {training_set.unlabelled}"
+        )
+    if num_classes not in ("auto", len(names)):
+        raise InputError(f"model.num_classes must be {len(names)} for {dataset}, not {num_classes}")
+    for name, count in zip(names, training_set.labels.bincount(minlength=len(names)).tolist(), strict=True):
+        if count == 0:
+            raise InputError(f"no image of the class {name} is left for training, as some are held out; add more")
+    return replace(config, model=replace(config.model, num_classes=len(names)))
 
 
 def _with_sigma_data(config: Config, training_set: ImageSet) -> Config:
@@ -160,6 +168,10 @@ def _with_sigma_data(config: Config, training_set: ImageSet) -> Config:
 def _run_record(config: Config, training_set: ImageSet, device: torch.device) -> dict[str, Any]:
     """What the `config.json` of a new run holds."""
     dtype = resolve_precision(config.training.precision, device)
+    classes = {}
+    if config.model.num_classes and training_set.labels is not None:
+        labels_sha256 = hashlib.sha256(training_set.labels.numpy().tobytes()).hexdigest()
+        classes = {"class_names": training_set.class_names, "labels_sha256": labels_sha256}
     return {
         "config": config.to_dict(),
         "seed": config.training.seed,
@@ -169,6 +181,7 @@ def _run_record(config: Config, training_set: ImageSet, device: torch.device) ->
             "num_images": len(training_set),
             "image_shape": list(training_set.images.shape[1:]),
             "sha256": training_set.sha256,
+            **classes,
         },
         "versions": versions(),
         "computed": {
