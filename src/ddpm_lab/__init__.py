@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from ddpm_lab.evaluation.metrics import frechet_distance as frechet_distance
     from ddpm_lab.evaluation.metrics import statistics as statistics
     from ddpm_lab.models.trained import load as load
+    from ddpm_lab.pictures.notebook import curves as curves
+    from ddpm_lab.pictures.notebook import film as film
     from ddpm_lab.sampling.generation import generate as generate
+    from ddpm_lab.sampling.images import Images as Images
+    from ddpm_lab.sampling.images import sample as sample
     from ddpm_lab.training.run import train as train
 
 _MODULES = {
@@ -47,6 +51,8 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.metrics": ("frechet_distance", "statistics"),
     "sampling.generation": ("generate",),
+    "sampling.images": ("Images", "sample"),
+    "pictures.notebook": ("curves", "film"),
     "diffusion.guidance": ("guided",),
     "training.run": ("train",),
     "models.trained": ("load",),

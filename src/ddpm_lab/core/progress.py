@@ -1,14 +1,18 @@
-"""Progress of long work on stderr: a bar with the remaining time on a terminal, elsewhere a line every ten seconds."""
+"""Progress of long work: a bar on a terminal or in a notebook, elsewhere a line on stderr every ten seconds."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_lab.core import processes
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 PLAIN_INTERVAL_SECONDS = 10.0
+REDRAW_SECONDS = 0.25
 
 Advance = Callable[..., None]  # advance(amount, note="text shown behind the bar")
 Item = TypeVar("Item")
@@ -35,11 +39,20 @@ def progress(description: str, total: int, unit: str, start: int = 0) -> Iterato
     """
     if not processes.is_rank0():
         yield lambda amount, note=None: None
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() or _in_notebook():
         with _bar(description, total, unit, start) as advance:
             yield advance
     else:
         yield _plain(description, total, unit, start)
+
+
+def _in_notebook() -> bool:
+    """Whether the work runs in a Jupyter kernel, as in Colab."""
+    if "IPython" not in sys.modules:
+        return False
+    from rich.console import Console
+
+    return Console().is_jupyter
 
 
 @contextmanager
@@ -57,15 +70,52 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advanc
         rich.TimeRemainingColumn(),
         rich.TextColumn("{task.fields[note]}", markup=False),
     )
-    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, completed=start, note="")
+    bar = rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+    task = bar.add_task(description, total=total, completed=start, note="")
+    with _drawn(bar) as draw:
 
         def advance(amount: int, note: str | None = None) -> None:
             if note is not None:
                 bar.update(task, note=note)
             bar.update(task, advance=amount)
+            draw()
 
         yield advance
+
+
+@contextmanager
+def _drawn(bar: "Progress") -> Iterator[Callable[[], None]]:
+    """Draw a bar on the terminal, or in the output of a notebook's cell in the place of its earlier states.
+
+    The bar's own way into a notebook would need widgets, which not every notebook has.
+
+    Yields:
+        A function to call after each change. In a notebook, work that ends before the first redrawing shows no bar.
+    """
+    if not bar.console.is_jupyter:
+        with bar:
+            yield lambda: None
+        return
+    from IPython.display import display
+
+    outputs: list[Any] = []
+    last = time.monotonic()
+
+    def draw() -> None:
+        nonlocal last
+        if time.monotonic() - last < REDRAW_SECONDS:
+            return
+        last = time.monotonic()
+        if outputs:
+            outputs[0].update(bar)
+        else:
+            outputs.append(display(bar, display_id=True))
+
+    try:
+        yield draw
+    finally:
+        for output in outputs:
+            output.update(bar)
 
 
 def _plain(description: str, total: int, unit: str, start: int) -> Advance:
