@@ -536,14 +536,14 @@ def test_the_floor_of_a_folder_is_what_was_held_out_of_training(tmp_path, tiny_r
     assert in_training["floor"]["fid"] == alone["fid"]["value"]
 
     source, sampling = str(tmp_path / "run"), SamplingConfig(num_steps=2)
-    record = evaluate_source(source, None, "classifier", 20, scoring, sampling, device="cpu")
+    (record,) = evaluate_source(source, None, ["classifier"], 20, scoring, sampling, device="cpu")
     assert record["floor"]["num_images"] == len(held_out) == 5
     for name in ("fid", "kid", "precision", "coverage"):
         assert record["floor"][name] == alone[name]["value"]
     assert any(line.startswith("floor: 5 images of ") for line in score_table(record))
     with pytest.raises(InputError, match="needs 100 held-out images, and there are 5"):
         evaluate_source(
-            source, None, "classifier", 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
+            source, None, ["classifier"], 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
         )
 
 

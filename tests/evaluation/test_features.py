@@ -16,7 +16,7 @@ from ddpm_lab.data.image_stream import tensor_stream
 from ddpm_lab.evaluation import features
 from ddpm_lab.evaluation.classifier import PACKAGED
 from ddpm_lab.evaluation.evaluate import evaluate
-from ddpm_lab.evaluation.features import INCEPTION_SHA256, classifier_network, inception_network, module_network
+from ddpm_lab.evaluation.features import INCEPTION, classifier_network, inception_network, module_network
 
 OFFICIAL = os.environ.get("DDPM_INCEPTION_WEIGHTS")  # before the tests hide it from each other
 
@@ -105,7 +105,7 @@ def test_inception_score_of_cifar10_is_the_published_one(real_data_dir):
     from ddpm_lab.data.image_stream import open_images
 
     network = inception_network(Path(OFFICIAL), "cuda" if torch.cuda.is_available() else "cpu")
-    assert network.sha256 == INCEPTION_SHA256
+    assert network.sha256 == INCEPTION.sha256
     record = evaluate(open_images("cifar10:train", real_data_dir), None, network, ScoringConfig(metrics=("is",)))
     assert record["inception_score"]["value"] == pytest.approx(11.237, abs=0.095)
 
@@ -126,7 +126,7 @@ def test_the_message_for_absent_weights_has_name_size_hash_and_place(monkeypatch
     monkeypatch.setattr(requests, "get", unreachable)
     with pytest.raises(InputError) as raised:
         inception_network()
-    for word in ("weights-inception-2015-12-05-6726825d.pth", "95628359 bytes", INCEPTION_SHA256, str(tmp_path),
+    for word in ("weights-inception-2015-12-05-6726825d.pth", "95628359 bytes", INCEPTION.sha256, str(tmp_path),
                  "--inception-weights", "DDPM_INCEPTION_WEIGHTS"):  # fmt: skip
         assert word in str(raised.value)
 
@@ -194,13 +194,13 @@ def test_two_threads_download_the_fid_network_once(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(features, "download", fetch)
-    both = [threading.Thread(target=features._downloaded_inception) for _ in range(2)]
+    both = [threading.Thread(target=features.INCEPTION.download) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
         one.join()
     assert len(downloads) == 1
-    assert features._downloaded_inception().read_bytes() == b"weights"
+    assert features.INCEPTION.download().read_bytes() == b"weights"
 
 
 def test_features_are_of_true_float32_whatever_the_caller_has_set():

@@ -17,6 +17,7 @@ from ddpm_lab.evaluation.metrics import (
     kernel_distance,
     kernel_distance_deviation,
     mean_interval,
+    monge_distance,
     statistics,
 )
 from ddpm_lab.evaluation.neighbours import manifold, memorisation
@@ -187,6 +188,48 @@ def test_the_deviation_of_kernel_distances_is_that_of_naive_resampling():
     assert kernel_distance_deviation(a, b) == pytest.approx(float(torch.stack(values).std()), rel=1e-9)
 
 
+def mind(a, b, num_directions=1000):
+    return monge_distance(a, b, num_directions)["value"]
+
+
+def test_mind_in_one_dimension_is_three_times_the_optimal_transport():
+    """By the assignment problem, and of Gaussians: 3 ((mu_a - mu_b)^2 + (sigma_a - sigma_b)^2)."""
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = normal(40, 1, seed=1), normal(40, 1, 0.5, 2.0, seed=2)
+    costs = ((a - b.T) ** 2).numpy()
+    assert mind(a, b, 3) == pytest.approx(3 * costs[linear_sum_assignment(costs)].mean(), rel=1e-9)
+    assert mind(normal(200_000, 1, seed=1), normal(200_000, 1, 2.0, 3.0, seed=2), 1) == pytest.approx(3 * 8, rel=0.02)
+
+
+def test_mind_of_a_shift_and_of_a_scale_have_closed_forms():
+    """Means over directions of (u . v)^2 and of (1 - s)^2 (u . a)^2; the mean of (u . v)^2 is |v|^2 / d."""
+    a, v = normal(300, 16), normal(1, 16, seed=5)
+    assert mind(a, a) == 0
+    assert mind(a, a + v, 20_000) == pytest.approx(3 * float(v.square().sum()), rel=0.05)
+    expected = 3 * (1 - 0.25) ** 2 * float(a.square().sum(1).mean())
+    assert mind(a, 0.25 * a, 20_000) == pytest.approx(expected, rel=0.05)
+    assert mind(a, a + v) == pytest.approx(mind(a + v, a), rel=1e-12)
+    assert mind(a, a[torch.randperm(300)] + v) == pytest.approx(mind(a, a + v), rel=1e-12), "order does not matter"
+
+
+@pytest.mark.parametrize("most", [1, 130, 2**22])
+def test_mind_is_its_definition_direction_by_direction(most, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_PROJECTIONS", most)
+    a, b, counted = normal(60, 5, seed=1), normal(60, 5, 0.3, seed=2), []
+    directions = torch.randn(7, 5, generator=torch.Generator().manual_seed(2020))
+    distances = [
+        float((((a @ u).sort().values - (b @ u).sort().values) ** 2).mean())
+        for u in (directions / directions.norm(dim=1, keepdim=True)).double()
+    ]
+    interval = monge_distance(a, b, 7, replicates=4, on_directions=counted.append)
+    assert interval["value"] == pytest.approx(15 * np.mean(distances), rel=1e-6)
+    assert sum(counted) == 7
+    draws = torch.randint(60, (4, 60), generator=torch.Generator().manual_seed(0))
+    deviation = np.std([mind(a[draw], b, 7) for draw in draws], ddof=1)
+    assert interval["high"] - interval["value"] == pytest.approx(1.96 * deviation, rel=1e-6)
+
+
 def test_precision_and_recall_are_not_exchanged():
     """Generated images crowd one corner of the real ones: all are good, and little is covered."""
     real = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
@@ -275,6 +318,8 @@ def test_95_percent_intervals_cover_95_percent():
         (lambda: kernel_distance(normal(5, 3), normal(5, 3), subset_size=6), "2 to 5 images"),
         (lambda: kernel_distance(normal(5, 3), normal(5, 4)), r"\(N, 3\)"),
         (lambda: manifold(normal(3, 2), normal(9, 2)), "more than 3"),
+        (lambda: monge_distance(normal(3, 2), normal(9, 2)), "equally many images in both sets, not 3 and 9"),
+        (lambda: monge_distance(normal(9, 2), normal(9, 3)), r"\(N, 2\)"),
         (lambda: extrapolated_frechet_distance(normal(5, 2), statistics(normal(9, 2))), "at least 20"),
         (lambda: bootstrap_interval(lambda i: 0.0, 5, replicates=1), "at least 2"),
     ],

@@ -174,13 +174,14 @@ def evaluate(
     /,
     *,
     reference: str | None = None,
-    features: str = "inception",
+    features: tuple[str, ...] = ("inception",),
     num_images: int | None = None,
     scoring: Annotated[ScoringConfig, Parameter(name="*")] = ScoringConfig(),  # noqa: B008 (frozen)
     sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),  # noqa: B008 (frozen)
     weights: Weights = "ema",
     checkpoint: Checkpoint = None,
     inception_weights: Path | None = None,
+    dinov2_weights: Path | None = None,
     image_size: int | None = None,
     pairs: Path | None = None,
     scores: Path | None = None,
@@ -196,26 +197,28 @@ def evaluate(
     Args:
         reference: DATASET:SPLIT (mnist:train, cifar10:test, ...), a folder of images, an .npz of images, or an .npz of
             statistics (mu, sigma); unset: the images the model was trained on.
-        features: inception (FID as published), classifier (the packaged one of the data set), or a folder of
-            `ddpm classifier`.
+        features: inception (FID as published), dinov2 (FD-DINOv2 as published), classifier (the packaged one of the
+            data set), or a folder of `ddpm classifier`; several give a table or record each, from images read once.
         num_images: number of images; unset: 1000 of a model, all of a collection (a smaller number is drawn at random).
             Published FIDs use 50000.
         inception_weights: file of the FID network; unset: DDPM_INCEPTION_WEIGHTS, else downloaded and verified.
+        dinov2_weights: file of the network of FD-DINOv2; unset: DDPM_DINOV2_WEIGHTS, else downloaded and verified.
         image_size: side in pixels to which images of folders are cropped and scaled; unset: all have one size already.
         pairs: FILE.png for the samples nearest to training images, each above its neighbour (requires memorisation).
-        scores: FILE.jsonl to append the record to; unset: scores.jsonl of the run, if the source is a run.
-        json: print the record as one line of JSON instead of the table.
+        scores: FILE.jsonl to append each record to; unset: scores.jsonl of the run, if the source is a run.
+        json: print each record as one line of JSON instead of the table: a line for each of --features.
     """
     from ddpm_lab.evaluation.score_table import score_table
     from ddpm_lab.evaluation.scores import evaluate_source
 
-    record = evaluate_source(
+    records = evaluate_source(
         source, reference, features, num_images, scoring, sampling,
-        weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, image_size=image_size,
-        pairs=pairs, scores=scores, device=device, data_dir=data_dir,
+        weights=weights, checkpoint=checkpoint, inception_weights=inception_weights, dinov2_weights=dinov2_weights,
+        image_size=image_size, pairs=pairs, scores=scores, device=device, data_dir=data_dir,
     )  # fmt: skip
-    if record is not None:  # only process 0 has it
-        print(dumps(record) if json else "\n".join(score_table(record)))
+    if records:  # only process 0 has them
+        texts = [dumps(record) if json else "\n".join(score_table(record)) for record in records]
+        print(("\n" if json else "\n\n").join(texts))
 
 
 @app.command
@@ -333,8 +336,8 @@ def cache(*, clear: tuple[str, ...] = (), older_than: float | None = None) -> No
     """List the contents of the cache (DDPM_CACHE_DIR, else the user's cache folder) by kind, or delete them.
 
     Args:
-        clear: kinds to delete: generated, features, hub, onnx, inception, data; or all. Deleted entries are computed or
-            downloaded again when needed.
+        clear: kinds to delete: generated, features, hub, onnx, inception, dinov2, data; or all. Deleted entries are
+            computed or downloaded again when needed.
         older_than: delete only entries written at least this number of days ago; unset: entries of any age.
     """
     from ddpm_lab.core.cache import clear_cache, describe_cache

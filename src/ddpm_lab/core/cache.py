@@ -23,6 +23,7 @@ KINDS = {
     "hub": "models from the Hugging Face hub",
     "onnx": "graphs that earlier versions kept",
     "inception": "the weights of the FID network",
+    "dinov2": "the weights of the network of FD-DINOv2",
     "data": "data sets that were downloaded",
 }
 

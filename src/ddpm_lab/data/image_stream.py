@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, compress, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ FAULTS = (  # what zipfile and numpy raise for a damaged archive; the header of 
     OSError, EOFError, ValueError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError, zlib.error,
     zipfile.BadZipFile,
 )  # fmt: skip
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def chunk_size(shape: tuple[int, int, int]) -> int:
     return max(1, min(MOST_IMAGES, MOST_BYTES // (C * H * W)))
 
 
-def ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, each read in a thread while the one before is used."""
     with ThreadPoolExecutor(1, "reading") as thread:
         coming = thread.submit(next, batches, None)

@@ -7,10 +7,12 @@ and the settings; caches change only how long it takes.
 
 import hashlib
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -25,38 +27,45 @@ from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.image_folder import unreadable
 from ddpm_lab.data.image_stream import ImageStream, open_images, tensor_stream
 from ddpm_lab.evaluation import metrics
-from ddpm_lab.evaluation.feature_store import Features, features_of
-from ddpm_lab.evaluation.features import FeatureNetwork, classifier_network, describe_shape, inception_network
+from ddpm_lab.evaluation.checks import applicable, check_networks, check_scoring
+from ddpm_lab.evaluation.dinov2 import dinov2_network
+from ddpm_lab.evaluation.feature_store import Features, features_of_each
+from ddpm_lab.evaluation.features import FeatureNetwork, classifier_network, inception_network
 from ddpm_lab.evaluation.neighbours import manifold, memorisation
 from ddpm_lab.evaluation.record import Classes, Evaluation, Findings, Floor, Interval, Scores
-from ddpm_lab.evaluation.reference import MIN_IMAGES, Reference, open_reference
+from ddpm_lab.evaluation.reference import Reference, open_reference
 from ddpm_lab.models.trained import TrainedModel
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
 from ddpm_lab.sampling.output import sample_to_folder, sampling_identity
 
 CONFIDENCE_THRESHOLD = 0.9  # probability from which the classifier counts as sure of a class
 PUBLISHED_IMAGES = 50_000  # images behind a published FID, and in its reference
-MIN_HELD_OUT = 100  # images for memorisation, which needs the nearest 1 % of them
 PACKAGES = ("ddpm-lab", "torch", "numpy", "torch-fidelity")  # whose versions a record holds
 DATASET_OF_SHAPE = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (1, 8, 8): "digits"}
 _floors: dict[tuple[Any, ...], dict[str, float | None]] = {}  # computed once for all scores of a run
 
 
 def feature_network(
-    features: str, shape: tuple[int, int, int], reference: Reference | None, weights: Path | None, device: str
+    features: str,
+    shape: tuple[int, int, int],
+    reference: Reference | None,
+    device: str,
+    weights: Mapping[str, Path | None] = MappingProxyType({}),
 ) -> FeatureNetwork:
     """Open a feature network by name.
 
     Args:
-        features: 'inception'; 'classifier' (the packaged one of the reference's data set, else the one for this image
-            shape); or the folder or file that `ddpm classifier` wrote.
+        features: 'inception'; 'dinov2'; 'classifier' (the packaged one of the reference's data set, else the one for
+            this image shape); or the folder or file that `ddpm classifier` wrote.
         shape: (C, H, W) of the images.
-        weights: weights of Inception; None: as for `inception_network`.
+        weights: the files of 'inception' and 'dinov2'; None or absent: as for `inception_network`, `dinov2_network`.
     Raises:
         InputError: there is no such network, or its weights are damaged.
     """
     if features == "inception":
-        return inception_network(weights, device)
+        return inception_network(weights.get(features), device)
+    if features == "dinov2":
+        return dinov2_network(weights.get(features), device)
     if features == "classifier":
         dataset = reference.images.dataset if reference is not None and reference.images is not None else None
         features = dataset or DATASET_OF_SHAPE.get(shape, "")
@@ -109,124 +118,97 @@ def evaluate(
     Raises:
         InputError: images, reference, network and settings do not fit each other.
     """
+    (record,) = evaluate_each(
+        images, reference, [network], config, data_dir=data_dir, pairs=pairs, keep=keep, asked=asked
+    )
+    return record
+
+
+def evaluate_each(
+    images: ImageStream | Tensor,
+    reference: Reference | str | None,
+    networks: Sequence[FeatureNetwork],
+    config: ScoringConfig,
+    *,
+    data_dir: Path | None = None,
+    pairs: Path | None = None,
+    keep: bool = True,
+    asked: Tensor | None = None,
+) -> list[Evaluation]:
+    """Score images over several feature networks, and read them once: a record for each network, as by `evaluate`."""
     stream = tensor_stream("images", images) if isinstance(images, Tensor) else images
     compared = open_reference(reference, data_dir) if isinstance(reference, str) else reference
-    check_scoring(stream.name, stream.num_images, stream.shape, compared, network, config)
+    check_networks(networks)
+    for network in networks:
+        check_scoring(stream.name, stream.num_images, stream.shape, compared, network, config)
+    require(pairs is None or len(networks) == 1, "--pairs shows what one network finds; give one of --features")
+    settings = [applicable(config, network) for network in networks]
     floor_images = compared.floor(stream.num_images, data_dir) if compared is not None else None
-    features = features_of(stream, network, keep)
+    others = compared.others(data_dir) if compared is not None and "memorisation" in config.metrics else None
+    features = features_of_each(stream, networks, keep)
     real_images = compared.images if compared is not None else None
-    comparing = set(config.metrics) != {"is"}
-    real = features_of(real_images, network) if comparing and real_images is not None else None
-    real_statistics = compared.given if compared is not None else None
-    if real is not None and "fid" in config.metrics:
-        real_statistics = real.statistics()
-    floor: Floor | None = None
+    real = _features(real_images if set(config.metrics) != {"is"} else None, networks)
+    held_out = _features(others, networks)
+    real_statistics = [compared.given if compared is not None else None] * len(networks)
+    if "fid" in config.metrics and real_images is not None:
+        real_statistics = [each.statistics() if each is not None else None for each in real]
+    floors: list[Floor | None] = [None] * len(networks)
     if compared is not None and floor_images is not None:
-        settings = replace(config, bootstrap=0)
-        key = (floor_images.sha256, compared.sha256, network.key, settings)
-        if not network.persistent or key not in _floors:
-            values = _scores(features_of(floor_images, network), real, real_statistics, settings)
-            _floors[key] = {name: interval and interval["value"] for name, interval in values.items()}
-        floor = {
-            **cast(Scores[float | None], _floors[key]),
-            "images": floor_images.name,
-            "num_images": floor_images.num_images,
+        keys = [
+            (floor_images.sha256, compared.sha256, network.key, replace(own, bootstrap=0))
+            for network, own in zip(networks, settings, strict=True)
+        ]
+        new = [i for i, key in enumerate(keys) if not networks[i].persistent or key not in _floors]
+        found = features_of_each(floor_images, networks) if new else []
+        for i in new:
+            values = _scores(found[i], real[i], real_statistics[i], keys[i][-1])
+            _floors[keys[i]] = {name: interval and interval["value"] for name, interval in values.items()}
+        counted = {"images": floor_images.name, "num_images": floor_images.num_images}
+        floors = [cast(Floor, _floors[key] | counted) for key in keys]
+    records: list[Evaluation] = []
+    for i, network in enumerate(networks):
+        logits = features[i].logits
+        scores = _scores(features[i], real[i], real_statistics[i], settings[i])
+        findings: Findings = {}
+        if logits is not None and network.distance == "FD-classifier":
+            findings["classes"] = class_shares(logits, asked)
+        if (known := real[i]) is not None and (unseen := held_out[i]) is not None:
+            count = 2 * len(features[i].values) + len(unseen.values)
+            with progress("nearest training images", count, "images") as advance:
+                near = memorisation(features[i].values, known.values, unseen.values, on_rows=advance)
+            findings["memorisation"] = near
+            if pairs is not None and real_images is not None:
+                rows = [
+                    _pick(images, [int(pair[k]) for pair in near["closest"]])
+                    for k, images in enumerate((stream, real_images))
+                ]
+                save_png(pairs, image_grid(torch.cat(rows), len(rows[0]), visible_scale(stream.shape[1])))
+        record: Evaluation = {
+            **cast(Scores[Interval | None], scores),
+            "fid_label": fid_label(network, stream.num_images, real_images.num_images if real_images else None),
+            "num_images": stream.num_images,
+            "images": {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from},
+            "reference": compared.record() if compared is not None else None,
+            "features": {
+                "name": network.name,
+                "sha256": network.sha256,
+                "library": network.library,
+                "version": network.version,
+                "num_features": features[i].values.shape[1],
+                "num_classes": logits.shape[1] if logits is not None else None,
+                **network.details,
+            },
+            "floor": floors[i],
+            **findings,
+            "scoring": asdict(settings[i]),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
-    scores = _scores(features, real, real_statistics, config)
-    findings: Findings = {}
-    if features.logits is not None and network.distance == "FD-classifier":
-        findings["classes"] = class_shares(features.logits, asked)
-    if "memorisation" in config.metrics and compared is not None and real_images is not None:
-        others = compared.others(data_dir)
-        assert real is not None
-        assert others is not None
-        held_out = features_of(others, network).values
-        with progress("nearest training images", 2 * len(features.values) + len(held_out), "images") as advance:
-            findings["memorisation"] = memorisation(features.values, real.values, held_out, on_rows=advance)
-        if pairs is not None:
-            closest = findings["memorisation"]["closest"]
-            rows = [_pick(stream, [int(i) for i, *_ in closest]), _pick(real_images, [int(j) for _, j, _ in closest])]
-            save_png(pairs, image_grid(torch.cat(rows), len(closest), visible_scale(stream.shape[1])))
-    return {
-        **cast(Scores[Interval | None], scores),
-        "fid_label": fid_label(network, stream.num_images, real_images.num_images if real_images is not None else None),
-        "num_images": stream.num_images,
-        "images": {"name": stream.name, "sha256": stream.sha256, "drawn_from": stream.drawn_from},
-        "reference": compared.record() if compared is not None else None,
-        "features": {
-            "name": network.name,
-            "sha256": network.sha256,
-            "library": network.library,
-            "version": network.version,
-            "num_features": features.values.shape[1],
-            "num_classes": features.logits.shape[1] if features.logits is not None else None,
-            **network.details,
-        },
-        "floor": floor,
-        **findings,
-        "scoring": asdict(config),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-    }
+        records.append(record)
+    return records
 
 
-def check_scoring(
-    name: str,
-    num_images: int,
-    shape: tuple[int, int, int],
-    reference: Reference | None,
-    network: FeatureNetwork,
-    config: ScoringConfig,
-) -> None:
-    """Check before any work that images can be scored.
-
-    Args:
-        name, num_images, shape: of the images, which need not exist yet; shape is (C, H, W).
-        reference, network, config: as for `evaluate`.
-    Raises:
-        InputError: the images do not fit the reference, the network or the settings.
-    """
-    real = reference.images if reference is not None else None
-    num_real = real.num_images if real is not None else None
-    compared = [metric for metric in config.metrics if metric != "is"]
-    if num_real is not None and num_real < MIN_IMAGES:
-        raise InputError(f"the reference holds too few images ({num_real}); it needs at least {MIN_IMAGES}")
-    if num_images < 2:
-        raise InputError(f"{name} holds too few images ({num_images}); scores need at least 2")
-    network.check(name, shape)
-    if "is" in config.metrics and config.is_splits > num_images:
-        raise InputError(f"--is-splits of {config.is_splits} exceeds the {num_images} images of {name}")
-    if reference is None:
-        require(not compared, f"{', '.join(compared)} need a --reference")
-        return
-    if real is None:
-        missing = ", ".join(metric for metric in compared if metric != "fid")
-        require(not missing, f"{reference.name} holds statistics only, and {missing} need its images")
-    else:
-        network.check(reference.name, real.shape)
-        shapes = describe_shape(shape), describe_shape(real.shape)
-        require(
-            shape == real.shape,
-            f"{name} holds images of {shapes[0]}, and {reference.name} of {shapes[1]}: they must have one shape "
-            "(--image-size scales the images of a folder)",
-        )
-    if "memorisation" in compared:
-        if reference.held_out is None and (real is None or real.split != "train"):
-            raise InputError(
-                "memorisation needs the training images as --reference: mnist:train, cifar10:train or digits:train, "
-                f"not {reference.name}"
-            )
-        num_held_out = reference.held_out.num_images if reference.held_out is not None else MIN_HELD_OUT
-        if num_held_out < MIN_HELD_OUT:
-            raise InputError(f"memorisation needs {MIN_HELD_OUT} held-out images, and there are {num_held_out}")
-    if "prdc" in compared and num_images < MIN_IMAGES:
-        raise InputError(f"prdc needs at least {MIN_IMAGES} images, not {num_images}; give more, or leave it out")
-    if reference.given is not None:
-        given, computed = len(reference.given.mean), network(torch.zeros(2, *shape, dtype=torch.uint8))[0].shape[1]
-        message = f"{reference.name} has {given} features, {network.name} {computed}: they are of another network"
-        require(given == computed, message)
-    limit = min(num_images, num_real or num_images)
-    if "kid" in compared and (config.kid_subset_size or 2) > limit:
-        raise InputError(f"--kid-subset-size of {config.kid_subset_size} exceeds the {limit} images there are")
+def _features(images: ImageStream | None, networks: Sequence[FeatureNetwork]) -> Sequence[Features | None]:
+    return [None] * len(networks) if images is None else features_of_each(images, networks)
 
 
 def fid_label(network: FeatureNetwork, num_images: int, num_reference: int | None) -> str:
@@ -281,10 +263,15 @@ def _scores(
             deviation = metrics.kernel_distance_deviation(features.values, real.values, replicates)
             half = metrics.Z95 * float(np.hypot(deviation, spread / config.kid_subsets**0.5))
             scores["kid"] = metrics.symmetric_interval(value, half)
-    if "prdc" in config.metrics:
+    if {"prdc", "mind"} & set(config.metrics):
         assert real is not None
         n = min(N, len(real.values))
         generated, sample = (_subset(values, n) for values in (features.values, real.values))
+    if "mind" in config.metrics:
+        directions = config.mind_directions
+        with progress("sliced distances", directions, "directions") as advance:
+            scores["mind"] = metrics.monge_distance(generated, sample, directions, replicates, on_directions=advance)
+    if "prdc" in config.metrics:
         with progress("neighbours", 4 * n, "images") as advance:
             measures = manifold(generated, sample, on_rows=advance)
         for name, interval in measures.items():

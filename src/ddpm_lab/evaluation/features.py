@@ -9,6 +9,8 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +27,92 @@ from ddpm_lab.data.datasets import CLASS_NAMES
 from ddpm_lab.evaluation.classifier import PACKAGED, WEIGHTS, load_classifier
 from ddpm_lab.evaluation.record import NetworkDetails
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_BYTES = 95_628_359
 INCEPTION_LAYERS = ("64", "192", "768", "2048")
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """The file of a network that publications use.
+
+    Attributes:
+        network: name of the network; in small letters it names the folder in the cache and the option.
+        url: its address, which ends in the name of the file.
+        sha256, num_bytes: its hash and size.
+    """
+
+    network: str
+    url: str
+    sha256: str
+    num_bytes: int
+
+    def find(self, given: Path | None) -> tuple[Path, str]:
+        """The path and SHA-256 of the weights: a file that the user names, else the one in the cache, downloaded once.
+
+        A file of the user's may be another than the published one, which gives a warning.
+
+        Args:
+            given: the file; None: DDPM_NETWORK_WEIGHTS, else the cache.
+        Raises:
+            InputError: no file and no network, a file that cannot be read, or a damaged download.
+        """
+        named = given or (Path(p) if (p := os.environ.get(f"DDPM_{self.network.upper()}_WEIGHTS")) else None)
+        path = named or self.download()
+        try:
+            digest = _file_sha256(path)
+        except OSError as error:
+            raise InputError(f"{self.network} weights {path} cannot be read: {error.strerror}") from error
+        require(
+            digest == self.sha256 or named is not None,
+            f"{path} is damaged: its {path.stat().st_size} bytes are not those of the official file; delete it",
+        )
+        if digest != self.sha256:
+            warnings.warn(
+                f"{path} is not the official {self.network} file (SHA-256 {digest[:16]}..., expected "
+                f"{self.sha256[:16]}...): scores over it cannot be compared with published ones",
+                stacklevel=3,
+            )
+        return path, digest
+
+    def name(self, digest: str) -> str:
+        """The name in records of the network with weights of this SHA-256."""
+        name = self.network.lower()
+        return name if digest == self.sha256 else f"{name} (unofficial, sha256 {digest[:16]})"
+
+    def distance(self, name: str, digest: str) -> str:
+        """The name of a Frechet distance over these weights."""
+        return name if digest == self.sha256 else f"{name}, unofficial weights"
+
+    def download(self) -> Path:
+        """The file in the cache, downloaded if it is not there."""
+        network = self.network.lower()
+        path = cache_dir() / network / self.url.rpartition("/")[2]
+        if path.is_file():
+            return path
+        advice = (
+            f"put {path.name} ({self.num_bytes} bytes, SHA-256 {self.sha256}) there, or name it by "
+            f"--{network}-weights or DDPM_{network.upper()}_WEIGHTS; or give --features classifier"
+        )
+        with locked(path.parent, "DDPM_CACHE_DIR", wait=True):  # a second process waits, and finds the file
+            if not path.is_file():
+                download([self.url], path, self._verify, advice)
+        return path
+
+    def _verify(self, path: Path) -> None:
+        digest = _file_sha256(path)
+        require(digest == self.sha256, f"it has SHA-256 {digest[:16]}..., not {self.sha256[:16]}...")
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+INCEPTION = PublishedWeights(
+    "Inception",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    95_628_359,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +126,7 @@ class FeatureNetwork:
         library, version: the package that it comes from.
         distance: the name of the Frechet distance over it; 'FID' only for the FID network.
         image_shape: the (C, H, W) that it takes; None: any size, grey or colour.
+        classifies: whether it may give logits, which the Inception Score needs.
         batch_size: images at a time.
         details: further fields of the record, such as its test accuracy.
         persistent: whether its features may be kept in the cache: only if name, weights and version determine them.
@@ -56,6 +140,7 @@ class FeatureNetwork:
     version: str
     distance: str
     image_shape: tuple[int, int, int] | None = None
+    classifies: bool = True
     batch_size: int = 100
     details: NetworkDetails = field(default_factory=NetworkDetails)
     persistent: bool = True
@@ -207,80 +292,55 @@ def inception_network(
         InputError: no file and no network; a file that is truncated or has another layout.
     """
     require(layer in INCEPTION_LAYERS, f"layer must be one of {', '.join(INCEPTION_LAYERS)}, not {layer!r}")
-    given = weights or (Path(p) if (p := os.environ.get("DDPM_INCEPTION_WEIGHTS")) else None)
-    path = given or _downloaded_inception()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"Inception weights {path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    official = digest == INCEPTION_SHA256
-    require(
-        official or given is not None,
-        f"{path} is damaged: its {len(content)} bytes are not those of the official file; delete it",
-    )
-    module = _build_inception(path, content, layer)
-    if not official:
-        warnings.warn(
-            f"{path} is not the official Inception file (SHA-256 {digest[:16]}..., expected "
-            f"{INCEPTION_SHA256[:16]}...): scores over it cannot be compared with published ones",
-            stacklevel=2,
-        )
-    name = "inception" if official else f"inception (unofficial, sha256 {digest[:16]})"
-    distance = "FID" if official else "FID, unofficial weights"
+    path, digest = INCEPTION.find(weights)
+    name = INCEPTION.name(digest)
     return FeatureNetwork(
         name=name if layer == "2048" else f"{name}, layer {layer}",
-        module=module.to(device),
+        module=_build_inception(path, layer).to(device),
         sha256=digest,
         library="torch-fidelity",
         version=version("torch-fidelity"),
-        distance=distance if layer == "2048" else "FD-inception",
+        distance=INCEPTION.distance("FID", digest) if layer == "2048" else "FD-inception",
         batch_size=50,
         details={"layer": layer},
     )
 
 
-def _downloaded_inception() -> Path:
-    path = cache_dir() / "inception" / INCEPTION_FILE
-    if path.is_file():
-        return path
-    advice = (
-        f"put {INCEPTION_FILE} ({INCEPTION_BYTES} bytes, SHA-256 {INCEPTION_SHA256}) there, or name it by "
-        "--inception-weights or DDPM_INCEPTION_WEIGHTS; or give --features classifier"
-    )
-    with locked(path.parent, "DDPM_CACHE_DIR", wait=True):  # a second process waits, and finds the file
-        if not path.is_file():
-            download([INCEPTION_URL], path, _verify_download, advice)
-    return path
-
-
-def _verify_download(path: Path) -> None:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    require(digest == INCEPTION_SHA256, f"it has SHA-256 {digest[:16]}..., not {INCEPTION_SHA256[:16]}...")
-
-
-def _refuse_bomb(content: bytes) -> None:
+def _refuse_bomb(path: Path) -> None:
     """PyTorch stores tensors uncompressed, so a file that unpacks to far more was made to fill the memory."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > 4 * len(content):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 4 * path.stat().st_size:
                 raise ValueError("it unpacks to far more than its own size")
 
 
-def _build_inception(path: Path, content: bytes, layer: str) -> nn.Module:
+def _build_inception(path: Path, layer: str) -> nn.Module:
     try:
-        _refuse_bomb(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        _refuse_bomb(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a parser may raise anything for such bytes
         raise InputError(
-            f"Inception weights {path} are truncated or no PyTorch file: {len(content)} bytes, "
-            f"the official file has {INCEPTION_BYTES}"
+            f"Inception weights {path} are truncated or no PyTorch file: {path.stat().st_size} bytes, "
+            f"the official file has {INCEPTION.num_bytes}"
         ) from error
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     require(named, f"Inception weights {path} hold no table of tensors")
-    try:
+    with another_layout(f"Inception weights {path}"):
         return _Inception(state, layer).eval()
-    except RuntimeError as error:
-        match = re.search(r'"([\w.]+)"|size mismatch for ([\w.]+):', str(error))
+
+
+@contextmanager
+def another_layout(weights: str) -> Iterator[None]:
+    """Within it, PyTorch's error on a state that does not fit a module becomes one line.
+
+    Args:
+        weights: what the message calls the file.
+    Raises:
+        InputError: the state does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, LookupError, ArithmeticError) as error:
+        match = re.search(r"[\"']([\w.]+)[\"']|size mismatch for ([\w.]+):", str(error))
         first = f", first at {match.group(1) or match.group(2)}" if match else ""
-        raise InputError(f"Inception weights {path} are of another layout{first}") from error
+        raise InputError(f"{weights} are of another layout{first}") from error

@@ -33,6 +33,8 @@ class Scores(TypedDict, Generic[Value]):
     """Inception Score of all images together"""
     kid: Value
     """KID, the squared maximum mean discrepancy; slightly below 0 at times, for the estimate is unbiased"""
+    mind: Value
+    """MIND, a sliced Wasserstein distance to equally many reference images, at least 0"""
     precision: Value
     """share of generated images inside the neighbourhoods of real ones (quality), in [0, 1]"""
     recall: Value
@@ -44,7 +46,7 @@ class Scores(TypedDict, Generic[Value]):
 
 
 class Floor(Scores[float | None]):
-    """The nine scores, as numbers or null, of real images outside the reference: those of a perfect generator."""
+    """The ten scores, as numbers or null, of real images outside the reference: those of a perfect generator."""
 
     images: str
     """name of these images"""
@@ -91,7 +93,7 @@ class FeatureNetworkRecord(NetworkDetails):
     """The network that computed the features."""
 
     name: str
-    """inception, classifier (DATASET), or the name of a module"""
+    """inception, dinov2, classifier (DATASET), or the name of a module"""
     sha256: str
     """SHA-256 of its weights"""
     library: str
@@ -161,7 +163,8 @@ class Evaluation(Scores[Interval | None], Findings):
     """What `ddpm_lab.evaluate` returns: the scores and what they depend on, without the model."""
 
     fid_label: str
-    """name of the Frechet distance: FID over the official Inception network only; with n below 50,000 images"""
+    """name of the Frechet distance: FID over the official Inception network only, FD-DINOv2 over the official DINOv2;
+    with n below 50,000 images"""
     num_images: int
     """how many images were scored"""
     images: Images
@@ -173,7 +176,7 @@ class Evaluation(Scores[Interval | None], Findings):
     floor: Floor | None
     """scores of real images outside the reference; null: there are none"""
     scoring: dict[str, Any]
-    """settings of the scores: metrics, is_splits, kid_subsets, kid_subset_size, bootstrap"""
+    """settings of the scores: metrics, is_splits, kid_subsets, kid_subset_size, mind_directions, bootstrap"""
     versions: dict[str, str]
     """versions of ddpm-lab, torch, numpy, torch-fidelity and python"""
 
@@ -271,11 +274,12 @@ class TimedScores(SourceScores):
     device: str
     """device that computed the scores"""
     seconds: float
-    """wall-clock time of sampling and scoring"""
+    """wall-clock time of sampling and scoring, by all feature networks of the command"""
 
 
 class ScoreRecord(TimedScores):
-    """A record of `ddpm evaluate`. The scores come first; a score that was not asked for is null."""
+    """A record of `ddpm evaluate`, which prints one for each feature network. The scores come first; a score that was
+    not asked for, or that the network has no classes for, is null."""
 
     image_size: int | None
     """side in pixels to which the images of folders were scaled; null: their own size"""

@@ -59,13 +59,14 @@ def _rows(record: ScoreRecord) -> list[str]:
         "inception_score": f"Inception Score, {record['scoring']['is_splits']} splits",
         "inception_score_whole": "Inception Score, whole",
         "kid": "KID",
+        "mind": "MIND",
     }
     width = max(len(label) for label in labels.values())
     scores, floor = cast(Mapping[str, Interval | None], record), cast(Mapping[str, float | None], record["floor"] or {})
     fewer = floor_count(record)
     rows = [("", "score", "95 % interval", f"floor ({fewer})" if fewer else "floor")]
     for name in Scores.__annotations__:
-        score = scores[name]
+        score = scores.get(name)  # older records lack some
         if score is not None:
             interval = "" if score["low"] is None else f"{_number(score['low'])} .. {_number(score['high'])}"
             rows.append((labels.get(name, name), _number(score["value"]), interval, _number(floor.get(name))))

@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from ddpm_lab.core.messages import listed, show_deferred_warnings
 from ddpm_lab.core.scoring_config import ScoringConfig
 from ddpm_lab.data.datasets import DATASETS, ImageSet, available_datasets, load_images
 from ddpm_lab.data.image_stream import open_images, tensor_stream
-from ddpm_lab.evaluation.evaluate import check_scoring, evaluate, feature_network, generated_images
-from ddpm_lab.evaluation.feature_store import features_of
+from ddpm_lab.evaluation.checks import check_networks, check_scoring
+from ddpm_lab.evaluation.evaluate import evaluate, evaluate_each, feature_network, generated_images
+from ddpm_lab.evaluation.feature_store import compute_item, features_of
 from ddpm_lab.evaluation.features import FeatureNetwork
 from ddpm_lab.evaluation.record import SamplingRecord, ScoreRecord, SourceScores, TrainingRecord
 from ddpm_lab.evaluation.reference import Reference, open_reference
@@ -39,7 +40,7 @@ DEFAULT_NUM_IMAGES = 1_000
 def evaluate_source(
     source: str,
     reference: str | None,
-    features: str,
+    features: Sequence[str],
     num_images: int | None,
     scoring: ScoringConfig,
     sampling: SamplingConfig,
@@ -47,32 +48,33 @@ def evaluate_source(
     weights: Weights = "ema",
     checkpoint: int | None = None,
     inception_weights: Path | None = None,
+    dinov2_weights: Path | None = None,
     image_size: int | None = None,
     pairs: Path | None = None,
     scores: Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
-) -> ScoreRecord | None:
-    """Score a model, or images, against a reference.
+) -> list[ScoreRecord]:
+    """Score a model, or images, against a reference; images are sampled and read once for all feature networks.
 
     Args:
         source: a model, as for `trained.load`; or images, as for `image_stream.open_images`.
         reference: as for `reference.open_reference`; None: the images that the model was trained on.
-        features: 'inception', 'classifier', or the folder of a classifier.
+        features: feature networks: 'inception', 'dinov2', 'classifier', or the folder of a classifier.
         num_images: how many images to score; None: 1,000 of a model, all of a collection.
         scoring: settings of the scores.
         sampling: settings of the sampler; only for a model.
         weights, checkpoint: of the model, as for `trained.load`.
-        inception_weights: as for `features.inception_network`.
+        inception_weights, dinov2_weights: as for `features.inception_network` and `dinov2.dinov2_network`.
         image_size: side in pixels to which the images of a folder are cropped and scaled; None: they stay as they are.
         pairs, data_dir: as for `evaluate.evaluate`.
-        scores: a file of JSON lines to add the record to; None: `scores.jsonl` of the run, if the source is one.
+        scores: a file of JSON lines to add the records to; None: `scores.jsonl` of the run, if the source is one.
         device: auto, cpu, cuda or mps.
     Returns:
-        The record; None in a process other than rank 0.
+        The record of each network; none in a process other than rank 0.
     Raises:
         InputError: a source, reference or setting that does not exist or does not fit the others.
-        RunError: the record cannot be written; the message holds it.
+        RunError: a record cannot be written; the message holds it.
     """
     begun = time.monotonic()
     on = str(resolve_device(device))
@@ -87,10 +89,12 @@ def evaluate_source(
         pairs is None or "memorisation" in scoring.metrics,
         "--pairs shows the images that memorisation finds; add it to --metrics",
     )
-    require(
-        inception_weights is None or features == "inception",
-        f"--inception-weights is for --features inception, not for {features}",
-    )
+    weights_of = {"inception": inception_weights, "dinov2": dinov2_weights}
+    for name, file in weights_of.items():
+        unused = file is not None and name not in features
+        require(not unused, f"--{name}-weights is for --features {name}, not for {', '.join(features)}")
+    require(len(features) > 0, "--features names no feature network")
+    require(pairs is None or len(features) == 1, "--pairs shows what one network finds; give one of --features")
     is_images = _is_images(source)
     folders = [name for name in (is_images and source, reference) if name and Path(name).is_dir()]
     require(image_size is None or folders != [], "--image-size is for folders of images, and there is none")
@@ -118,30 +122,35 @@ def evaluate_source(
         name, shape = f"images of {source}", trained.image_shape
         count = DEFAULT_NUM_IMAGES if num_images is None else num_images
         require(count <= MAX_IMAGES, f"num_images must be from 2 to {MAX_IMAGES}, not {count}")
-    network = feature_network(features, shape, compared, inception_weights, on)
-    check_scoring(name, count, shape, compared, network, scoring)
+    networks = [feature_network(each, shape, compared, on, weights_of) for each in features]
+    check_networks(networks)
+    for network in networks:
+        check_scoring(name, count, shape, compared, network, scoring)
     dataset = compared.images.dataset if compared is not None and compared.images is not None else None
     if compared is not None and dataset is not None and dataset not in available_datasets(data_dir):
         compared.others(data_dir)  # so that a download that fails is reported before the work
     show_deferred_warnings()
 
-    def score() -> SourceScores:
+    def score() -> list[SourceScores]:
         if not is_images:
-            return score_model(trained, count, sampling, compared, network, scoring, data_dir, pairs)
-        evaluation = evaluate(images, compared, network, scoring, data_dir=data_dir, pairs=pairs)
+            return score_model(trained, count, sampling, compared, networks, scoring, data_dir, pairs)
+        evaluations = evaluate_each(images, compared, networks, scoring, data_dir=data_dir, pairs=pairs)
         no_model = cast(SamplingRecord, dict.fromkeys(SamplingRecord.__annotations__))
-        return {**evaluation, "source": source, **no_model}
+        return [{**evaluation, "source": source, **no_model} for evaluation in evaluations]
 
-    scored = processes.run_on_rank0(score, features=network, **tasks)
-    if scored is None:
-        return None
-    record: ScoreRecord = {**scored, "image_size": image_size, "device": on, "seconds": time.monotonic() - begun}
-    if scores is not None:
-        try:
-            append_line(scores, dict(record))
-        except OSError as error:  # the message keeps the work
-            raise RunError(f"{scores} cannot be written: {error.strerror}; the record: {json.dumps(record)}") from error
-    return record
+    scored = processes.run_on_rank0(score, features=partial(compute_item, networks), **tasks) or []
+    seconds = time.monotonic() - begun
+    records: list[ScoreRecord] = [
+        {**each, "image_size": image_size, "device": on, "seconds": seconds} for each in scored
+    ]
+    for i, record in enumerate(records):
+        if scores is not None:
+            try:
+                append_line(scores, dict(record))
+            except OSError as error:  # the message keeps the work
+                rest = "; ".join(json.dumps(record) for record in records[i:])
+                raise RunError(f"{scores} cannot be written: {error.strerror}; the record: {rest}") from error
+    return records
 
 
 def score_model(
@@ -149,18 +158,19 @@ def score_model(
     num_images: int,
     sampling: SamplingConfig,
     reference: Reference | None,
-    network: FeatureNetwork,
+    networks: Sequence[FeatureNetwork],
     scoring: ScoringConfig,
     data_dir: Path | None = None,
     pairs: Path | None = None,
-) -> SourceScores:
-    """Score a model by images sampled into the cache; the arguments are those of `evaluate.evaluate`."""
+) -> list[SourceScores]:
+    """Score a model by images sampled into the cache; the arguments are those of `evaluate.evaluate_each`."""
     images = generated_images(trained, num_images, sampling)
     labels = class_labels(trained, sampling, range(num_images))
-    if trained.class_names != network.class_names:  # the classifier tells other classes apart
-        labels = None
-    evaluation = evaluate(images, reference, network, scoring, data_dir=data_dir, pairs=pairs, asked=labels)
-    return {**evaluation, "source": trained.name, **sampling_record(trained, sampling)}
+    if any(network.class_names not in (None, trained.class_names) for network in networks):
+        labels = None  # a classifier tells other classes apart
+    evaluations = evaluate_each(images, reference, networks, scoring, data_dir=data_dir, pairs=pairs, asked=labels)
+    sampled = sampling_record(trained, sampling)
+    return [{**evaluation, "source": trained.name, **sampled} for evaluation in evaluations]
 
 
 def _is_images(source: str) -> bool:
@@ -267,7 +277,7 @@ def training_scorer(
         return None
     reference = _training_reference(config.data.dataset, training_set, held_out)
     assert reference.images is not None
-    network = feature_network(evaluation.score_features, reference.images.shape, reference, None, str(device))
+    network = feature_network(evaluation.score_features, reference.images.shape, reference, str(device))
     replicates = 10 if evaluation.score_features == "inception" else 50  # with 2,048 features each takes seconds
     scoring = ScoringConfig(metrics=("fid", "is", "kid"), bootstrap=replicates)
     training = config.training  # each training seed samples from its own noise, so that their spread includes it
@@ -291,5 +301,5 @@ def training_scorer(
         }
 
     return lambda trained: processes.run_on_rank0(
-        lambda: dict(score(trained)), sample=sampling_task(trained, sampling), features=network
+        lambda: dict(score(trained)), sample=sampling_task(trained, sampling), features=partial(compute_item, [network])
     )

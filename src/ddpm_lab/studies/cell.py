@@ -21,7 +21,8 @@ from ddpm_lab.data.datasets import load_images, to_float
 from ddpm_lab.diffusion.likelihood import variational_bound
 from ddpm_lab.diffusion.schedule import build_schedule
 from ddpm_lab.diffusion.unet import build_unet
-from ddpm_lab.evaluation.evaluate import check_scoring, feature_network, generated_images
+from ddpm_lab.evaluation.checks import check_scoring
+from ddpm_lab.evaluation.evaluate import feature_network, generated_images
 from ddpm_lab.evaluation.scores import own_reference, score_model
 from ddpm_lab.models.checkpoint import checkpoint_steps
 from ddpm_lab.models.trained import TrainedModel, load, with_timesteps
@@ -61,7 +62,7 @@ def check_cell(study: Study, cell: Cell, device: str, data_dir: Path | None) -> 
         )
     _, C, H, W = training.images.shape
     shape, reference = (C, H, W), own_reference(config, data_dir)
-    network = feature_network(measures.features, shape, reference, None, str(resolve_device(device)))
+    network = feature_network(measures.features, shape, reference, str(resolve_device(device)))
     counts = {num_images for num_images, _, _ in planned_scores(study, cell).values()} | {measures.images}
     for count in sorted(counts):
         scoring = _scoring(count, ("fid", "is", "kid"))
@@ -169,7 +170,7 @@ def compute_cell(
     train(cell.config, folder, device=device, data_dir=data_dir, say=say)
     trained = load(folder, device=device)
     reference, on = own_reference(cell.config, data_dir), next(trained.model.parameters()).device
-    network = feature_network(study.measures.features, trained.image_shape, reference, None, str(on))
+    network = feature_network(study.measures.features, trained.image_shape, reference, str(on))
     scores, done = planned_scores(study, cell), _measured(folder, trained.step)
     for key in ("speed", *scores, "bound"):
         lease.check()
@@ -185,7 +186,9 @@ def compute_cell(
             num_images, T, sampling = scores[key]
             metrics = ("is", "kid") if key == "ancestral" else ("fid", "is", "kid")  # too few images for a distance
             scoring = _scoring(num_images, metrics)
-            measure = score_model(_as_chain(trained, T), num_images, sampling, reference, network, scoring, data_dir)
+            measure = score_model(_as_chain(trained, T), num_images, sampling, reference, [network], scoring, data_dir)[
+                0
+            ]
         lease.check()
         record = {"key": key, "step": trained.step, **measure, "seconds": time.monotonic() - begun}
         append_line(folder / MEASURES, record)

@@ -93,11 +93,10 @@ def nearest(runs: Path, name: str, num_images: float, seed: float | None, device
     checkpoint = trained.step if trained.run_dir is not None else None
     folder = new_folder()
     picture = folder / "nearest.png"
-    record = evaluate_source(
-        source, None, "classifier", int(num_images), NEAREST, sampling,
+    (record,) = evaluate_source(
+        source, None, ["classifier"], int(num_images), NEAREST, sampling,
         pairs=picture, scores=folder / "scores.jsonl", device=device, checkpoint=checkpoint,
     )  # fmt: skip
-    assert record is not None
     command = command_line(
         "evaluate", source, num_images=int(num_images), features="classifier", checkpoint=checkpoint, device=device,
         metrics=NEAREST.metrics, bootstrap=NEAREST.bootstrap, pairs="nearest.png", scores="nearest.jsonl",
