@@ -110,6 +110,43 @@ def inception_weights(tmp_path_factory) -> Path:
     return path
 
 
+DINOV2_SIZE = 128, 2, 56, 6  # features, layers, pixels of a patch (4 x 4 of an image), side of the position table
+
+
+def random_dinov2(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors with the names and the layout of `facebook/dinov2-large`, of another size."""
+    width, depth, patch, grid = DINOV2_SIZE
+    names = {
+        "embeddings.cls_token": (1, 1, width), "embeddings.mask_token": (1, width),
+        "embeddings.position_embeddings": (1, 1 + grid**2, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        "embeddings.patch_embeddings.projection.bias": (width,), "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+    }  # fmt: skip
+    linear = {"attention.attention.query": (width, width), "attention.attention.key": (width, width),
+              "attention.attention.value": (width, width), "attention.output.dense": (width, width),
+              "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}  # fmt: skip
+    for i in range(depth):
+        names |= {f"encoder.layer.{i}.layer_scale{k}.lambda1": (width,) for k in (1, 2)}
+        names |= {f"encoder.layer.{i}.norm{k}.{kind}": (width,) for k in (1, 2) for kind in ("weight", "bias")}
+        names |= {f"encoder.layer.{i}.{name}.weight": shape for name, shape in linear.items()}
+        names |= {f"encoder.layer.{i}.{name}.bias": shape[:1] for name, shape in linear.items()}
+    generator = torch.Generator().manual_seed(seed)
+    gains = ("norm1.weight", "norm2.weight", "layernorm.weight", "lambda1")
+    scale = {name: 1.0 if name.endswith(gains) else 0.02 if "projection" in name else 0.15 for name in names}
+    return {name: scale[name] * torch.randn(shape, generator=generator) for name, shape in names.items()}
+
+
+@pytest.fixture(scope="session")
+def dinov2_weights(tmp_path_factory) -> Path:
+    """A file of the layout of the weights of FD-DINOv2, with random values, of a small network."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("dinov2") / "random.safetensors"
+    save_file(random_dinov2(), path)
+    return path
+
+
 def png(picture: Image.Image) -> bytes:
     """The picture as the bytes of a PNG file."""
     content = io.BytesIO()

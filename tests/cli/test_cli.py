@@ -130,6 +130,8 @@ TRAIN, SAMPLE = "train tiny.toml --run new --device cpu", "sample run --device c
 EVALUATE = "evaluate {} --reference digits:train --features classifier --device cpu"
 STATISTICS = "evaluate digits:test --reference {} --features classifier"
 INCEPTION = "evaluate digits:test --reference digits:train --inception-weights {}"
+DINOV2 = "evaluate digits:test --reference digits:train --features dinov2 --dinov2-weights {}"
+TWO_NETWORKS = "evaluate digits:test --reference digits:train --features classifier {}"
 FORWARD = "forward --dataset digits --out {}"
 BAD_INPUTS = {
     "no such command": ("fly", "Unknown command"),
@@ -264,6 +266,17 @@ BAD_INPUTS = {
     "Inception weights that run code": (INCEPTION.format("code.pth"), "truncated or no PyTorch file"),
     "weights of another network": (INCEPTION.format("other.pth"), "of another layout"),
     "weights that are no table": (INCEPTION.format("list.pth"), "no table of tensors"),
+    "no network": (EVALUATE.format("digits:test") + " --features=", "no classifier ''"),
+    "one network twice": (TWO_NETWORKS.format("classifier"), "one of them twice"),
+    "pairs of several networks": (
+        TWO_NETWORKS.format("dinov2") + " --metrics memorisation --pairs a.png",
+        "give one of --features",
+    ),
+    "no such DINOv2 weights": (DINOV2.format("nothing.safetensors"), "nothing.safetensors cannot be read"),
+    "DINOv2 weights of strange bytes": (DINOV2.format("strange.pth"), "truncated or no safetensors file"),
+    "DINOv2 weights of another network": (DINOV2.format("trained/training.safetensors"), "must be those of facebook"),
+    "DINOv2 weights for another network": (EVALUATE.format("run") + " --dinov2-weights x", "for --features dinov2"),
+    "no directions": (EVALUATE.format("digits:test") + " --metrics mind --mind-directions 0", "from 1 to 100000"),
     "memorisation of test images": (
         "evaluate digits:test --reference digits:test --features classifier --metrics memorisation",
         "training images",

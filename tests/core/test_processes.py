@@ -118,18 +118,22 @@ def test_two_processes_sample_the_same_images(runs, tmp_path, out):
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_two_processes_evaluate_alike(runs, tmp_path, monkeypatch):
-    command = ["evaluate", str(runs / "one"), "--features", "classifier", "--num-images", "50", "--num-steps", "2"]
+@pytest.mark.filterwarnings("ignore:.*is not the official")
+def test_two_processes_evaluate_alike(runs, tmp_path, monkeypatch, dinov2_weights):
+    command = ["evaluate", str(runs / "one"), "--features", "classifier", "dinov2", "--num-images", "50"]
+    command += ["--dinov2-weights", str(dinov2_weights), "--num-steps", "2", "--kid-subsets", "5", "--bootstrap", "3"]
     command += ["--batch-size", "8", "--metrics", "fid", "is", "kid", "--device", "cpu", "--json", "--scores"]
     assert run_command([*command, str(tmp_path / "one.jsonl")]) == 0
     monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path / "another"))  # so that all is computed again
     results = outcome(launch(*command, str(tmp_path / "two.jsonl")))
     assert [code for code, _, _ in results] == [0, 0], results
-    record = json.loads(results[0][1])
-    alone = json.loads((tmp_path / "one.jsonl").read_text())
-    for score in ("fid", "inception_score", "kid", "floor"):
-        assert record[score] == alone[score], score
-    assert record["images"]["sha256"] == alone["images"]["sha256"]
+    together, alone = results[0][1].splitlines(), (tmp_path / "one.jsonl").read_text().splitlines()
+    assert len(together) == len(alone) == 2
+    for record, expected in zip(map(json.loads, together), map(json.loads, alone), strict=True):
+        for score in ("fid", "inception_score", "kid", "floor"):
+            assert record[score] == expected[score], score
+        assert record["images"]["sha256"] == expected["images"]["sha256"]
+        assert record["features"] == expected["features"]
 
 
 def wait_for_checkpoint(run: Path) -> None:

@@ -133,13 +133,14 @@ def dinov2_network(weights: Path | None = None, device: torch.device | str = "cp
         ) from error
     with another_layout(f"DINOv2 weights {path}, which must be those of facebook/dinov2-large,"):
         module = _DINOv2(state)
+    name, distance = DINOV2.label(path, digest, "FD-DINOv2")
     return FeatureNetwork(
-        name=DINOV2.name(digest),
+        name=name,
         module=module.eval().to(device),
         sha256=digest,
         library="timm",
         version=version("timm"),
-        distance=DINOV2.distance("FD-DINOv2", digest),
+        distance=distance,
         classifies=False,
         batch_size=25,
     )

@@ -48,8 +48,6 @@ class PublishedWeights:
     def find(self, given: Path | None) -> tuple[Path, str]:
         """The path and SHA-256 of the weights: a file that the user names, else the one in the cache, downloaded once.
 
-        A file of the user's may be another than the published one, which gives a warning.
-
         Args:
             given: the file; None: DDPM_NETWORK_WEIGHTS, else the cache.
         Raises:
@@ -65,22 +63,19 @@ class PublishedWeights:
             digest == self.sha256 or named is not None,
             f"{path} is damaged: its {path.stat().st_size} bytes are not those of the official file; delete it",
         )
-        if digest != self.sha256:
-            warnings.warn(
-                f"{path} is not the official {self.network} file (SHA-256 {digest[:16]}..., expected "
-                f"{self.sha256[:16]}...): scores over it cannot be compared with published ones",
-                stacklevel=3,
-            )
         return path, digest
 
-    def name(self, digest: str) -> str:
-        """The name in records of the network with weights of this SHA-256."""
+    def label(self, path: Path, digest: str, distance: str) -> tuple[str, str]:
+        """The names in records of the network and of the Frechet distance over it; warns if the file is another."""
         name = self.network.lower()
-        return name if digest == self.sha256 else f"{name} (unofficial, sha256 {digest[:16]})"
-
-    def distance(self, name: str, digest: str) -> str:
-        """The name of a Frechet distance over these weights."""
-        return name if digest == self.sha256 else f"{name}, unofficial weights"
+        if digest == self.sha256:
+            return name, distance
+        warnings.warn(
+            f"{path} is not the official {self.network} file (SHA-256 {digest[:16]}..., expected "
+            f"{self.sha256[:16]}...): scores over it cannot be compared with published ones",
+            stacklevel=3,
+        )
+        return f"{name} (unofficial, sha256 {digest[:16]})", f"{distance}, unofficial weights"
 
     def download(self) -> Path:
         """The file in the cache, downloaded if it is not there."""
@@ -293,14 +288,15 @@ def inception_network(
     """
     require(layer in INCEPTION_LAYERS, f"layer must be one of {', '.join(INCEPTION_LAYERS)}, not {layer!r}")
     path, digest = INCEPTION.find(weights)
-    name = INCEPTION.name(digest)
+    module = _build_inception(path, layer)
+    name, distance = INCEPTION.label(path, digest, "FID")
     return FeatureNetwork(
         name=name if layer == "2048" else f"{name}, layer {layer}",
-        module=_build_inception(path, layer).to(device),
+        module=module.to(device),
         sha256=digest,
         library="torch-fidelity",
         version=version("torch-fidelity"),
-        distance=INCEPTION.distance("FID", digest) if layer == "2048" else "FD-inception",
+        distance=distance if layer == "2048" else "FD-inception",
         batch_size=50,
         details={"layer": layer},
     )
