@@ -31,7 +31,7 @@ from ddpm_lab.data.image_stream import ImageStream, chunk_size, open_images, ten
 from ddpm_lab.evaluation import evaluate as evaluation
 from ddpm_lab.evaluation import feature_store
 from ddpm_lab.evaluation.evaluate import evaluate, generated_images
-from ddpm_lab.evaluation.feature_store import features_of
+from ddpm_lab.evaluation.feature_store import features_of, features_of_each
 from ddpm_lab.evaluation.features import classifier_network, module_network
 from ddpm_lab.evaluation.metrics import statistics
 from ddpm_lab.evaluation.neighbours import memorisation
@@ -45,7 +45,7 @@ from ddpm_lab.training.run import train
 from tests.conftest import tree_hash
 from tests.evaluation.test_record import assert_fits
 
-ALL = ScoringConfig(metrics=("fid", "is", "kid", "prdc", "memorisation"), bootstrap=5, kid_subsets=3)
+ALL = ScoringConfig(metrics=("fid", "is", "kid", "prdc", "mind", "memorisation"), bootstrap=5, kid_subsets=3)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_a_record_says_all_its_numbers_depend_on(digits):
         "inception_score",
         "inception_score_whole",
         "kid",
+        "mind",
         "precision",
         "recall",
         "density",
@@ -116,6 +117,7 @@ def test_real_images_are_near_and_noise_is_far(digits):
     )
     assert far["fid"]["value"] > 20 * real["fid"]["value"]
     assert far["kid"]["value"] > 20 * abs(real["kid"]["value"])
+    assert far["mind"]["value"] > 20 * real["mind"]["value"]
     assert far["precision"]["value"] < 0.5 < 0.8 < real["precision"]["value"]
     assert far["inception_score"]["value"] < real["inception_score"]["value"]
 
@@ -191,6 +193,29 @@ def test_features_are_computed_once_and_continued(cache):
     ):
         damage(features.folder)
         assert torch.equal(features_of(stream, cached(third)).values, expected)
+
+
+def test_networks_that_stopped_at_different_images_share_one_pass(cache):
+    """One of them had 1,000 of 1,700 images, one none, and one is never kept."""
+    images = torch.randint(0, 256, (1700, 1, 8, 8), dtype=torch.uint8)
+    reads, stream = [], tensor_stream("noise", images)
+    counted = replace(stream, read=lambda n: (reads.append(n), stream.read(n))[1])
+
+    def network(name, persistent=True, fail_at=None):
+        return replace(module_network(Pixels(fail_at), name), persistent=persistent)
+
+    with pytest.raises(KeyboardInterrupt):
+        features_of(counted, network("first", fail_at=13))
+    reads.clear()
+    networks = network("first"), network("second"), network("third", persistent=False)
+    for features in features_of_each(counted, networks):
+        assert torch.equal(features.values, images[:, 0, 3, 2:6].float() / 255)
+        assert torch.equal(features.logits, images.flatten(1).float()[:, :10] / 255)
+    assert [each.module.calls for each in networks] == [7, 17, 17]
+    assert len(reads) == 1
+    features_of_each(counted, networks[:2])
+    assert [each.module.calls for each in networks] == [7, 17, 17]
+    assert len(reads) == 1
 
 
 def test_features_of_python_modules_are_never_kept(cache):
@@ -541,6 +566,8 @@ def test_the_floor_of_a_folder_is_what_was_held_out_of_training(tmp_path, tiny_r
     for name in ("fid", "kid", "precision", "coverage"):
         assert record["floor"][name] == alone[name]["value"]
     assert any(line.startswith("floor: 5 images of ") for line in score_table(record))
+    older = {name: value for name, value in record.items() if name != "mind"}
+    assert score_table(older) == score_table(record)
     with pytest.raises(InputError, match="needs 100 held-out images, and there are 5"):
         evaluate_source(
             source, None, ["classifier"], 20, ScoringConfig(metrics=("memorisation",)), sampling, device="cpu"
