@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from ddpm_lab import load
 from ddpm_lab.core.config import SamplingConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.models.trained import packaged_names
-from ddpm_lab.sampling.generation import ImageNoise, generate
+from ddpm_lab.sampling import generation
+from ddpm_lab.sampling.generation import ImageNoise, build_sampler, generate, trajectory
 from ddpm_lab.sampling.image_files import image_grid, save_npz
 from ddpm_lab.sampling.output import sample_to_file
 
@@ -105,6 +108,92 @@ def test_noise_of_an_image_comes_from_its_seed_and_number():
     big = ImageNoise(0, range(100), (1, 32, 32), torch.device("cpu"))(-1)
     assert float(big.mean()) == pytest.approx(0, abs=0.01)
     assert float(big.std()) == pytest.approx(1, abs=0.01)
+
+
+def noise_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("noise")]
+
+
+def test_noise_drawn_ahead_is_the_noise_of_each_generator():
+    """In several threads, and in any number of calls, those that were not expected too."""
+    count, shape = 3 * generation.IMAGES_PER_THREAD + 5, (1, 2, 3)
+    generators = [np.random.default_rng(np.random.SeedSequence([3, i])) for i in range(count)]
+    with ImageNoise(3, range(count), shape, torch.device("cpu"), num_draws=3) as noise:
+        for step in range(5):
+            expected = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
+            assert np.array_equal(noise(step).numpy(), expected)
+    assert noise_threads() == []
+
+
+def test_one_noise_is_drawn_ahead_and_none_beyond_the_last(monkeypatch):
+    drawn, times = generation._draw, []
+
+    def draw(generators, noise):
+        drawn(generators, noise)
+        times.append(len(times))
+
+    monkeypatch.setattr(generation, "_draw", draw)
+    noise = ImageNoise(0, range(2), (1, 2, 2), torch.device("cpu"), num_draws=3)
+    for calls, expected in ((1, 2), (2, 3), (3, 3)):
+        noise(calls)
+        wait_until(lambda expected=expected: len(times) >= expected)
+        time.sleep(0.02)  # for one too many to come
+        assert len(times) == expected, calls
+    del noise
+    wait_until(lambda: noise_threads() == [])
+
+
+def wait_until(condition):
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < 10
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("end", ["error", "interrupt", "abandoned"])
+def test_no_thread_outlives_its_batch(trained, monkeypatch, end):
+    sampler = build_sampler(trained, SamplingConfig(sampler="ddpm", num_steps=4, batch_size=2))
+    drawn, draws = generation._draw, []
+
+    def draw(generators, noise):
+        draws.append(noise)
+        if len(draws) == 3 and end == "error":
+            raise MemoryError("no room")
+        drawn(generators, noise)
+
+    monkeypatch.setattr(generation, "_draw", draw)
+    steps = trajectory(trained, sampler)
+    next(steps)
+    assert noise_threads() != []
+    if end == "error":
+        with pytest.raises(MemoryError, match="no room"):
+            list(steps)
+    elif end == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            steps.throw(KeyboardInterrupt)
+    else:
+        del steps
+    assert noise_threads() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1),
+        ({"eta": 0.0}, 1),
+        ({"eta": 0.5}, 5),
+        ({"sampler": "ddpm"}, 5),
+        ({"sampler": "dpmpp"}, 1),
+        ({"sampler": "dpmpp", "eta": 1.0}, 5),
+        ({"sampler": "heun"}, 1),
+    ],
+)
+def test_as_much_noise_is_drawn_as_the_sampler_takes(trained, monkeypatch, settings, expected):
+    calls = []
+    monkeypatch.setattr(generation, "_draw", lambda generators, noise: calls.append(noise.fill(0)))
+    sampler = build_sampler(trained, SamplingConfig(num_steps=5, batch_size=2, **settings))
+    list(trajectory(trained, sampler))
+    assert len(calls) == sampler.num_draws == expected
 
 
 def test_every_step_is_reported(trained):

@@ -258,7 +258,7 @@ def reconstruct(
     noised, denoised = [], []
     for first in range(0, len(x_0), config.batch_size):
         rows = range(first, min(first + config.batch_size, len(x_0)))
-        noise = ImageNoise(config.seed, rows, trained.image_shape, device)
+        noise = ImageNoise(config.seed, rows, trained.image_shape, device, sampler.num_draws)
         clean = x_0[first : rows.stop].to(device)
         x_t = q_sample(shortened.schedule, clean, torch.full((len(rows),), t - 1, device=device), noise(-1))
         classes = class_labels(trained, config, rows) if config.class_ else None

@@ -7,10 +7,11 @@ sampled, bit for bit. Only where fewer images than a batch are asked for, a batc
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,22 +32,56 @@ from ddpm_lab.models.trained import TrainedModel, find_checkpoint, load
 
 DEFAULT_STEPS = {"ddim": 50, "dpmpp": 20}  # of the others 10, but all T of ddpm
 STOCHASTIC = ("ddim", "ddpm", "dpmpp")  # samplers that can add noise
+DRAWING_THREADS = 4  # at most; each draws the noise of at least as many images as follow
+IMAGES_PER_THREAD = 64
 
 
 class ImageNoise:
     """Standard normal noise for a batch of images, from one generator per image.
 
     Each call returns the next noise, (B, *shape) float32 on the device: first x_T, then the noise of each step that
-    adds some. The argument, the index of the sampler's step, is not used.
+    adds some. The argument, the index of the sampler's step, is not used. While the caller uses one noise, threads draw
+    the next, so that a GPU need not wait. They end with the context, or with the object.
+
+    Args:
+        seed, indices: identify the images.
+        shape: of an image.
+        num_draws: calls to expect; only these are drawn ahead.
     """
 
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device, num_draws: int = 1
+    ) -> None:
         self._generators = [np.random.default_rng(np.random.SeedSequence([seed, i])) for i in indices]
-        self._shape, self._device = shape, device
+        self._shape, self._device, self._to_come = (len(indices), *shape), device, num_draws
+        self._threads = ThreadPoolExecutor(DRAWING_THREADS, "noise")
+        self._drawing: tuple[Tensor, list[Future[None]]] | None = None
 
     def __call__(self, step: int) -> Tensor:
-        noise = [generator.standard_normal(self._shape, dtype=np.float32) for generator in self._generators]
-        return torch.from_numpy(np.stack(noise)).to(self._device)
+        noise, parts = self._drawing or self._start()
+        for part in parts:
+            part.result()
+        self._to_come -= 1
+        self._drawing = self._start() if self._to_come > 0 else None
+        return noise.to(self._device, non_blocking=noise.is_pinned())
+
+    def _start(self) -> tuple[Tensor, list[Future[None]]]:
+        """Start to draw the next noise; returns its tensor, and the parts to wait for."""
+        noise = torch.empty(self._shape, pin_memory=self._device.type == "cuda")
+        size = max(-(-len(noise) // DRAWING_THREADS), IMAGES_PER_THREAD)
+        rows = [slice(first, first + size) for first in range(0, len(noise), size)]
+        return noise, [self._threads.submit(_draw, self._generators[part], noise[part].numpy()) for part in rows]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _draw(generators: list[np.random.Generator], noise: np.ndarray) -> None:
+    for generator, image in zip(generators, noise, strict=True):
+        generator.standard_normal(out=image, dtype=np.float32)  # without the interpreter lock
 
 
 @dataclass(frozen=True)
@@ -57,6 +92,7 @@ class Sampler:
         config: the settings; every one that the sampler uses has a value.
         num_steps: steps per image.
         num_evaluations: evaluations of the network and of its guide, per image.
+        num_draws: how often it takes noise for each image, x_T included.
         guide: the network for autoguidance, or None.
         steps: called as steps(x_T, noise), or steps(x_T, noise, y) with the class labels y, (B,) int64.
     """
@@ -64,6 +100,7 @@ class Sampler:
     config: SamplingConfig
     num_steps: int
     num_evaluations: int
+    num_draws: int
     guide: TrainedModel | None
     steps: Callable[..., Iterator[Step]]
 
@@ -80,6 +117,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     guide = None if config.guide is None else open_guide(trained, config.guide)
     # those of the whole chain, also where only a part of it is sampled
     guidance_timesteps = guided_timesteps(build_schedule(trained.config.diffusion), config.guidance_interval)
+    guided_at = guidance_timesteps if config.guidance_interval else None  # None: the network need not wait to know t
     T = trained.schedule.num_timesteps
     limit = T // 2 if config.singlestep else T
     default = T if config.sampler == "ddpm" else min(DEFAULT_STEPS.get(config.sampler, 10), T)
@@ -118,7 +156,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
             guidance = guidance if guide is not None else 1.0
         guide_labels = y if guide is not None and guide.num_classes else None
         guide_model = None if guide is None else guided(guide.model, guide_labels, guide.num_classes)
-        output = guided(network, y, trained.num_classes, guidance, guide=guide_model, timesteps=guidance_timesteps)
+        output = guided(network, y, trained.num_classes, guidance, guide=guide_model, timesteps=guided_at)
 
         def model(x_t: Tensor, t: Tensor) -> Tensor:
             with autocast(device, dtype):
@@ -131,7 +169,8 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     if config.sampler == "heun":
         visited += visited[1:]  # each step but the last evaluates the network at its end too
     twice = 0 if resolved.guidance in (None, 0, 1) else sum(t in guidance_timesteps for t in visited)
-    return Sampler(resolved, num_steps, len(visited) + twice, guide, steps)
+    num_draws = num_steps if config.sampler == "ddpm" or config.eta else 1
+    return Sampler(resolved, num_steps, len(visited) + twice, num_draws, guide, steps)
 
 
 def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:
@@ -249,8 +288,8 @@ def sampling_task(
 def trajectory(trained: TrainedModel, sampler: Sampler, indices: range) -> Iterator[Step]:
     """The steps of one batch: the images with these indices of the sampler's seed."""
     device = next(trained.model.parameters()).device
-    noise = ImageNoise(sampler.config.seed, indices, trained.image_shape, device)
-    return sampler.steps(noise(-1), noise, class_labels(trained, sampler.config, indices))
+    with ImageNoise(sampler.config.seed, indices, trained.image_shape, device, sampler.num_draws) as noise:
+        yield from sampler.steps(noise(-1), noise, class_labels(trained, sampler.config, indices))
 
 
 def class_labels(trained: TrainedModel, config: SamplingConfig, indices: range) -> Tensor | None:
