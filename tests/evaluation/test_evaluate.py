@@ -296,23 +296,24 @@ def test_a_perfect_generator_has_the_share_expected_19_times_in_20(num_images, n
 
 
 def test_sampling_into_a_folder_resumes(tiny_run, tmp_path, monkeypatch):
+    """Also where one of the writing threads was behind the others, so that an image is missing among others."""
     trained = load(tiny_run, device="cpu")
     config = SamplingConfig(num_steps=2, batch_size=4)
     output.sample_to_folder(trained, tmp_path / "whole", 11, config)
-    save, names = output.save_png, []
+    save = output.save_image
 
-    def stop_at_the_sixth(path, picture):
-        if len(names) == 6:
+    def stop_at_the_sixth(path, image):
+        if path.name == "00000005.png":
             raise KeyboardInterrupt
-        names.append(path.name)
-        save(path, picture)
+        save(path, image)
 
-    monkeypatch.setattr(output, "save_png", stop_at_the_sixth)
+    monkeypatch.setattr(output, "save_image", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         output.sample_to_folder(trained, tmp_path / "parts", 11, config)
-    monkeypatch.setattr(output, "save_png", save)
-    assert output.sample_to_folder(trained, tmp_path / "parts", 7, config) == 6
-    assert output.sample_to_folder(trained, tmp_path / "parts", 11, config) == 7
+    monkeypatch.setattr(output, "save_image", save)
+    assert sorted(path.stem for path in (tmp_path / "parts").glob("*.png"))[-2:] == ["00000006", "00000007"]
+    assert output.sample_to_folder(trained, tmp_path / "parts", 7, config) == 5
+    assert output.sample_to_folder(trained, tmp_path / "parts", 11, config) == 8
     assert tree_hash(tmp_path / "parts") == tree_hash(tmp_path / "whole")
     assert len(list((tmp_path / "parts").glob("*.png"))) == 11
     in_memory = torch.cat(list(generation.generate(trained, 11, config)))
@@ -327,21 +328,23 @@ def test_sampling_into_a_folder_resumes(tiny_run, tmp_path, monkeypatch):
 
 
 def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkeypatch):
-    """The first picture is held back until the second batch has been begun."""
+    """Each of the threads holds its first image back until the second batch has been begun, and all write at once."""
     trained = load(tiny_run, device="cpu")
-    saved, drawn, begun = output.save_png, generation.trajectory, threading.Event()
+    saved, drawn, begun = output.save_image, generation.trajectory, threading.Event()
+    together = threading.Barrier(output.WRITERS)
 
     def trajectory(trained, sampler, first=0):
         if first == 4:
             begun.set()
         return drawn(trained, sampler, first)
 
-    def save(path, picture):
+    def save(path, image):
         assert begun.wait(10), "no second batch was begun meanwhile"
-        saved(path, picture)
+        together.wait(10)
+        saved(path, image)
 
     monkeypatch.setattr(generation, "trajectory", trajectory)
-    monkeypatch.setattr(output, "save_png", save)
+    monkeypatch.setattr(output, "save_image", save)
     output.sample_to_folder(trained, tmp_path / "images", 8, SamplingConfig(num_steps=2, batch_size=4))
     assert len(list((tmp_path / "images").glob("*.png"))) == 8
 
@@ -378,6 +381,21 @@ def test_samples_are_kept_for_the_next_score(tiny_run, cache):
     assert files.items() <= tree_hash(cache).items()
     assert torch.equal(torch.cat(list(first.batches())), torch.cat(list(more.batches()))[:10])
     assert generated_images(trained, 10, config).sha256 == first.sha256
+
+
+def test_new_samples_are_scored_from_memory_and_equal_those_of_the_files(tiny_run, cache, monkeypatch):
+    """The files are read only where a part of the images was there already, or where the memory would not hold all."""
+    trained, config = load(tiny_run, device="cpu"), SamplingConfig(num_steps=2, batch_size=4)
+    monkeypatch.setattr(evaluation, "open_images", None)
+    sampled = generated_images(trained, 10, config)
+    monkeypatch.undo()
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(cache))
+    read = generated_images(trained, 10, config)
+    assert (read.sha256, read.name, read.shape) == (sampled.sha256, sampled.name, sampled.shape)
+    assert generated_images(trained, 14, config).num_images == 14
+    monkeypatch.setattr(evaluation, "MOST_BYTES_IN_MEMORY", 10 * 64 - 1)
+    monkeypatch.setattr(evaluation, "tensor_stream", None)
+    assert generated_images(trained, 10, replace(config, seed=1)).num_images == 10
 
 
 def test_samples_of_another_process_are_others(tiny_run, tmp_path, cache):

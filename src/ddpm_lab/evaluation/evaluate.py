@@ -6,6 +6,7 @@ and the settings; caches change only how long it takes.
 """
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -40,6 +41,7 @@ from ddpm_lab.sampling.output import sample_to_folder, sampling_identity
 
 CONFIDENCE_THRESHOLD = 0.9  # probability from which the classifier counts as sure of a class
 PUBLISHED_IMAGES = 50_000  # images behind a published FID, and in its reference
+MOST_BYTES_IN_MEMORY = 2**28  # of sampled images
 PACKAGES = ("ddpm-lab", "torch", "numpy", "torch-fidelity")  # whose versions a record holds
 DATASET_OF_SHAPE = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (1, 8, 8): "digits"}
 _floors: dict[tuple[Any, ...], dict[str, float | None]] = {}  # computed once for all scores of a run
@@ -76,18 +78,23 @@ def feature_network(
 
 
 def generated_images(trained: TrainedModel, num_images: int, config: SamplingConfig) -> ImageStream:
-    """Sample images into the cache; images that an earlier call sampled are kept, damaged ones are replaced."""
+    """Sample images into the cache; images that an earlier call sampled are kept, damaged ones are replaced.
+
+    Where all are sampled now and few enough for the memory, they are not read from their files again.
+    """
     identity = sampling_identity(trained, config)
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:40]
-    folder = cache_dir() / "generated" / key
+    folder, name = cache_dir() / "generated" / key, f"images of {trained.name}"  # to others the path means nothing
+    in_memory, sampled = num_images * math.prod(trained.image_shape) <= MOST_BYTES_IN_MEMORY, list[Tensor]()
     sample = partial(sample_to_folder, trained, folder, num_images, config, wait=True, option="DDPM_CACHE_DIR")
-    sample()
+    sample(on_batch=sampled.append if in_memory else lambda images: None)
+    if sum(map(len, sampled)) == num_images:
+        return tensor_stream(name, torch.cat(sampled))
     if damaged := unreadable(folder):
         for path in damaged:
             path.unlink()
         sample()
-    images = open_images(str(folder), channels=trained.image_shape[0]).take(num_images)
-    return replace(images, name=f"images of {trained.name}")  # the path in the cache means nothing to others
+    return replace(open_images(str(folder), channels=trained.image_shape[0]).take(num_images), name=name)
 
 
 def evaluate(

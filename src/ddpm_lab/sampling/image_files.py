@@ -50,6 +50,14 @@ def save_png(path: Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
 
 
+def save_image(path: Path, image: Tensor) -> None:
+    """Write one image, (C, H, W) uint8 on the CPU, as PNG; as `save_png`, but other threads run while it is encoded."""
+    from torchvision.io import encode_png
+
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(memoryview(encode_png(image).numpy()))
+
+
 def save_npz(path: Path, batches: Iterable[Tensor], num_images: int, labels: Tensor | None = None) -> None:
     """Write batches to an .npz with an array `images`, (N, H, W, C) uint8; only one batch is in memory at a time.
 

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from ddpm_lab.data.image_folder import SAMPLING
 from ddpm_lab.diffusion.guidance import guidance_label
 from ddpm_lab.models.trained import TrainedModel, Weights, load
 from ddpm_lab.sampling.generation import build_sampler, class_labels, generate, guidance_record, sampling_task
-from ddpm_lab.sampling.image_files import check_writable, image_array, image_grid, save_npz, save_png, visible_scale
+from ddpm_lab.sampling.image_files import check_writable, image_grid, save_image, save_npz, save_png, visible_scale
 
 MAX_GRID_IMAGES = 16_384
 MAX_IMAGES = 10_000_000
+WRITERS = 4  # threads that write a batch into a folder
 ABSENT = object()
 OPTIONAL_FIELDS = ("code", "torch", "device")  # that sampling.json of the first version 0.1.0 lacks
 
@@ -40,6 +41,7 @@ def sample_to_folder(
     *,
     wait: bool = False,
     option: str = "--out",
+    on_batch: Callable[[Tensor], object] = lambda images: None,
 ) -> int:
     """Sample into a folder of PNGs, `00000000.png` and on; images that an earlier call wrote are kept.
 
@@ -53,6 +55,7 @@ def sample_to_folder(
         trained, num_images, config: as for `generate`.
         wait: wait for another process that samples into the folder, instead of refusing.
         option: the flag that named the folder, for messages.
+        on_batch: called with each batch that is sampled, (b, C, H, W) uint8.
     Returns:
         The number of images that the folder held already.
     Raises:
@@ -84,14 +87,19 @@ def sample_to_folder(
         steps = build_sampler(trained, config).num_steps
         with (
             progress("sampling", num_images * steps, "steps", begin * steps) as advance,
-            ThreadPoolExecutor(1, "writing") as writer,  # writes a batch while the next is sampled
+            ThreadPoolExecutor(WRITERS, "writing") as writers,  # they write a batch while the next is sampled
         ):
-            first, writing = begin, writer.submit(_save_pngs, folder, 0, ())
+            first, writing = begin, list[Future[None]]()
             for batch in generate(trained, num_images, config, on_step=advance, begin=begin, pad=True):
-                writing.result()
-                writing = writer.submit(_save_pngs, folder, first, batch)
+                for part in writing:
+                    part.result()
+                # In turn, so that the folder has no long gaps if the process is killed.
+                rows = (range(part, len(batch), WRITERS) for part in range(WRITERS))
+                writing = [writers.submit(_save_images, folder, first, batch, part) for part in rows]
+                on_batch(batch)
                 first += len(batch)
-            writing.result()
+            for part in writing:
+                part.result()
     return done
 
 
@@ -107,9 +115,10 @@ def _first_missing(folder: Path, num_images: int) -> int:
     return next((i for i in range(num_images) if _png_name(i) not in names), num_images)
 
 
-def _save_pngs(folder: Path, first: int, images: Iterable[Tensor]) -> None:
-    for index, image in enumerate(images, first):
-        save_png(folder / _png_name(index), image_array(image))
+def _save_images(folder: Path, first: int, images: Tensor, rows: Iterable[int]) -> None:
+    """Write some images of a batch that begins with image `first`."""
+    for row in rows:
+        save_image(folder / _png_name(first + row), images[row])
 
 
 def _png_name(index: int) -> str:
