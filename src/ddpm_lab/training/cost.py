@@ -6,13 +6,14 @@ from statistics import median
 import torch
 from rich.filesize import decimal
 
+from ddpm_lab.core import processes
 from ddpm_lab.core.config import Config
-from ddpm_lab.core.device import autocast, resolve_precision
+from ddpm_lab.core.device import autocast, compiled, resolve_precision
 from ddpm_lab.core.progress import duration
 from ddpm_lab.data.datasets import ImageSet
 from ddpm_lab.diffusion.process import diffusion_loss
 from ddpm_lab.diffusion.schedule import NoiseSchedule
-from ddpm_lab.training.loop import TrainingState
+from ddpm_lab.training.loop import TrainingState, is_compiled
 
 
 def training_cost(
@@ -37,7 +38,8 @@ def training_cost(
         f"{' x '.join(map(str, image_shape))}; {parameters:,} parameters, "
         f"{forward_flops(state.model, image_shape) / 1e9:.3g} GFLOP an image forward, about three times that to train; "
         f"steps {state.step} to {training.num_steps} of {training.batch_size} images on {device} in "
-        f"{str(dtype).removeprefix('torch.')}: about {duration(seconds)}, without validation and samples; "
+        f"{str(dtype).removeprefix('torch.')}{', compiled' * is_compiled(training, device)}: "
+        f"about {duration(seconds)}, without validation and samples; "
         f"up to {decimal(num_bytes)} of checkpoints"
     )
 
@@ -58,21 +60,29 @@ def forward_flops(model: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
 def step_seconds(
     state: TrainingState, schedule: NoiseSchedule, image_shape: tuple[int, ...], config: Config, device: torch.device
 ) -> float:
-    """Seconds of a training step, from a forward and backward pass over up to 32 images; weights are not changed."""
-    images = min(config.training.batch_size, 32)
+    """Seconds of a training step, from passes over this process's share of a batch; weights are not changed.
+
+    A compiled network is measured with the whole share, as training compiles it, and others with up to 32 images of it.
+    What several processes take to average their gradients is left out.
+    """
+    share = config.training.batch_size // processes.world_size()
+    network: torch.nn.Module = state.model
+    images = min(share, 32)
+    if is_compiled(config.training, device):
+        network, images = compiled(state.model), share
     x_0 = torch.zeros(images, *image_shape, device=device)
     dtype = resolve_precision(config.training.precision, device)
 
     def forward_and_backward() -> None:
         with autocast(device, dtype):
-            loss = diffusion_loss(state.model, schedule, x_0)
+            loss = diffusion_loss(network, schedule, x_0)
         torch.autograd.backward(loss)
         float(loss.detach())  # waits for the device
 
-    # The first passes warm up, and other programs may disturb any.
+    # The first passes warm up or compile, and other programs may disturb any.
     seconds = min(timeit.repeat(forward_and_backward, number=1, repeat=4))
     state.optimizer.zero_grad()
-    return seconds * config.training.batch_size / images
+    return seconds * share / images
 
 
 def evaluation_seconds(
