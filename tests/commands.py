@@ -10,7 +10,7 @@ HEAVY = [
     "torch", "accelerate", "ddpm_lab.cli.main", "ddpm_lab.training.run", "ddpm_lab.evaluation.scores",
     "ddpm_lab.studies.study",
 ]  # fmt: skip
-_SERVER = multiprocessing.get_context("forkserver")
+_SERVER = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 _SERVER.set_forkserver_preload(HEAVY)
 
 

@@ -166,3 +166,46 @@ def test_a_line_of_the_log_reaches_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: (confirmed.append(os.fstat(number).st_size), real(number)))
     log.append_line(tmp_path / "log.jsonl", {"step": 1})
     assert confirmed == [(tmp_path / "log.jsonl").stat().st_size]
+
+
+def test_a_rename_is_tried_again_while_another_program_has_the_file_open(tmp_path, monkeypatch):
+    """As Windows refuses it; and an error that stays is raised, with the old file in place."""
+    replace, refusals, waits = Path.replace, [], []
+
+    def busy(path, target):
+        if refusals:
+            raise PermissionError(refusals.pop())
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files, "ATTEMPTS", 3)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    path = tmp_path / "x"
+    refusals += ["open", "open"]
+    files.replace_atomically(path, b"new")
+    assert (path.read_bytes(), len(waits)) == (b"new", 2)
+    refusals += ["open"] * 3
+    with pytest.raises(PermissionError):
+        files.replace_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_deleted_only_after_its_release(tmp_path, monkeypatch, capsys):
+    """Windows does not delete a file that is open."""
+    monkeypatch.setenv("DDPM_CACHE_DIR", str(tmp_path))
+    folder = tmp_path / "generated" / "some" / "below"
+    folder.mkdir(parents=True)
+    (folder / "image.png").write_bytes(b"")
+    unlink, held = Path.unlink, []
+
+    def careful(path, *args, **kwargs):
+        if path.name == ".lock":
+            with acquire_lock(path, wait=False):
+                held.append(path)
+        return unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", careful)
+    assert run_command(["cache", "--clear", "generated"]) == 0
+    assert len(held) == 1
+    assert list((tmp_path / "generated").iterdir()) == []

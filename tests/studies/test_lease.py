@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_lab.core.errors import RunError
+from ddpm_lab.studies import lease
 from ddpm_lab.studies.lease import leased
 
 HOLD = """
@@ -147,3 +148,15 @@ def test_one_of_many_workers_takes_over_an_expired_lease(tmp_path):
     for worker in workers:
         worker.join()
     assert sum(acquired) == 1
+
+
+def test_windows_is_not_asked_for_a_process_by_a_signal(monkeypatch):
+    """There os.kill ends the process."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    owner = f"{lease._this_machine()} {child.pid} x"
+    assert lease._is_gone(owner)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", None)
+        patch.setattr(os, "name", "nt")
+        assert not lease._is_gone(owner)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from ddpm_lab.core.errors import InputError, require
-from ddpm_lab.core.files import TEMPORARY_PREFIX, InUse, cache_dir, locked
+from ddpm_lab.core.files import LOCK, TEMPORARY_PREFIX, InUse, cache_dir, locked
 
 DAY = 86_400  # seconds
 WRITING = 1 / 24  # days for which an incomplete entry counts as being written
@@ -106,7 +106,14 @@ def _delete(entry: Entry) -> bool:
             entry.path.unlink(missing_ok=True)
             return True
         with locked(entry.path, "DDPM_CACHE_DIR"):  # a process that fills it holds this lock
-            shutil.rmtree(entry.path)
+            for path in entry.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:  # which Windows deletes only once it is released
+                    path.unlink()
+        with suppress(OSError):  # another process has begun to fill it again
+            (entry.path / LOCK).unlink(missing_ok=True)
+            entry.path.rmdir()
         return True
     except InUse:
         return False

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import unicodedata
 import uuid
 import warnings
@@ -17,8 +18,10 @@ from typing import Any
 from ddpm_lab.core.errors import InputError
 
 TEMPORARY_PREFIX = ".partial-"
+LOCK = ".lock"
 OTHER = "another process"
 SOON = 5.0  # seconds of waiting for a lock, after which a message names its holder
+ATTEMPTS = 20 if os.name == "nt" else 1  # to rename, 0.05 s apart
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # not the fault of the user's input
 
 
@@ -38,7 +41,7 @@ def cache_dir() -> Path:
     try:
         return user_cache_path("ddpm-lab")
     except (RuntimeError, KeyError):
-        return Path(tempfile.gettempdir()) / f"ddpm-lab-{os.getuid()}"
+        return Path(tempfile.gettempdir()) / f"ddpm-lab-{getattr(os, 'getuid', int)()}"  # Windows has no such numbers
 
 
 @contextmanager
@@ -71,13 +74,31 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a file at the target is replaced.
+
+    Windows refuses while another program, such as a virus scanner, has either open; there it is tried for a second.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(0.05)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """`with atomic_file(path) as temporary:` yields a path to write, which replaces `path` unless an error occurs."""
     temporary = temporary_path(path)
     try:
         yield temporary
-        temporary.replace(path)
+        move(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -112,7 +133,7 @@ def atomic_directory(folder: Path, option: str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
     try:
         yield temporary
-        temporary.rename(folder.resolve())
+        move(temporary, folder.resolve())
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -134,7 +155,7 @@ def locked(folder: Path, option: str, wait: bool = False) -> Iterator[None]:
         raise InputError(f"{option} {folder} is a file; name a folder")
     with writable(f"{option} {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(folder / ".lock", wait)
+        lock = acquire_lock(folder / LOCK, wait)
     with lock:
         yield
 

@@ -29,6 +29,7 @@ from ddpm_lab.core.files import (
     atomic_file,
     cache_dir,
     cache_writable,
+    move,
     replace_atomically,
 )
 from ddpm_lab.core.progress import progress
@@ -190,7 +191,7 @@ def _compute(
                 results[i] = _mapped(file.values, file.logits, images.num_images, *shapes[i])
     for i, folder in folders.items():
         if folder is not None and (temporary := files[i].folder) is not None:
-            temporary.rename(folder)
+            move(temporary, folder)
             results[i] = _open(folder, images.num_images)
     return results
 

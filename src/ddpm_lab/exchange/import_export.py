@@ -59,7 +59,7 @@ def import_generator(source: str, run: Path, dataset: str) -> str:
     networks = {"model.safetensors": raw, "ema.safetensors": model}
     tensors = {name: dict(network.state_dict()) for name, network in networks.items()}
     with atomic_directory(run, "--run") as partial:
-        (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         save_checkpoint(checkpoint_path(partial, 0), 0, tensors)
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{run}: {count:,} parameters of {source}, images of {' x '.join(map(str, image_shape))}"
@@ -142,7 +142,7 @@ def save_run(trained: TrainedModel, folder: Path) -> None:
     saved = (trained.folder / "meta.json").is_file()  # then the bytes stay the same, and with them the hash in records
     weights = read_tensors(trained.folder, EMA_FILE) if saved else trained.model.state_dict()
     write_files(folder, trained.step, {EMA_FILE: weights})
-    (folder / "config.json").write_text(json.dumps(trained.record, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(trained.record, indent=2) + "\n", encoding="utf-8")
 
 
 def _apply_umask(folder: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_lab.core.errors import InputError, RunError
-from ddpm_lab.core.files import TEMPORARY_PREFIX, flush_folder, read_json, write_durably
+from ddpm_lab.core.files import TEMPORARY_PREFIX, flush_folder, move, read_json, write_durably
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 LOSS_SCALE_FILE = "loss_scale.safetensors"  # only of a run in float16
@@ -79,7 +79,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, dict[str, Tensor]]
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_files(temporary, step, state)
-        temporary.rename(folder)
+        move(temporary, folder)
         flush_folder(folder.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +179,7 @@ def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
     if keep > 0:
         for step in checkpoint_steps(run_dir)[:-keep]:
             path = checkpoint_path(run_dir, step)
-            path.rename(folder / (TEMPORARY_PREFIX + path.name))  # a kill while deleting leaves no half checkpoint
+            move(path, folder / (TEMPORARY_PREFIX + path.name))  # a kill while deleting leaves no half checkpoint
     for leftover in folder.glob(TEMPORARY_PREFIX + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

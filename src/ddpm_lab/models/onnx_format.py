@@ -131,7 +131,7 @@ def save_onnx(
         "CLASSES": f"y = np.arange(4) % {num_classes}\n" if num_classes else "",
         "AND_Y": ', "y": y' if num_classes else "",
     }
-    (folder / "example.py").write_text(_template("onnx_example.txt", values))
+    (folder / "example.py").write_text(_template("onnx_example.txt", values), encoding="utf-8")
 
 
 def _template(name: str, values: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm_lab.core.errors import RunError
-from ddpm_lab.core.files import TEMPORARY_PREFIX, acquire_lock
+from ddpm_lab.core.files import TEMPORARY_PREFIX, acquire_lock, move
 
 SECONDS = 120.0
 
@@ -90,7 +90,7 @@ def _acquire(path: Path, seconds: float) -> Lease | None:
                 age = temporary.stat().st_mtime - path.stat().st_mtime
                 if age < seconds and not _is_gone(_owner(path)):
                     return None
-            temporary.replace(path)
+            move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return Lease(path, owner, seconds)
@@ -120,7 +120,9 @@ def _this_machine() -> str:
 
 
 def _is_gone(owner: str | None) -> bool:
-    """Whether a holder is a process of this machine that no longer exists."""
+    """Whether a holder is a process of this machine that no longer exists; on Windows never known, so leases expire."""
+    if os.name == "nt":  # where os.kill would end the process
+        return False
     machine, _, rest = (owner or "").partition(" ")
     pid = rest.partition(" ")[0]
     if machine != _this_machine() or not pid.isdecimal():
