@@ -72,8 +72,7 @@ class Subject:
     def build(self, device: torch.device) -> UNet:
         torch.manual_seed(0)
         with device if device.type == "meta" else contextlib.nullcontext():
-            network = build_unet(self.config, self.image_shape[0], self.image_shape[1], 1000).to(device)
-        return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+            return build_unet(self.config, self.image_shape[0], self.image_shape[1], 1000).to(device)
 
 
 def subject(name: str, batch_size: int | None = None) -> Subject:

@@ -1,6 +1,7 @@
 """The benchmark: turns and ratios by a clock of our own, contestants that do the same thing, a record of all of it."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.contest
-from benchmarks import cases, scaling
+from benchmarks import cases, gpu, scaling
 from benchmarks.__main__ import main
 from benchmarks.cases import (
     Subject,
@@ -285,11 +286,27 @@ def test_scaling_counts_a_rate_without_the_start(monkeypatch):
 
 @pytest.mark.slow
 def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
-    """One part of `benchmarks.gpu` on the CPU; what is there already is not measured again."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), "--only", "profile"]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "profile.json: " in first.stdout
-    record = json.loads((tmp_path / "profile.json").read_text())
-    assert record["part"] == "profile"
-    assert sum(kernel["share"] for kernel in record["kernels"]) > 0.8
-    assert "is there" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Every part of `benchmarks.gpu` on the CPU; what is there already is not measured again."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    environment = os.environ | {"DDPM_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
+    assert all(record["part"] == part for part, record in records.items())
+    trained = {name.removeprefix("ddpm-lab, ") for name in records["training"]["seconds"]}
+    named = {"ddpm-lab", "float32", "bf16", "float32 with TF32", "compiled", "channels last", "CUDA graphs"}
+    assert named <= trained
+    assert "diffusers" in trained or "diffusers" not in installed_peers()
+    assert sum(kernel["share"] for kernel in records["profile"]["kernels"]) > 0.8
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout.count("is there") == len(gpu.PARTS)
+
+
+def test_tf32_is_on_only_within_its_turn():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    assert gpu.within(gpu.tf32, flags)() == (True, True)
+    assert gpu.within(lambda: gpu.tf32(matmul=False), flags)() == (False, True)
+    assert flags() == before
