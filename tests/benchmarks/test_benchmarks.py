@@ -307,6 +307,6 @@ def test_tf32_is_on_only_within_its_turn():
     def flags():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-    assert gpu.within(gpu.tf32, flags)() == (True, True)
     assert gpu.within(lambda: gpu.tf32(matmul=False), flags)() == (False, True)
+    assert gpu.within(gpu.tf32, flags)() == (True, True)
     assert flags() == before
