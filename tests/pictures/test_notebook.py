@@ -28,7 +28,7 @@ def test_curves_are_those_of_the_command(tiny_run, tmp_path):
 
 
 def test_a_film_is_that_of_the_command(tiny_run, tmp_path):
-    flags = ["--num-images", "2", "--batch-size", "2", "--num-steps", "3", "--device", "cpu", "--out"]
+    flags = ["--num-images", "2", "--num-steps", "3", "--device", "cpu", "--out"]
     assert run_command(["reverse", str(tiny_run), *flags, str(tmp_path / "a.gif")]) == 0
     film = ddpm_lab.film(tiny_run, num_images=2, num_steps=3, device="cpu")
     assert film.content == (tmp_path / "a.gif").read_bytes()

@@ -216,7 +216,7 @@ class UNet(nn.Module):
             attention_levels=tuple(attention_levels),
             **settings,
         )
-        norm_groups, patch_size, num_classes = self.config.norm_groups, self.config.patch_size, self.config.num_classes
+        norm_groups, patch_size, num_classes = self.config.norm_groups, self.config.patch_size, self.config.class_count
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         if self.config.time_conditioning == "shift" and norm_groups in widths:
             warnings.warn(
@@ -349,8 +349,7 @@ def build_unet(
     Raises:
         InputError: the levels and patches do not divide image_size.
     """
-    settings = dataclasses.asdict(config) | {"num_classes": config.class_count}
-    model = UNet(image_channels, **settings, num_timesteps=num_timesteps)
+    model = UNet(image_channels, **dataclasses.asdict(config), num_timesteps=num_timesteps)
     if image_size % model.size_multiple:
         raise InputError(
             f"images of {image_size} x {image_size} do not fit a network of {len(config.channel_multipliers)} levels "

@@ -73,5 +73,5 @@ def film(
     generators = [opened(source, weights, checkpoint, device) for source in sources]
     with tempfile.TemporaryDirectory() as folder:
         out, picture = Path(folder) / "film.gif", PictureConfig(frames=frames, fps=fps)
-        show_reverse(out, generators, sampling_config(num_images, settings), num_images=num_images, settings=picture)
+        show_reverse(out, generators, sampling_config(settings), num_images=num_images, settings=picture)
         return Shown(out.read_bytes())

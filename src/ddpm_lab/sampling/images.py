@@ -85,12 +85,12 @@ def sample(
         num_images: at least 1; image i of a seed does not depend on it.
         weights, checkpoint, device: as for `load`.
         settings: fields of `SamplingConfig`: sampler, num_steps, seed, guidance and so on; `class_` may be one name or
-            number; `batch_size` is num_images, but at most 64, if it is not given.
+            number.
     Raises:
         InputError: no such source, or a setting that does not exist or fit.
     """
     trained = opened(source, weights, checkpoint, device)
-    config = sampling_config(num_images, settings)
+    config = sampling_config(settings)
     with progress("sampling", num_images * build_sampler(trained, config).num_steps, "steps") as advance:
         return Images(torch.cat(list(generate(trained, num_images, config, on_step=advance))))
 
@@ -102,8 +102,7 @@ def opened(source: str | Path | TrainedModel, weights: Weights, checkpoint: int 
     return load(source, weights=weights, checkpoint=checkpoint, device=device)
 
 
-def sampling_config(num_images: int, settings: Mapping[str, Any]) -> SamplingConfig:
+def sampling_config(settings: Mapping[str, Any]) -> SamplingConfig:
     """The settings of a call from Python, see `sample`."""
     chosen = settings.get("class_", ())
-    classes = chosen if isinstance(chosen, tuple | list) else (chosen,)
-    return SamplingConfig.from_dict({"batch_size": max(1, min(num_images, 64)), **settings, "class_": classes})
+    return SamplingConfig.from_dict({**settings, "class_": chosen if isinstance(chosen, tuple | list) else (chosen,)})
