@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
-from ddpm_lab.core.config import RECIPES, Config, SamplingConfig
+from ddpm_lab.core.config import RECIPES, Config, SamplingConfig, TuningConfig
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.core.messages import say
 from ddpm_lab.core.scoring_config import ScoringConfig
@@ -141,6 +141,27 @@ def sample(
     from ddpm_lab.sampling.output import sample_to_file
 
     print(sample_to_file(source, out, num_images, sampling, weights=weights, checkpoint=checkpoint, device=device))
+
+
+@app.command
+def tune(
+    source: Source,
+    /,
+    *,
+    tuning: Annotated[TuningConfig, Parameter(name="*")] = TuningConfig(),  # noqa: B008 (frozen)
+    weights: Weights = "ema",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+) -> None:
+    """Tune samplers with few evaluations for a model, for `--sampler tuned`; the network stays as it is.
+
+    Timesteps and coefficients are learned, so that from the same noise the images are like those of many steps. They
+    are saved beside the weights, in tuned.json, and are for these weights and this guidance alone.
+    """
+    from ddpm_lab.models.trained import load
+    from ddpm_lab.training.tuning import tune as tune_samplers
+
+    tune_samplers(load(source, weights=weights, checkpoint=checkpoint, device=device), tuning, say)
 
 
 @app.command

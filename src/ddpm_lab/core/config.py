@@ -17,7 +17,7 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes"
 Prediction = Literal["eps", "x_0", "v", "edm"]
 Conditioning = Literal["shift", "scale_shift"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
-Sampler = Literal["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc"]
+Sampler = Literal["ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc", "tuned"]
 Spacing = Literal["uniform", "leading", "quadratic", "logsnr", "karras"]
 Variance = Literal["beta", "beta_tilde"]
 Features = Literal["classifier", "inception"]
@@ -289,11 +289,11 @@ class SamplingConfig(SettingsGroup):
     _grouped = False  # its flags have no group
     sampler: Sampler = "ddim"
     """ddim (Song et al. 2020), ddpm (Algorithm 2 of Ho et al. 2020; best with all T steps), or for few steps dpmpp
-    (DPM-Solver++ of second order, Lu et al. 2022), heun (Karras et al. 2022), ipndm (Zhang and Chen 2023) or unipc (of
-    third order, Zhao et al. 2023)"""
+    (DPM-Solver++ of second order, Lu et al. 2022), heun (Karras et al. 2022), ipndm (Zhang and Chen 2023), unipc (of
+    third order, Zhao et al. 2023) or tuned (made for this model by ddpm tune)"""
     num_steps: Annotated[int | None, Range(1)] = None
     """number of steps, each one evaluation of the network, or two for heun; unset: 50 for ddim, all T for ddpm, 20 for
-    dpmpp, 10 for the others"""
+    dpmpp, the most that there is for tuned, 10 for the others"""
     eta: Annotated[float | None, Range(0, 1)] = None
     """ddim and dpmpp only: noise added during sampling, from 0 (none, the default) to 1 (for ddim: the same as ddpm
     with beta_tilde)"""
@@ -336,6 +336,7 @@ class SamplingConfig(SettingsGroup):
             ("eta", self.eta is not None, ("ddim", "dpmpp")),
             ("variance", self.variance is not None, ("ddpm",)),
             ("singlestep", self.singlestep, ("dpmpp",)),
+            ("spacing", self.spacing is not None, ("ddim", "ddpm", "dpmpp", "heun", "ipndm", "unipc")),
         ):
             require(
                 not given or self.sampler in samplers,
@@ -352,6 +353,38 @@ class SamplingConfig(SettingsGroup):
                 not given or self.guidance not in (None, 0, 1), f"{name} requires a guidance above 0 and other than 1"
             )
         require(not (self.class_ and self.guidance == 0), "guidance 0 ignores the class; omit the class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(SettingsGroup):
+    """How a sampler is tuned (`ddpm tune`)."""
+
+    _grouped = False  # its flags have no group
+    num_steps: Annotated[tuple[int, ...], Range(1, 50)] = (4, 6, 8)
+    """numbers of evaluations of the network, a sampler for each"""
+    guidance: Annotated[float | None, Range(0, 100, open_low=True)] = None
+    """guidance scale, as in ddpm sample; unset: 1"""
+    guide: str | None = None
+    """model for autoguidance, as in ddpm sample"""
+    guidance_interval: Annotated[tuple[float, ...], Range(0)] = ()
+    """noise levels with guidance, as in ddpm sample"""
+    num_images: Annotated[int, Range(1, 100_000)] = 512
+    """images of the teacher (DPM-Solver++ with 50 steps) to learn from, one for each noise"""
+    held_out: Annotated[int, Range(1, 100_000)] = 128
+    """further images, which choose the best of the samplers on the way"""
+    iterations: Annotated[int, Range(1, 1_000_000)] = 200
+    """steps of learning for each sampler"""
+    batch_size: Annotated[int, Range(1, 65_536)] = 16
+    """images in each step of learning"""
+    learning_rate: Annotated[float, Range(0, 1, open_low=True)] = 0.01
+    """largest change of a coefficient in a step (Adam); it falls to 0"""
+    seed: Annotated[int, Range(0)] = 0
+    """seed of the noise"""
+    precision: Precision = "auto"
+    """as in ddpm sample"""
+
+    def _check(self) -> None:
+        require(len(self.num_steps) > 0, "num_steps must be at least one number")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,7 +234,7 @@ class UNet(nn.Module):
             _initialised(nn.Linear(embedding_channels, embedding_channels)),
         )
         # the last row is for no label
-        self.class_embedding = None if self.num_classes == 0 else _table(self.num_classes + 1, embedding_channels)
+        self.class_embedding = None if num_classes is None else _table(num_classes + 1, embedding_channels)
         self.conv_in = _convolution(image_channels * patch_size**2, base_channels)
 
         # `kept` holds the channels of every state on the way down; the way up concatenates the states in reverse order.

@@ -23,12 +23,15 @@ from ddpm_lab.core.device import autocast, compiled, precision_of, resolve_preci
 from ddpm_lab.core.errors import require
 from ddpm_lab.data.datasets import to_uint8
 from ddpm_lab.diffusion.guidance import ClassModel, classes_in_turn, guided, guided_timesteps
+from ddpm_lab.diffusion.multistep import multistep_steps
+from ddpm_lab.diffusion.process import Model
 from ddpm_lab.diffusion.samplers import Step
 from ddpm_lab.diffusion.schedule import build_schedule, sampling_timesteps
 from ddpm_lab.diffusion.solvers import STEPS
 from ddpm_lab.models.diffusers_format import is_diffusers
 from ddpm_lab.models.hub import is_hub_name
 from ddpm_lab.models.trained import TrainedModel, find_checkpoint, load
+from ddpm_lab.models.tuned import TunedSampler, find_tuned
 
 DEFAULT_STEPS = {"ddim": 50, "dpmpp": 20}  # of the others 10, but all T of ddpm
 STOCHASTIC = ("ddim", "ddpm", "dpmpp")  # samplers that can add noise
@@ -94,7 +97,10 @@ class Sampler:
         num_evaluations: evaluations of the network and of its guide, per image.
         num_draws: how often it takes noise for each image, x_T included.
         guide: the network for autoguidance, or None.
-        steps: called as steps(x_T, noise), or steps(x_T, noise, y) with the class labels y, (B,) int64.
+        tuned: timesteps and coefficients of the sampler `tuned`, or None.
+        model: called as model(y, B): the network as samplers call it for B images, with guidance and the sampler's
+            precision; y are class labels, (B,) int64, or None.
+        steps: called as steps(x_T, noise), or steps(x_T, noise, y).
     """
 
     config: SamplingConfig
@@ -102,6 +108,8 @@ class Sampler:
     num_evaluations: int
     num_draws: int
     guide: TrainedModel | None
+    tuned: TunedSampler | None
+    model: Callable[[Tensor | None, int], Model]
     steps: Callable[..., Iterator[Step]]
 
 
@@ -110,11 +118,21 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
 
     Raises:
         InputError: more steps than the network has timesteps; classes or guidance for a network without classes;
-            classes that the network does not have; a guide that does not fit.
+            classes that the network does not have; a guide that does not fit; no sampler tuned for these settings.
     """
     _check_classes(trained, config)
     conditional = trained.num_classes > 0
     guide = None if config.guide is None else open_guide(trained, config.guide)
+    tuned = None
+    if config.sampler == "tuned":
+        guide_sha256 = None if guide is None else guide.weights_sha256
+        tuned = find_tuned(trained, config.num_steps, config.guidance, guide_sha256, config.guidance_interval)
+        config = dataclasses.replace(
+            config,
+            num_steps=len(tuned.solver.timesteps),
+            guidance=tuned.guidance if conditional or guide is not None else None,
+            guidance_interval=tuned.guidance_interval,
+        )
     # those of the whole chain, also where only a part of it is sampled
     guidance_timesteps = guided_timesteps(build_schedule(trained.config.diffusion), config.guidance_interval)
     guided_at = guidance_timesteps if config.guidance_interval else None  # None: the network need not wait to know t
@@ -130,7 +148,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
     device = next(trained.model.parameters()).device
     dtype = resolve_precision(config.precision, device)
     spacing = {"ddpm": "uniform", "ddim": trained.spacing or "uniform"}.get(config.sampler, "logsnr")
-    settings: dict[str, Any] = {"spacing": config.spacing or spacing}
+    settings: dict[str, Any] = {} if tuned is not None else {"spacing": config.spacing or spacing}
     if config.sampler == "ddpm":
         settings["variance"] = config.variance or (trained.variance if num_steps == T else "beta_tilde")
     elif config.sampler in STOCHASTIC:
@@ -149,28 +167,37 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         settings["singlestep"] = config.singlestep
     network: ClassModel = trained.model if config.engine == "torch" else compiled(trained.model)
 
-    def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
+    def model(y: Tensor | None, B: int) -> Model:
         guidance = resolved.guidance or 1.0
         if y is None and conditional:
-            y = torch.full((len(x_T),), trained.num_classes, device=device)  # the label that stands for no class
+            y = torch.full((B,), trained.num_classes, device=device)  # the label that stands for no class
             guidance = guidance if guide is not None else 1.0
         guide_labels = y if guide is not None and guide.num_classes else None
         guide_model = None if guide is None else guided(guide.model, guide_labels, guide.num_classes)
         output = guided(network, y, trained.num_classes, guidance, guide=guide_model, timesteps=guided_at)
 
-        def model(x_t: Tensor, t: Tensor) -> Tensor:
+        def with_precision(x_t: Tensor, t: Tensor) -> Tensor:
             with autocast(device, dtype):
                 return output(x_t, t)
 
-        stochastic: dict[str, Any] = {"noise": noise} if config.sampler in STOCHASTIC else {}
-        return STEPS[config.sampler](model, trained.schedule, x_T, num_steps, **settings, **stochastic)
+        return with_precision
 
-    visited = sampling_timesteps(trained.schedule, num_steps * (1 + config.singlestep), settings["spacing"])
+    def steps(x_T: Tensor, noise: Callable[[int], Tensor], y: Tensor | None = None) -> Iterator[Step]:
+        whole = model(y, len(x_T))
+        if tuned is not None:
+            return multistep_steps(whole, trained.schedule, x_T, tuned.solver, prediction=trained.prediction)
+        stochastic: dict[str, Any] = {"noise": noise} if config.sampler in STOCHASTIC else {}
+        return STEPS[config.sampler](whole, trained.schedule, x_T, num_steps, **settings, **stochastic)
+
+    if tuned is not None:
+        visited = [int(t) for t in tuned.solver.timesteps]
+    else:
+        visited = sampling_timesteps(trained.schedule, num_steps * (1 + config.singlestep), settings["spacing"])
     if config.sampler == "heun":
         visited += visited[1:]  # each step but the last evaluates the network at its end too
     twice = 0 if resolved.guidance in (None, 0, 1) else sum(t in guidance_timesteps for t in visited)
     num_draws = num_steps if config.sampler == "ddpm" or config.eta else 1
-    return Sampler(resolved, num_steps, len(visited) + twice, num_draws, guide, steps)
+    return Sampler(resolved, num_steps, len(visited) + twice, num_draws, guide, tuned, model, steps)
 
 
 def _check_classes(trained: TrainedModel, config: SamplingConfig) -> None:

@@ -135,6 +135,8 @@ def sampling_identity(trained: TrainedModel, config: SamplingConfig) -> dict[str
         del settings[name]
     if sampler.guide is not None:
         settings["guide"] = sampler.guide.weights_sha256
+    if sampler.tuned is not None:
+        settings["tuned"] = sampler.tuned.sha256
     if config.guidance_interval:
         settings["guidance_interval"] = list(config.guidance_interval)
     return {
