@@ -238,9 +238,9 @@ def test_a_run_makes_a_round_trip(ddpm, hub, exported, tiny_run, tmp_path):
     assert run_command(["sample", str(tiny_run), *SAMPLE, "--out", "ours.npz"]) == 0
     assert (images("ours.npz") == images("theirs.npz")).all()
 
-    hub.commits["me/tiny"][commit]["meta.json"] = b"{}"
-    code, _, err = ddpm("info", "me/tiny", "--checkpoint", "3")
-    assert (code, err) == (2, ["error: me/tiny has one set of weights; leave --weights and --checkpoint out"])
+    for flag in (("--checkpoint", "3"), ("--weights", "raw")):
+        code, _, err = ddpm("sample", "me/tiny", *SAMPLE, *flag, "--out", "x.png")
+        assert (code, err) == (2, ["error: me/tiny has one set of weights; leave --weights and --checkpoint out"])
 
 
 def test_a_pipeline_makes_a_round_trip(ddpm, hub, tiny_run):

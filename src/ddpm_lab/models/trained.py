@@ -281,6 +281,8 @@ def load(
         record |= {} if has_scheduler(folder) else {"process_assumed": True}
         schedule = build_schedule(config.diffusion)
     else:
+        if revision is not None and (weights == "raw" or checkpoint is not None):
+            raise InputError(f"{name} has one set of weights; leave --weights and --checkpoint out")
         folder, config_path = find_checkpoint(name if revision is None else str(folder), checkpoint)
         if weights == "raw" and packaged:
             raise InputError(f"packaged weights {name!r} are averaged weights only; leave --weights out")
