@@ -9,11 +9,11 @@ from ddpm_lab.core.config import EDM
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.diffusion.multistep import (
     Multistep,
-    even_timesteps,
     log_snr_at,
     multistep_sample,
     multistep_steps,
     second_order,
+    spaced_timesteps,
     timesteps_at,
 )
 from ddpm_lab.diffusion.process import input_scale
@@ -39,7 +39,7 @@ def noise(*shape):
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
 def test_the_start_of_tuning_is_dpm_solver(schedule, prediction, num_steps):
     x_T = noise(2, 1, 4, 4)
-    solver = second_order(schedule, even_timesteps(schedule, num_steps))
+    solver = second_order(schedule, spaced_timesteps(schedule, num_steps, "logsnr"))
     ours = list(multistep_steps(model, schedule, x_T, solver, prediction=prediction))
     theirs = list(dpmpp_steps(model, schedule, x_T, num_steps, prediction=prediction))
     for our, their in zip(ours, theirs, strict=True):

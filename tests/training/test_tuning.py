@@ -84,7 +84,7 @@ def test_images_of_another_tuning_are_other_images(tuned_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         ({"num_steps": 5}, "no sampler tuned for 5 steps.*it has: 2 steps, guidance 1; 3 steps, guidance 1"),
         ({"num_steps": 2, "eta": 0.5}, "eta applies to"),

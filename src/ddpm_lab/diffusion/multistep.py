@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_lab.core.config import Predicted
+from ddpm_lab.core.config import Predicted, Spacing
 from ddpm_lab.core.errors import InputError
 from ddpm_lab.diffusion.process import Model, predict_x_0_eps
 from ddpm_lab.diffusion.samplers import Step, run_sampler
@@ -85,9 +85,9 @@ def second_order(schedule: NoiseSchedule, timesteps: Tensor) -> Multistep:
     return Multistep(timesteps, torch.cat([state, torch.zeros(1, dtype=torch.float64)]), torch.stack(rows))
 
 
-def even_timesteps(schedule: NoiseSchedule, num_steps: int) -> Tensor:
-    """The timesteps of DPM-Solver++, (num_steps,) float64: see `sampling_timesteps`, spacing 'logsnr'."""
-    return torch.tensor(sampling_timesteps(schedule, num_steps, "logsnr"), dtype=torch.float64)
+def spaced_timesteps(schedule: NoiseSchedule, num_steps: int, spacing: Spacing) -> Tensor:
+    """The timesteps of `sampling_timesteps`, (num_steps,) float64."""
+    return torch.tensor(sampling_timesteps(schedule, num_steps, spacing), dtype=torch.float64)
 
 
 def multistep_steps(

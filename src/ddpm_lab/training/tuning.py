@@ -6,7 +6,6 @@ learned, so a few hundred images suffice; images that are held out choose the be
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ddpm_lab.core.config import SamplingConfig, TuningConfig
+from ddpm_lab.core.config import SamplingConfig, Spacing, TuningConfig
 from ddpm_lab.core.errors import require
 from ddpm_lab.core.progress import duration, progress
 from ddpm_lab.data.datasets import to_float
 from ddpm_lab.diffusion.multistep import (
     Multistep,
-    even_timesteps,
     log_snr_at,
     multistep_sample,
     second_order,
+    spaced_timesteps,
     timesteps_at,
 )
 from ddpm_lab.diffusion.schedule import LEAST_LOG_SNR, NoiseSchedule
@@ -36,6 +35,8 @@ from ddpm_lab.sampling.generation import ImageNoise, build_sampler, class_labels
 from ddpm_lab.training.cost import evaluation_seconds
 
 TEACHER_STEPS = 50
+LEAST_GAP = 0.02  # as a share of the chain in log-SNR
+STARTS: tuple[Spacing, ...] = ("logsnr", "karras")
 CHECK_EVERY = 10  # iterations between losses of the held-out images
 
 
@@ -66,12 +67,17 @@ class Student:
     """The numbers that are learned: gaps between timesteps in log-SNR, and corrections of DPM-Solver++'s coefficients.
 
     The first timestep is T-1. The gaps are those between the N timesteps and the end of the chain, as a softmax.
+
+    Args:
+        timesteps: those to start with, (N,) float64.
     """
 
-    def __init__(self, schedule: NoiseSchedule, num_steps: int) -> None:
-        self.schedule = schedule
-        self.gaps = torch.zeros(num_steps, dtype=torch.float64)
-        self.gaps[-1] = math.log(0.1)  # from the last timestep to t = 0: the last evaluation is near the image
+    def __init__(self, schedule: NoiseSchedule, timesteps: Tensor) -> None:
+        self.schedule, num_steps = schedule, len(timesteps)
+        log_snr = torch.cat([log_snr_at(schedule, timesteps), log_snr_at(schedule, torch.zeros(1).double())])
+        log_snr = log_snr.clamp(min=LEAST_LOG_SNR / 2)
+        share = (log_snr[1:] - log_snr[:-1]) / (log_snr[-1] - log_snr[0])
+        self.gaps = share.clamp(min=LEAST_GAP).log()  # also after the last, which may be at t = 0
         self.state = torch.zeros(num_steps, dtype=torch.float64)
         self.images = torch.zeros(num_steps, num_steps, dtype=torch.float64)
         for numbers in (self.gaps, self.state, self.images):
@@ -112,15 +118,9 @@ def fit(
         config: iterations, batch size, learning rate.
         on_step: called after each iteration.
     Returns:
-        The sampler with the least loss of the held-out images, and those losses: of DPM-Solver++ (start) and of it.
+        The sampler with the least loss of the held-out images, and those losses: of DPM-Solver++ at the better of two
+        spacings (start), and of it (tuned).
     """
-    student = Student(schedule, num_steps)
-    groups = [
-        {"params": [student.gaps], "lr": 5 * config.learning_rate},
-        {"params": [student.state, student.images], "lr": config.learning_rate},
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
 
     def held_out_loss(solver: Multistep) -> float:
         size = config.batch_size
@@ -128,8 +128,18 @@ def fit(
             parts = [held_out.take(range(i, min(i + size, len(held_out)))) for i in range(0, len(held_out), size)]
             return float(torch.cat([distances(sample(solver, part), part.images) for part in parts]).mean())
 
-    best = second_order(schedule, even_timesteps(schedule, num_steps))
-    start = least = held_out_loss(best)
+    starts = [second_order(schedule, spaced_timesteps(schedule, num_steps, spacing)) for spacing in STARTS]
+    losses = [held_out_loss(solver) for solver in starts]
+    start = least = min(losses)
+    best = starts[losses.index(least)]
+    student = Student(schedule, best.timesteps)
+    groups = [
+        {"params": [student.gaps], "lr": 5 * config.learning_rate},
+        {"params": [student.state, student.images], "lr": config.learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
+
     for k in range(1, config.iterations + 1):
         batch = examples.take(range((k - 1) * config.batch_size, k * config.batch_size))
         loss = distances(sample(student.solver(), batch), batch.images).mean()
