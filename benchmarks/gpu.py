@@ -27,7 +27,9 @@ import functools
 import json
 import os
 import shutil
+import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -113,9 +115,17 @@ class Measurements:
         return model.to(device)
 
     def contest(self, case: str, amount: int, contestants: dict[str, Callable[[], object]]) -> dict[str, Any]:
+        failed = {}
+        for name, act in list(contestants.items()):
+            try:
+                act()
+            except Exception as error:  # such as a lack of memory or of a compiler; the others are measured
+                failed[name] = f"{type(error).__name__}: {error}"[:500]
+                print(f"{name} failed: {failed[name]}", flush=True)
+                del contestants[name]
         record = run_contest(Contest(case, "images", amount, contestants), self.turns, wait=self.wait)
         print("\n".join(table(record)), flush=True)
-        return record
+        return record | {"failed": failed}
 
     def trained(self) -> TrainedModel:
         model = self.build(self.on).eval()
@@ -335,6 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = Measurements(given.out, "cpu", "digits", steps=1, images=8, dry=True)
     else:
         measured = Measurements(given.out, "cuda", "cifar10", steps=50, images=50_000, dry=False)
+    failed = False
     for part in given.only:
         path = given.out / f"{part}.json"
         if path.exists():
@@ -342,10 +353,16 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         begun = time.monotonic()
         record = {"part": part, "recipe": measured.recipe, "conditions": conditions(measured.on)}
-        record |= getattr(measured, part)()
+        try:
+            record |= getattr(measured, part)()
+        except Exception:  # time on a GPU is short: the other parts are measured
+            traceback.print_exc()
+            failed = True
+            continue
         record["seconds_of_part"] = time.monotonic() - begun
         replace_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
         print(f"{path}: {record['seconds_of_part']:.0f} s", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

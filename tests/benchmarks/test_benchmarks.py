@@ -292,6 +292,7 @@ def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
     subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
     assert all(record["part"] == part for part, record in records.items())
+    assert records["training"]["failed"] == {}
     trained = {name.removeprefix("ddpm-lab, ") for name in records["training"]["seconds"]}
     named = {"ddpm-lab", "float32", "bf16", "float32 with TF32", "compiled", "channels last", "CUDA graphs"}
     assert named <= trained
@@ -299,6 +300,18 @@ def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
     assert sum(kernel["share"] for kernel in records["profile"]["kernels"]) > 0.8
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert again.stdout.count("is there") == len(gpu.PARTS)
+
+
+def test_a_contestant_that_fails_leaves_the_others(tmp_path, capsys):
+    measured = gpu.Measurements(tmp_path, "cpu", "digits", steps=1, images=4, dry=True)
+
+    def fail():
+        raise RuntimeError("no compiler")
+
+    record = measured.contest("case", 1, {"ours": lambda: None, "compiled": fail, "theirs": lambda: None})
+    assert list(record["seconds"]) == ["ours", "theirs"]
+    assert record["failed"] == {"compiled": "RuntimeError: no compiler"}
+    assert "compiled failed" in capsys.readouterr().out
 
 
 def test_tf32_is_on_only_within_its_turn():
