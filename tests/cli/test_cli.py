@@ -190,7 +190,7 @@ BAD_INPUTS = {
     "folder with a bad image": (TRAIN + " --data.dataset pictures", "b.png"),
     "classes that are no number": (TRAIN + " --model.num-classes many", "must be a whole number or auto, not 'many'"),
     "classes of a folder that has none": (
-        TRAIN + " --data.dataset good --model.num-classes auto",
+        TRAIN + " --data.dataset good --model.num-classes 2",
         "requires a data set with labels; good has none: a.png lies in good itself",
     ),
     "class by name of a model without classes": (SAMPLE + " --class cat", "was trained without classes"),

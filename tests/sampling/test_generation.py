@@ -307,3 +307,12 @@ def edit(run_dir, change):
     record = json.loads((run_dir / "config.json").read_text())
     change(record)
     (run_dir / "config.json").write_text(json.dumps(record))
+
+
+def test_packaged_weights_may_name_their_guidance_scale():
+    mnist = load("mnist", device="cpu")
+    assert (mnist.guidance, build_sampler(mnist, SamplingConfig(num_steps=5)).config.guidance) == (1.0, 1.0)
+    named = dataclasses.replace(mnist, record=mnist.record | {"guidance": 2.0})
+    for guidance, used, evaluations in ((None, 2.0, 10), (1.0, 1.0, 5), (3.0, 3.0, 10)):
+        sampler = build_sampler(named, SamplingConfig(num_steps=5, guidance=guidance))
+        assert (sampler.config.guidance, sampler.num_evaluations) == (used, evaluations)

@@ -46,6 +46,14 @@ def dataset(folder):
     return ["--data.dataset", str(folder)]
 
 
+def test_auto_of_a_folder_without_classes_is_an_unconditional_network(place, tiny_recipe, tmp_path, capsys):
+    command = ["train", str(tiny_recipe), "--run", str(tmp_path / "run"), *dataset(place / "pets" / "cat"), *AUTO]
+    assert run_command(command) == 0
+    assert "without classes" in capsys.readouterr().err
+    assert load(tmp_path / "run", device="cpu").num_classes == 0
+    assert run_command(command) == 0  # and continues so
+
+
 def test_the_run_holds_number_and_names(place, tiny_recipe, capsys):
     """And it continues with auto, with the number, and, if a folder was renamed, with the new name."""
     record = json.loads((place / "run/config.json").read_text())
@@ -193,7 +201,7 @@ def test_classes_that_changed_are_noticed(place, tiny_recipe, tmp_path, capsys, 
     ("command", "words"),
     [
         ("train digits --run NEW --model.num-classes many", "must be a whole number or auto, not 'many'"),
-        ("train digits --run NEW --data.dataset PETS/cat --model.num-classes auto", "00.png lies in"),
+        ("train digits --run NEW --data.dataset PETS/cat --model.num-classes 2", "00.png lies in"),
         ("train digits --run NEW --data.dataset PETS --model.num-classes 4", "must be 3 for"),
         ("sample RUN --class bird --out NEW.png", "has the classes cat, dog, red panda, not bird"),
         ("sample RUN --class 3 --out NEW.png", "has the classes cat, dog, red panda, not 3"),

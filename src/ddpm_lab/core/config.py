@@ -93,7 +93,8 @@ class ModelConfig(SettingsGroup):
     et al. 2020), or as a scale and a shift after it (scale_shift, Dhariwal and Nichol 2021)"""
     num_classes: Annotated[int | Literal["auto"] | None, Range(2, 100_000)] = None
     """number of classes of a conditional network, as many as the data set has: 10 for mnist, cifar10 and digits, for a
-    folder the number of its folders of images; auto: that number; unset: an unconditional network"""
+    folder the number of its folders of images; auto: that number, or unset for a data set without classes; unset: an
+    unconditional network"""
     num_positions: Annotated[int, Range(2, 10_000)] = 1000
     """the network takes timesteps as positions from 0 to num_positions - 1 on the scale of noise, whatever T is; as
     many as T: the timesteps themselves, as networks of diffusers do"""
@@ -311,9 +312,9 @@ class SamplingConfig(SettingsGroup):
     """conditional networks only: the class of every image by name or number, or several classes, used in turn; unset:
     all in turn"""
     guidance: Annotated[float | None, Range(0, 100)] = None
-    """guidance scale (Ho and Salimans 2022): 1 samples the class (the default), more follows the class more closely,
-    with less variety and a second evaluation per step, 0 ignores the class; with a guide: how far to move away from the
-    guide's prediction"""
+    """guidance scale (Ho and Salimans 2022): 1 samples the class (the default, but for packaged weights that name
+    another), more follows the class more closely, with less variety and a second evaluation per step, 0 ignores the
+    class; with a guide: how far to move away from the guide's prediction"""
     guide: str | None = None
     """autoguidance (Karras et al. 2024) instead of classifier-free guidance: a weaker network of the same process, such
     as an early average of the run (a folder in RUN/averages); requires a guidance scale"""

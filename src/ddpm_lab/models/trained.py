@@ -53,6 +53,7 @@ RECORD_TYPES: dict[str, Any] = {
     "continued_at": tuple[int, ...],
     "variance": Variance,
     "spacing": Literal["uniform", "leading"],
+    "guidance": float,
     "from": dict,
 }
 DATA_TYPES: dict[str, Any] = {"class_names": tuple[str, ...], "labels_sha256": str}
@@ -131,6 +132,11 @@ class TrainedModel:
     def spacing(self) -> Spacing | None:
         """The default spacing of ddim: that of the DDIM pipeline it was imported from; None: it comes from no such."""
         return cast(Spacing | None, self.record.get("spacing"))
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale where none is given: that in `config.json` of packaged weights, else 1."""
+        return float(self.record.get("guidance", 1))
 
     @property
     def unconditional(self) -> bool:

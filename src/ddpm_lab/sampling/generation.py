@@ -153,7 +153,7 @@ def build_sampler(trained: TrainedModel, config: SamplingConfig) -> Sampler:
         settings["variance"] = config.variance or (trained.variance if num_steps == T else "beta_tilde")
     elif config.sampler in STOCHASTIC:
         settings["eta"] = config.eta or 0.0
-    scale = 1.0 if config.guidance is None else config.guidance
+    scale = trained.guidance if config.guidance is None else config.guidance
     resolved = dataclasses.replace(
         config,
         num_steps=num_steps,

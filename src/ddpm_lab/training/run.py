@@ -83,7 +83,7 @@ def train(
     training_set, held_out = (
         load_images(config.data.dataset, split, data_dir, config.data.image_size) for split in ("train", "test")
     )
-    config = _with_sigma_data(with_num_classes(config, training_set), training_set)
+    asked, config = config.model.num_classes, _with_sigma_data(with_num_classes(config, training_set), training_set)
     labels = training_set.labels if config.model.num_classes else None
     config, restarts = (config, []) if previous is None else continue_schedule(previous, config)
     warmup_steps = processes.broadcast_number(config.training.warmup_steps)
@@ -125,6 +125,8 @@ def train(
             say(f"{run_dir} {_beginning(state, start_from)}: {cost}")
             if labels is not None:
                 say(f"{config.model.num_classes} classes: {listed(training_set.class_names or ())}")
+            elif asked == "auto":
+                say(f"without classes: {config.data.dataset} has no labels: {training_set.unlabelled}")
             if changed:
                 values = [f"{name} {record['computed'][name]} (was {old})" for name, old in changed.items()]
                 say(f"from here on with {', '.join(values)}: not bit for bit the weights of an uninterrupted run")
@@ -134,15 +136,17 @@ def train(
 
 
 def with_num_classes(config: Config, training_set: ImageSet) -> Config:
-    """The configuration with the number of classes of the data set in the place of auto.
+    """The configuration with the number of classes of the data set in the place of auto; None if it has no labels.
 
     Raises:
-        InputError: the data set has no labels, another number of classes, or a class without training images.
+        InputError: a number for a data set that has no labels or another number, or a class without training images.
     """
     num_classes, dataset, names = config.model.num_classes, config.data.dataset, training_set.class_names
     if num_classes is None:
         return config
     if training_set.labels is None or names is None:
+        if num_classes == "auto":
+            return replace(config, model=replace(config.model, num_classes=None))
         raise InputError(
             f"model.num_classes requires a data set with labels; {dataset} has none: {training_set.unlabelled}"
         )
