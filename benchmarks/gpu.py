@@ -129,7 +129,9 @@ class Measurements:
 
     def trained(self) -> TrainedModel:
         model = self.build(self.on).eval()
-        return TrainedModel(self.recipe, self.config, model, self.schedule, self.shape, 0, "ema", self.out, {})
+        return TrainedModel(
+            self.recipe, self.config, model, self.schedule, self.shape, 0, "ema", self.out, {"data": {}}
+        )
 
     def equality(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -247,9 +249,10 @@ class Measurements:
             sampling = SamplingConfig(sampler="ddpm", num_steps=20, batch_size=size, precision="auto")
             task = generation.sampling_task(trained, sampling)
             contestants = {
-                f"{OURS}, drawn ahead": functools.partial(task, (0, size)),
+                f"{OURS}, drawn ahead": functools.partial(task, (0, size, size)),
                 f"{OURS}, drawn when asked for": within(
-                    lambda: mock.patch.object(generation, "ImageNoise", when_asked), functools.partial(task, (0, size))
+                    lambda: mock.patch.object(generation, "ImageNoise", when_asked),
+                    functools.partial(task, (0, size, size)),
                 ),
             }
             records[str(size)] = self.contest(f"20 steps of Algorithm 2, batches of {size}", size, contestants)
@@ -259,7 +262,7 @@ class Measurements:
         trained, images = self.trained(), self.data[: self.images].cpu()
         folder, sampling = self.out / "files", SamplingConfig(batch_size=min(500, len(images)))
 
-        def at_once(model: object, num_images: int, config: object, on_step: object, begin: int) -> Iterator[Tensor]:
+        def at_once(*_: object, begin: int, **given: object) -> Iterator[Tensor]:
             yield from torch.split(images[begin:], sampling.batch_size)
 
         def write(threads: int) -> Callable[[], object]:

@@ -292,7 +292,9 @@ def test_the_gpu_measurements_run_dry_and_go_on(tmp_path):
     subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
     assert all(record["part"] == part for part, record in records.items())
-    assert records["training"]["failed"] == {}
+    contests = [records["training"], records["sampling"], *records["noise"]["by_batch_size"].values()]
+    contests += [records["files"]["writing"], records["files"]["scoring"], records["scoring"]]
+    assert [contest["failed"] for contest in contests] == [{}] * 7
     trained = {name.removeprefix("ddpm-lab, ") for name in records["training"]["seconds"]}
     named = {"ddpm-lab", "float32", "bf16", "float32 with TF32", "compiled", "channels last", "CUDA graphs"}
     assert named <= trained

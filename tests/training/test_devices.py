@@ -3,6 +3,8 @@
 The device `meta`, which computes shapes and dtypes only, stands for MPS, which has no float64.
 """
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +55,8 @@ def test_training_and_sampling_have_no_float64_on_the_device(prediction, optimiz
         updates = Optimizer(model, config)
         updates.step(1e-3)
         assert not updates._adam.defaults["fused"]
-        for name, steps in STEPS.items():
-            noise = {} if name == "heun" else {"noise": lambda step: torch.randn_like(x_0)}
-            eta = {"eta": 1.0} if name in ("ddim", "dpmpp") else {}
-            *_, last = steps(model, schedule, torch.randn_like(x_0), 3, prediction=prediction, **noise, **eta)
+        stochastic = {"noise": lambda step: torch.randn_like(x_0), "eta": 1.0}
+        for steps in STEPS.values():
+            taken = {name: stochastic[name] for name in inspect.signature(steps).parameters if name in stochastic}
+            *_, last = steps(model, schedule, torch.randn_like(x_0), 3, prediction=prediction, **taken)
             assert to_uint8(last.x_s).dtype == torch.uint8
