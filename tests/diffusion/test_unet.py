@@ -1,5 +1,7 @@
 """The network against diffusers' of the same shape, its size, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -102,7 +104,9 @@ def test_every_recipe_builds_a_network_for_its_images(recipe):
     config = load_recipe(recipe)
     channels, size = {"mnist": (1, 28), "cifar10": (3, 32), "digits": (1, 8)}[config.data.dataset]
     with torch.device("meta"):
-        model = build_unet(config.model, channels, size, config.diffusion.num_timesteps)
+        counted = 10 if config.model.num_classes == "auto" else config.model.num_classes
+        settings = dataclasses.replace(config.model, num_classes=counted)
+        model = build_unet(settings, channels, size, config.diffusion.num_timesteps)
         x = torch.empty(2, channels, size, size)
         assert model(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
 

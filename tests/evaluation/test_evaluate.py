@@ -333,10 +333,10 @@ def test_a_batch_is_written_while_the_next_is_sampled(tiny_run, tmp_path, monkey
     saved, drawn, begun = output.save_image, generation.trajectory, threading.Event()
     together = threading.Barrier(output.WRITERS)
 
-    def trajectory(trained, sampler, first=0):
-        if first == 4:
+    def trajectory(trained, sampler, indices):
+        if indices.start == 4:
             begun.set()
-        return drawn(trained, sampler, first)
+        return drawn(trained, sampler, indices)
 
     def save(path, image):
         assert begun.wait(10), "no second batch was begun meanwhile"

@@ -65,7 +65,7 @@ def test_only_the_newest_stay(trained, tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "move"])
 def test_a_full_disk_leaves_the_checkpoints_before(trained, tmp_path, monkeypatch, call):
     state, _ = trained
     save(tmp_path, state, 1)
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(trained, tmp_path, monkeypatc
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((files.os, "fsync") if call == "fsync" else (checkpoint.Path, "rename")), fail)
+    monkeypatch.setattr(*((files.os, "fsync") if call == "fsync" else (checkpoint, "move")), fail)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, state)
     assert tree_hash(tmp_path) == before

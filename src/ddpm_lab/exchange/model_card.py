@@ -18,7 +18,12 @@ from ddpm_lab.sampling.generation import generate
 from ddpm_lab.sampling.image_files import image_grid, save_png, visible_scale
 from ddpm_lab.studies.record_reader import first_fault
 
-MEANING = {"eps": "the noise in x_t", "x_0": "the clean image", "v": "v of Salimans and Ho 2022"}
+MEANING = {
+    "eps": "the noise in x_t",
+    "x_0": "the clean image",
+    "v": "v of Salimans and Ho 2022",
+    "edm": "F of Karras et al. 2022",
+}
 NUM_IMAGES = 16
 SCORE: dict[str, Any] = {"value": float, "low": float | None, "high": float | None}
 SHOWN: dict[str, Any] = {

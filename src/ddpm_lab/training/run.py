@@ -83,7 +83,10 @@ def train(
     training_set, held_out = (
         load_images(config.data.dataset, split, data_dir, config.data.image_size) for split in ("train", "test")
     )
-    asked, config = config.model.num_classes, _with_sigma_data(with_num_classes(config, training_set), training_set)
+    asked = config.model.num_classes
+    if asked == "auto" and training_set.labels is None and previous is not None:  # a run with classes needs them
+        config = replace(config, model=replace(config.model, num_classes=previous.config.model.num_classes))
+    config = _with_sigma_data(with_num_classes(config, training_set), training_set)
     labels = training_set.labels if config.model.num_classes else None
     config, restarts = (config, []) if previous is None else continue_schedule(previous, config)
     warmup_steps = processes.broadcast_number(config.training.warmup_steps)
