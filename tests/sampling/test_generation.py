@@ -262,7 +262,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 def test_packaged_weights_sample_offline():
     """They are what the README promises: small, averaged, and of real digits."""
-    assert packaged_names() == ["cifar10", "mnist"]
+    assert packaged_names() == ["mnist", "cifar10"]
     trained = load("mnist", device="cpu")
     assert trained.image_shape == (1, 28, 28)
     assert trained.record["data"]["name"] == "mnist:train"

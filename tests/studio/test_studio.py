@@ -32,7 +32,7 @@ from tests.conftest import png
 
 
 def test_models_are_those_below_the_folder(studio_runs):
-    assert model_names(studio_runs) == ["cifar10", "mnist", "broken", "study/cells/one", "tiny"]
+    assert model_names(studio_runs) == ["mnist", "cifar10", "broken", "study/cells/one", "tiny"]
     averages = [name for name in guide_names(studio_runs) if "averages" in name]
     assert averages[-2:] == ["tiny/averages/step_00000001", "tiny/averages/step_00000003"]
     assert source_of(studio_runs, averages[-1]) == str(studio_runs / averages[-1])
@@ -66,7 +66,7 @@ def test_what_a_stranger_s_run_points_to_elsewhere_is_not_read(tiny_run, tmp_pat
         return
     shutil.move(runs / "a" / what, outside / what)
     (runs / "a" / what).symlink_to(outside / what)
-    assert model_names(runs) == ["cifar10", "mnist"]
+    assert model_names(runs) == ["mnist", "cifar10"]
 
 
 @pytest.mark.parametrize("name", ["red panda", "--x", "it's", "7"])
@@ -95,7 +95,7 @@ def test_the_server_itself_knows_no_other_formats(monkeypatch):
 
 def test_a_run_called_like_packaged_weights_is_not_taken_for_them(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "mnist")
-    assert model_names(tmp_path) == ["cifar10", "mnist", "./mnist"]
+    assert model_names(tmp_path) == ["mnist", "cifar10", "./mnist"]
     assert open_model(tmp_path, "mnist", "cpu").image_shape == (1, 28, 28)
     assert open_model(tmp_path, "./mnist", "cpu").image_shape == (1, 8, 8)
 

@@ -181,8 +181,9 @@ def with_timesteps(trained: TrainedModel, num_timesteps: int) -> TrainedModel:
 
 
 def packaged_names() -> list[str]:
-    """Names of the weights that come with the package."""
-    return sorted(path.parent.name for path in PACKAGED.glob("*/meta.json"))
+    """Names of the weights that come with the package, the smallest, which sample fastest, first."""
+    weights = sorted(PACKAGED.glob(f"*/{EMA_FILE}"), key=lambda path: path.stat().st_size)
+    return [path.parent.name for path in weights]
 
 
 def find_checkpoint(source: str, checkpoint: int | None = None) -> tuple[Path, Path]:
