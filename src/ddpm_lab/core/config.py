@@ -364,7 +364,7 @@ class TuningConfig(SettingsGroup):
     num_steps: Annotated[tuple[int, ...], Range(1, 50)] = (4, 6, 8)
     """numbers of evaluations of the network, a sampler for each"""
     guidance: Annotated[float | None, Range(0, 100, open_low=True)] = None
-    """guidance scale, as in ddpm sample; unset: 1"""
+    """guidance scale; unset: as in ddpm sample, 1 but for packaged weights that name another"""
     guide: str | None = None
     """model for autoguidance, as in ddpm sample"""
     guidance_interval: Annotated[tuple[float, ...], Range(0)] = ()

@@ -2,8 +2,8 @@
 
 After each evaluation of the network the state is a linear combination of the state before it and of all images
 predicted so far. With exact starting values every multistep solver of the probability-flow ODE has this form, among
-them DDIM and DPM-Solver++; tuning changes the numbers and leaves the network as it is (as Zhou et al. 2024,
-arXiv:2312.00094, and Oganov et al. 2025, arXiv:2510.17699, do).
+them DDIM and DPM-Solver++; tuning changes the numbers and leaves the network as it is (as Oganov et al. 2025,
+arXiv:2510.17699, do).
 """
 
 from collections.abc import Iterator

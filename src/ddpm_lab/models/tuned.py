@@ -49,7 +49,7 @@ class TunedSampler:
     guidance_interval: tuple[float, ...]
     sha256: str
 
-    def for_(self) -> str:
+    def describe(self) -> str:
         """What it was tuned for, in words."""
         by = " with a guide" if self.guide_sha256 else ""
         interval = " at noise levels {:g} to {:g}".format(*self.guidance_interval) if self.guidance_interval else ""
@@ -101,7 +101,7 @@ def find_tuned(
     ]
     if fitting:
         return max(fitting, key=lambda sampler: len(sampler.solver.timesteps))
-    there = "; ".join(sampler.for_() for sampler in samplers)
+    there = "; ".join(sampler.describe() for sampler in samplers)
     wanted = f"{num_steps or 'any'} steps, guidance {'any' if guidance is None else f'{guidance:g}'}"
     raise InputError(
         f"{trained.name} has no sampler tuned for {wanted}" + (f"; it has: {there}" if there else "")

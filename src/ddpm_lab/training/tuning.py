@@ -162,8 +162,7 @@ def tune(
 ) -> list[dict[str, Any]]:
     """Tune a sampler for each number of steps, and save it beside the weights.
 
-    The teacher's images are kept in the cache, and each sampler is saved as soon as it is tuned; a sampler that was
-    tuned with the same settings is kept.
+    The teacher's images are kept in the cache, and each sampler is saved as soon as it is tuned.
 
     Args:
         trained: the network.
